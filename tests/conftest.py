@@ -1,0 +1,125 @@
+"""Tiny random models of the real architectures and a small corpus, made once a session; nothing comes from a hub."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoProcessor,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from train_llava.build_model import build_model
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SENTENCES = ["What is this?", "a red square", "a blue circle", "这是什么?", "红色的方块", "The capital of France is Paris."]
+
+
+def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE like Qwen's, with Qwen's special tokens and template; 300 tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        SENTENCES * 4, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory) -> dict[str, Path]:
+    """A tiny CLIP and a tiny Qwen2 chat model with spare embedding rows, in folders."""
+    root = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config=narrow | {"num_hidden_layers": 1, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1},
+            vision_config=narrow | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 7},
+            projection_dim=16,
+        )
+    )
+    clip.save_pretrained(root / "clip")
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
+        root / "clip"
+    )
+    tokenizer = make_tokenizer(root / "qwen2")
+    language_model = Qwen2ForCausalLM(
+        Qwen2Config(
+            **narrow,
+            num_key_value_heads=1,
+            num_hidden_layers=2,
+            vocab_size=320,
+            max_position_embeddings=512,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    language_model.save_pretrained(root / "qwen2")
+    return {"clip": root / "clip", "qwen2": root / "qwen2"}
+
+
+@pytest.fixture(scope="session")
+def llava(parts, tmp_path_factory) -> Path:
+    """The tiny parts assembled by `build_model`: 16 tokens a picture."""
+    folder = tmp_path_factory.mktemp("llava") / "model"
+    build_model(str(parts["clip"]), str(parts["qwen2"]), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def processor(llava):
+    return AutoProcessor.from_pretrained(llava)
+
+
+@pytest.fixture
+def model(llava):
+    return LlavaForConditionalGeneration.from_pretrained(llava)
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    """LLaVA conversations from alternating questions and answers."""
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Sixteen records in the LLaVA-CC3M layout: one picture each, but for one text-only record."""
+    root = tmp_path_factory.mktemp("corpus")
+    (root / "images_dl").mkdir()
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(16):
+        Image.fromarray(rng.integers(0, 256, (30 + i, 40, 3), dtype=np.uint8)).save(root / "images_dl" / f"{i}.png")
+        question = ("<image>\nWhat is this?", "What is this?\n<image>", "<image>\n这是什么?")[i % 3]
+        answer = ("a red square", "a blue circle", "红色的方块")[i % 3] * (1 + i % 2)
+        records.append({"id": str(i), "image": f"{i}.png", "conversations": turns(question, answer)})
+    records[5] = {"id": "5", "conversations": turns("What is this?", "a red square", "这是什么?", "红色的方块")}
+    (root / "chat.json").write_text(json.dumps(records, ensure_ascii=False))
+    return root

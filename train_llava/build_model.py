@@ -1,0 +1,342 @@
+"""Puts a CLIP vision tower and a chat language model together into one LLaVA checkpoint, and proves that it did.
+
+    python -m train_llava.build_model \
+        --vision_model_name_or_path openai/clip-vit-large-patch14-336 \
+        --language_model_name_or_path Qwen/Qwen1.5-4B-Chat \
+        --output_dir output/llava-qwen1.5-4b
+
+Both models keep their weights; only the projector between them is new. The folder is a standard
+`LlavaForConditionalGeneration` checkpoint: weights, processor, chat template and generation config.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from train_llava.cli import parse_arguments, run_command, written_whole
+
+IMAGE_TOKEN = "<image>"
+
+# Chat templates of language models expect each message's content to be a string. Pipelines and servers send a list of
+# parts. This prelude turns such a list into the string a LLaVA is trained on (the parts in order, one a line) and
+# hands it to the language model's own template, which follows it unchanged.
+STRUCTURED_CONTENT = (
+    "{%- set flat = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message.content is string or message.content is not iterable -%}"
+    "{%- set flat.messages = flat.messages + [message] -%}"
+    "{%- else -%}"
+    "{%- set turn = namespace(parts=[]) -%}"
+    "{%- for part in message.content -%}"
+    "{%- if part.type == 'text' -%}{%- set turn.parts = turn.parts + [part.text] -%}"
+    "{%- else -%}{%- set turn.parts = turn.parts + ['" + IMAGE_TOKEN + "'] -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set flat.messages = flat.messages + [dict(message, content=turn.parts | join('\n'))] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set messages = flat.messages %}"
+)
+
+
+@dataclass
+class BuildArguments:
+    vision_model_name_or_path: str = field(metadata={"help": "CLIP or SigLIP: a folder or a hub id."})
+    language_model_name_or_path: str = field(metadata={"help": "A causal language model with a chat template."})
+    output_dir: str = field(metadata={"help": "The LLaVA checkpoint to write; it must not exist yet."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "What the weights are written in; auto: the language model's own."}
+    )
+    vision_feature_layer: int = field(
+        default=-2, metadata={"help": "Which of the tower's hidden states the projector reads."}
+    )
+    vision_feature_select_strategy: Literal["auto", "default", "full"] = field(
+        default="auto",
+        metadata={"help": "default drops the class token, full keeps all; auto: default where there is a class token."},
+    )
+    skip_checks: bool = field(default=False, metadata={"help": "Do not run the assembled model before naming it."})
+
+
+def with_structured_content(chat_template: str) -> str:
+    """The language model's chat template, made to take structured message content as well as strings."""
+    return STRUCTURED_CONTENT + chat_template
+
+
+def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The special token that the chat template writes after an assistant's answer, where generation must stop.
+
+    Raises:
+        ValueError: the template ends an answer with no special token.
+    """
+    question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}
+    text = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    ids = tokenizer(text[text.rindex("yes") :], add_special_tokens=False)["input_ids"]
+    for token_id in ids:
+        if token_id in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[token_id].special:
+            return tokenizer.convert_ids_to_tokens(token_id)
+    raise ValueError(f"the chat template of {tokenizer.name_or_path} ends an answer with no special token")
+
+
+def load_vision_tower(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The vision transformer of a published CLIP or SigLIP, or of a checkpoint that holds the tower alone.
+
+    Raises:
+        ValueError: the checkpoint has no vision tower of that kind.
+    """
+    model = AutoModel.from_pretrained(name_or_path, dtype=dtype)
+    tower = model.vision_model if "vision_config" in model.config.sub_configs else model
+    if tower.main_input_name != "pixel_values" or tower.config.model_type not in (
+        "clip_vision_model",
+        "siglip_vision_model",
+        "siglip2_vision_model",
+    ):
+        raise ValueError(f"{name_or_path} is a {model.config.model_type} model, not a CLIP or SigLIP vision tower")
+    return tower
+
+
+def make_processor(
+    vision_model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tower: PreTrainedModel,
+    vision_feature_select_strategy: str,
+) -> LlavaProcessor:
+    """The processor that writes as many `<image>` tokens as the tower gives features, for this tower and tokenizer."""
+    image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path)
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=tower.config.patch_size,
+        vision_feature_select_strategy=vision_feature_select_strategy,
+        num_additional_image_tokens=number_of_class_tokens(tower),
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def number_of_class_tokens(tower: PreTrainedModel) -> int:
+    """How many tokens the tower gives beside one per patch: 1 for CLIP, 0 for SigLIP."""
+    return tower.embeddings.num_positions - tower.embeddings.num_patches
+
+
+def load_tokenizer(language_model_name_or_path: str) -> PreTrainedTokenizerBase:
+    """The language model's tokenizer with `<image>`, a pad token and a template that takes structured content.
+
+    Raises:
+        ValueError: it has no chat template, so the model is not a chat model.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path)
+    if not tokenizer.chat_template:
+        raise ValueError(f"{language_model_name_or_path} has no chat template: take the model's chat version")
+    tokenizer.chat_template = with_structured_content(tokenizer.chat_template)
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def assemble(
+    vision_tower: PreTrainedModel,
+    language_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    vision_feature_layer: int = -2,
+    vision_feature_select_strategy: str = "default",
+) -> LlavaForConditionalGeneration:
+    """Joins the two models by a fresh projector (Liu et al., 2023, "Improved Baselines with Visual Instruction
+    Tuning": two linear layers with a GELU), without copying a weight.
+
+    The LLaVA is made on the meta device, which takes no memory, and the two models' own modules are put into it.
+    """
+    if len(tokenizer) > language_model.config.vocab_size:
+        language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    config = LlavaConfig(
+        vision_config=vision_tower.config,
+        text_config=language_model.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=vision_tower.embeddings.num_positions - (vision_feature_select_strategy == "default"),
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy=vision_feature_select_strategy,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=language_model.dtype,
+    )
+    for part in (config, config.vision_config, config.text_config):
+        part.name_or_path = ""  # where the parts lay on this machine is no business of the checkpoint
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower = vision_tower
+    model.model.language_model = language_model.base_model
+    model.lm_head = language_model.get_output_embeddings()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same command writes the same folder
+        model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(language_model.dtype)
+
+    model.generation_config = language_model.generation_config
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    end_of_turn = tokenizer.convert_tokens_to_ids(end_of_turn_token(tokenizer))
+    model.generation_config.eos_token_id = stops if end_of_turn in stops else [end_of_turn, *stops]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.eval()
+
+
+def example_inputs(processor: LlavaProcessor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A text-only question `(1, T)` and two noise pictures, a square and a wide one, `(2, 3, H, W)`, for the checks."""
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    input_ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in ((64, 64, 3), (48, 160, 3))]
+    return input_ids, processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+
+
+@torch.inference_mode()
+def reference_outputs(
+    vision_tower: PreTrainedModel, language_model: PreTrainedModel, processor: LlavaProcessor, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the two models say alone: logits `(1, T, vocabulary)` and hidden states `(2, tokens, width)`."""
+    input_ids, pixel_values = example_inputs(processor)
+    logits = language_model(input_ids=input_ids).logits
+    features = vision_tower(pixel_values.to(vision_tower.dtype), output_hidden_states=True).hidden_states[layer]
+    return logits, features
+
+
+@torch.inference_mode()
+def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> list[tuple[str, str]]:
+    """Reads a saved LLaVA back and compares it with what its two halves said alone (see `reference_outputs`).
+
+    Returns the outcome as rows of (what was checked, what was found).
+
+    Raises:
+        ValueError: a check failed; the message names it.
+    """
+    model, processor = load_checkpoint(str(folder))
+    config, tokenizer = model.config, processor.tokenizer
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id or len(tokenizer) > rows:
+        raise ValueError(f"{IMAGE_TOKEN} has no row of its own: {len(tokenizer)} tokens, {rows} embedding rows")
+    found = [("tokenizer and embedding", f"{len(tokenizer)} tokens, {rows} rows, {IMAGE_TOKEN} is {config.image_token_id}")]
+
+    input_ids, pixel_values = example_inputs(processor)
+    found.append(("text-only logits", _difference(model(input_ids=input_ids).logits[..., : logits.shape[-1]], logits)))
+
+    hidden = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True).hidden_states
+    found.append(("vision features", _difference(hidden[config.vision_feature_layer], features)))
+
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    picture = Image.new("RGB", (160, 48), "red")
+    inputs = processor(images=picture, text=prompt, return_tensors="pt").to(model.dtype)
+    written = int((inputs["input_ids"] == config.image_token_id).sum())
+    given = len(model.get_image_features(inputs["pixel_values"]).pooler_output[0])
+    if written != given:
+        raise ValueError(f"the processor writes {written} {IMAGE_TOKEN} tokens a picture, the tower gives {given}")
+    found.append(("tokens a picture", f"{written} written, {given} features"))
+
+    answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    found.append(("a picture and a question", f"{answer.shape[1] - inputs['input_ids'].shape[1]} tokens generated"))
+    return found
+
+
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> str:
+    """States the largest difference, relative to the largest value; past the precision's noise it is an error."""
+    relative = ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
+    if not relative <= (1e-4 if theirs.dtype == torch.float32 else 3e-2):
+        raise ValueError(f"the assembled model differs from its parts by {relative:.1e} of the largest value")
+    return f"equal to the part's own (difference {relative:.0e})"
+
+
+def build_model(
+    vision_model_name_or_path: str,
+    language_model_name_or_path: str,
+    output_dir: str,
+    dtype: str = "auto",
+    vision_feature_layer: int = -2,
+    vision_feature_select_strategy: str = "auto",
+    skip_checks: bool = False,
+) -> None:
+    """Writes the LLaVA checkpoint `output_dir`; see `BuildArguments` for the arguments.
+
+    Raises:
+        OSError, ValueError: a part cannot be loaded or the outcome is not right; nothing is left behind.
+    """
+    with written_whole(output_dir) as folder:
+        tokenizer = load_tokenizer(language_model_name_or_path)
+        print(f"language model  {language_model_name_or_path}")
+        language_model = AutoModelForCausalLM.from_pretrained(language_model_name_or_path, dtype=dtype).eval()
+        print(f"vision tower    {vision_model_name_or_path}")
+        vision_tower = load_vision_tower(vision_model_name_or_path, language_model.dtype).eval()
+        if vision_feature_select_strategy == "auto":
+            vision_feature_select_strategy = "default" if number_of_class_tokens(vision_tower) else "full"
+        processor = make_processor(vision_model_name_or_path, tokenizer, vision_tower, vision_feature_select_strategy)
+        if not skip_checks:
+            references = reference_outputs(vision_tower, language_model, processor, vision_feature_layer)
+        model = assemble(vision_tower, language_model, tokenizer, vision_feature_layer, vision_feature_select_strategy)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        sizes = {name: count_parameters(part) for name, part in model_parts(model).items()}
+        del model, vision_tower, language_model  # the checks load the saved model: never two in memory
+        checks = [] if skip_checks else check_checkpoint(folder, *references)
+    for name, size in [*sizes.items(), *checks, ("written to", output_dir)]:
+        print(f"{name:<26}{f'{size:,} parameters' if isinstance(size, int) else size}")
+
+
+def load_checkpoint(
+    model_name_or_path: str, dtype: torch.dtype | str = "auto"
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Opens a LLaVA checkpoint, a folder or a hub id, with its processor.
+
+    Raises:
+        ValueError: there is none of that name, or it is not a whole LLaVA; the message says which.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model_name_or_path} is no model folder, and no model that the hub would give") from error
+    if config.model_type != "llava":
+        raise ValueError(f"{model_name_or_path} is a {config.model_type} model, not a LLaVA: see build_model")
+    model, loading = LlavaForConditionalGeneration.from_pretrained(
+        model_name_or_path, dtype=dtype, output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        raise ValueError(f"{model_name_or_path} lacks weights, {sorted(loading['missing_keys'])[0]} for one")
+    return model, AutoProcessor.from_pretrained(model_name_or_path)
+
+
+def model_parts(model: LlavaForConditionalGeneration) -> dict[str, nn.Module]:
+    """The three parts that together hold every parameter of a LLaVA, by the names this repo reports them under."""
+    language_model = nn.ModuleList([model.model.language_model, model.lm_head])
+    return {
+        "vision tower": model.model.vision_tower,
+        "projector": model.model.multi_modal_projector,
+        "language model": language_model,
+    }
+
+
+def count_parameters(module: nn.Module, trainable_only: bool = False) -> int:
+    """Parameters of a module; tied ones count once."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(BuildArguments)
+    build_model(**vars(arguments))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,57 @@
+"""What every command shares: arguments from dataclasses, errors in one line, folders that appear whole."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+
+def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
+    """Parses the command line into one instance of each dataclass; the fields' `help` is the documentation."""
+    return HfArgumentParser(dataclasses).parse_args_into_dataclasses()
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command. What the user can mend (a wrong path, a broken file) ends it with one line and exit code 1."""
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        sys.exit(f"error: {reason}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
+@contextmanager
+def written_whole(output_dir: str) -> Iterator[Path]:
+    """Yields a temporary folder beside `output_dir` that takes its name when the block ends without an error.
+
+    So a folder under its final name is always complete. The block reads back what it wrote before it ends.
+
+    Raises:
+        ValueError: `output_dir` exists and is not an empty folder; nothing is overwritten.
+    """
+    target = Path(output_dir)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"--output_dir {output_dir} exists already: remove it or choose another name")
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.absolute().parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp made it private to its owner
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's umask, which Python can only read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

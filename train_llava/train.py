@@ -1,0 +1,200 @@
+"""Trains a LLaVA checkpoint on pictures and conversations: arguments, what trains, a plain Hugging Face `Trainer`.
+
+    python -m train_llava.train --model_name_or_path output/llava --data_path data --train_type lora --output_dir output/run
+    bash run_zero2.sh           --model_name_or_path output/llava --data_path data --train_type lora --output_dir output/run
+
+The first runs in one process, the second with DeepSpeed ZeRO-2 on every GPU. All of `TrainingArguments` is accepted.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
+
+from train_llava.build_model import count_parameters, load_checkpoint, model_parts
+from train_llava.cli import parse_arguments, run_command
+from train_llava.data import LlavaCollator, LlavaDataset
+
+# Learning rates that make each type work, from the LLaVA-1.5 recipe (Liu et al., 2023): stage 1 trains the projector,
+# stage 2 everything after it.
+LEARNING_RATES = {"projector": 1e-3, "lora": 2e-4, "freeze_vision": 2e-5, "full": 2e-5}
+TUTORIAL_NAMES = {"use_lora": "lora", "none": "full"}
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "The LLaVA checkpoint to start from, a folder or a hub id."})
+    lora_r: int = field(default=128, metadata={"help": "LoRA's rank."})
+    lora_alpha: int = field(default=256, metadata={"help": "LoRA's scale; the update counts lora_alpha / lora_r times."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices."})
+
+
+@dataclass
+class DataArguments:
+    data_path: str = field(metadata={"help": "A folder with chat.json, or a .json file of records."})
+    image_dir: str | None = field(
+        default=None, metadata={"help": "The pictures' folder; default: images_dl/ or images/ beside the records."}
+    )
+    eval_data_path: str | None = field(default=None, metadata={"help": "Held-out data, in the same form."})
+    eval_image_dir: str | None = field(default=None, metadata={"help": "Its pictures' folder, found as image_dir is."})
+    max_length: int = field(default=2048, metadata={"help": "Longest conversation in tokens, pictures included."})
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """`TrainingArguments` with what trains, and with defaults that suit a LLaVA."""
+
+    train_type: Literal["lora", "full", "freeze_vision", "projector", "use_lora", "none"] = field(
+        default="lora",
+        metadata={
+            "help": "lora: adapters in the language model, and the projector; full: everything; freeze_vision: all but "
+            "the vision tower; projector: it alone. use_lora and none are the tutorial's names of lora and full."
+        },
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": f"Default by train_type: {', '.join(f'{k} {v:g}' for k, v in LEARNING_RATES.items())}."},
+    )
+    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up; below 1, that part of all steps."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two logged losses."})
+    report_to: str = field(default="tensorboard", metadata={"help": "Where the losses are reported."})
+    bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16; default: where the GPU can."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Stays false: the collator needs them all."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Stays true: logits are kept at labels only."})
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise ValueError("--output_dir is missing: name the folder to write to")
+        self.train_type = TUTORIAL_NAMES.get(self.train_type, self.train_type)
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATES[self.train_type]
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+
+
+def set_trainable(
+    model: LlavaForConditionalGeneration, train_type: str, arguments: ModelArguments
+) -> LlavaForConditionalGeneration | PeftModel:
+    """Decides what trains; everything else is frozen. The projector always trains.
+
+    - `projector`: nothing else
+    - `freeze_vision`: and the language model
+    - `full`: and the vision tower, up to the layer the projector reads (what lies behind it has no effect)
+    - `lora`: and low-rank adapters (Hu et al., 2021) on every linear layer inside the language model, by PEFT. The
+      projector is trained in full beside them and saved with them.
+    """
+    model.requires_grad_(False)
+    if train_type == "lora":
+        language_model = model.model.language_model
+        linear = {name.rsplit(".", 1)[-1] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)}
+        lora = LoraConfig(
+            r=arguments.lora_r,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            # anchored: a bare name such as q_proj would match the vision tower's layers too
+            target_modules=rf"model\.language_model\..*\.({'|'.join(sorted(linear))})",
+            modules_to_save=["multi_modal_projector"],
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(model, lora)
+    model.model.multi_modal_projector.requires_grad_(True)
+    if train_type in ("freeze_vision", "full"):
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    if train_type == "full":
+        tower = model.model.vision_tower
+        tower.requires_grad_(True)
+        tower.post_layernorm.requires_grad_(False)
+        layers = tower.encoder.layers
+        # hidden_states[0] is the embedding, hidden_states[i] what layer i - 1 gives
+        layers[range(len(layers) + 1)[model.config.vision_feature_layer] :].requires_grad_(False)
+    return model
+
+
+def describe_trainable(model: LlavaForConditionalGeneration | PeftModel) -> str:
+    """A table of what trains: each part's trainable and total parameters."""
+    llava = model.base_model.model if isinstance(model, PeftModel) else model
+    lines = [f"{'':<16}{'trainable':>16}{'of':>16}"]
+    for name, part in model_parts(llava).items():
+        lines.append(f"{name:<16}{count_parameters(part, trainable_only=True):>16,}{count_parameters(part):>16,}")
+    return "\n".join(lines)
+
+
+def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
+    """Draws the training loss, and the held-out loss where there is one, over the steps."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(xlabel="step", ylabel="loss per answer token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def check_output_dir(output_dir: str, resume: bool) -> None:
+    """Refuses a folder that holds a model or checkpoints already, unless they are what the run resumes from."""
+    folder = Path(output_dir)
+    holds = [*folder.glob("checkpoint-*"), *folder.glob("*.safetensors")]
+    if holds and not resume:
+        raise ValueError(
+            f"--output_dir {output_dir} holds {holds[0].name} already: choose another, or --resume_from_checkpoint true"
+        )
+
+
+def main() -> None:
+    model_arguments, data_arguments, args = parse_arguments(ModelArguments, DataArguments, TrainArguments)
+    resume = {"true": True, "false": False, None: False}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
+    check_output_dir(args.output_dir, bool(resume))
+    if args.process_index == 0:
+        print(f"train_type {args.train_type}, learning rate {args.learning_rate:g}, bf16 {args.bf16}")
+
+    train_dataset = LlavaDataset(data_arguments.data_path, data_arguments.image_dir)
+    eval_dataset = None
+    if data_arguments.eval_data_path is not None:
+        eval_dataset = LlavaDataset(data_arguments.eval_data_path, data_arguments.eval_image_dir)
+        if args.eval_strategy == "no":
+            args.eval_strategy = "epoch"
+
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    model, processor = load_checkpoint(model_arguments.model_name_or_path, dtype)
+    model = set_trainable(model, args.train_type, model_arguments)
+    model.config.text_config.use_cache = False  # the Trainer turns it off in `config` only
+    if args.deepspeed is None:
+        # Half-precision weights are too coarse for small updates; DeepSpeed keeps its own fp32 copies
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if args.process_index == 0:
+        print(describe_trainable(model))
+        print(f"{len(train_dataset):,} records, {len(eval_dataset or ()):,} held out")
+
+    trainer = Trainer(
+        model=model,
+        args=args,
+        data_collator=LlavaCollator(processor, data_arguments.max_length),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        plot_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png")
+        print(f"written to {args.output_dir}")
+
+
+if __name__ == "__main__":
+    matplotlib.use("Agg")
+    run_command(main)
