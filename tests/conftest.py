@@ -31,7 +31,14 @@ CHATML = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-SENTENCES = ["What is this?", "a red square", "a blue circle", "这是什么?", "红色的方块", "The capital of France is Paris."]
+SENTENCES = [
+    "What is this?",
+    "a red square",
+    "a blue circle",
+    "这是什么?",
+    "红色的方块",
+    "The capital of France is Paris.",
+]
 
 
 def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

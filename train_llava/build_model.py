@@ -70,7 +70,9 @@ class BuildArguments:
     )
     vision_feature_select_strategy: Literal["auto", "default", "full"] = field(
         default="auto",
-        metadata={"help": "default drops the class token, full keeps all; auto: default where there is a class token."},
+        metadata={
+            "help": "default drops the class token, full keeps all; auto: default where there is a class token."
+        },
     )
     skip_checks: bool = field(default=False, metadata={"help": "Do not run the assembled model before naming it."})
 
@@ -230,7 +232,9 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id or len(tokenizer) > rows:
         raise ValueError(f"{IMAGE_TOKEN} has no row of its own: {len(tokenizer)} tokens, {rows} embedding rows")
-    found = [("tokenizer and embedding", f"{len(tokenizer)} tokens, {rows} rows, {IMAGE_TOKEN} is {config.image_token_id}")]
+    found = [
+        ("tokenizer and embedding", f"{len(tokenizer)} tokens, {rows} rows, {IMAGE_TOKEN} is {config.image_token_id}")
+    ]
 
     input_ids, pixel_values = example_inputs(processor)
     found.append(("text-only logits", _difference(model(input_ids=input_ids).logits[..., : logits.shape[-1]], logits)))

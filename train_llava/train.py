@@ -31,7 +31,9 @@ TUTORIAL_NAMES = {"use_lora": "lora", "none": "full"}
 class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "The LLaVA checkpoint to start from, a folder or a hub id."})
     lora_r: int = field(default=128, metadata={"help": "LoRA's rank."})
-    lora_alpha: int = field(default=256, metadata={"help": "LoRA's scale; the update counts lora_alpha / lora_r times."})
+    lora_alpha: int = field(
+        default=256, metadata={"help": "LoRA's scale; the update counts lora_alpha / lora_r times."}
+    )
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices."})
 
 
@@ -77,6 +79,8 @@ class TrainArguments(TrainingArguments):
             self.learning_rate = LEARNING_RATES[self.train_type]
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         super().__post_init__()
 
 

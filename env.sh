@@ -1,0 +1,44 @@
+# Sourced by run_zero2.sh and run_tests.sh: afterwards `python` has the packages of a requirements file.
+#   source env.sh requirements.txt
+# An active environment that has them all is used as it is; otherwise they go into .venv.
+
+has_packages() { # PYTHON FILE: does this Python have every package that the file (and the one it includes) pins?
+  "$1" - "$2" <<'PYTHON'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+def pins(path):
+    for line in open(path):
+        line = line.split("#")[0].strip()
+        if line.startswith("-r "):
+            yield from pins(line[3:])
+        elif line:
+            yield line.split("==")
+
+try:
+    sys.exit(any(version(name).split("+")[0] != wanted for name, wanted in pins(sys.argv[1])))
+except PackageNotFoundError:
+    sys.exit(1)
+PYTHON
+}
+
+if ! has_packages "$(command -v python3)" "$1"; then
+  if ! [ -x .venv/bin/python ]; then
+    echo "making .venv with $(python3 --version)"
+    python3 -m venv .venv
+  fi
+  export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
+  if ! has_packages .venv/bin/python "$1"; then
+    echo "installing $1 into .venv, some minutes the first time"
+    .venv/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -r "$1"
+  fi
+fi
+
+if ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  export DS_ACCELERATOR=cpu # DeepSpeed runs on CPU ranks; it compiles a small extension the first time
+  command -v g++ >/dev/null || { echo "error: DeepSpeed needs a C++ compiler on a machine without a GPU: install g++" >&2; exit 1; }
+  python3 - <<'PYTHON'
+from deepspeed.accelerator import get_accelerator
+get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+PYTHON
+fi

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Trains a LLaVA with DeepSpeed ZeRO-2, on every GPU or, on a machine without one, on two CPU ranks.
+#   bash run_zero2.sh                                           the embedded example: OpenMoji pictures, some minutes
+#   bash run_zero2.sh --model_name_or_path M --data_path D --train_type lora --output_dir O …     your own run
+# The arguments are those of `python -m train_llava.train`. Settings in the environment:
+#   INCLUDE=localhost:4,5   the devices to use, as DeepSpeed's --include takes them
+#   CPU_RANKS=2             how many processes on a machine without a GPU
+#   MASTER_PORT=29500       another one for each run at the same time on one machine
+set -euo pipefail
+cd "$(dirname "$0")"
+source env.sh requirements.txt
+
+if [ $# -eq 0 ]; then
+  exec bash examples/openmoji/run.sh
+fi
+
+launcher=(--master_port "${MASTER_PORT:-29500}" --log_level warning)
+if [ -n "${INCLUDE:-}" ]; then
+  launcher+=(--include "$INCLUDE")
+elif [ "${DS_ACCELERATOR:-}" = cpu ]; then
+  ranks=${CPU_RANKS:-2}
+  cores=$(python3 -c 'import os; print(len(os.sched_getaffinity(0)))')
+  launcher+=(--num_accelerators "$ranks")
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+fi
+# hides what DeepSpeed and torch say to each other about deprecated names
+export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
+exec deepspeed "${launcher[@]}" --module train_llava.train --deepspeed ds_zero2_no_offload.json "$@"

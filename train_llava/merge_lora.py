@@ -1,0 +1,47 @@
+"""Writes a base model and its LoRA adapter as one plain checkpoint that needs no PEFT.
+
+    python -m train_llava.merge_lora --model_name_or_path output/llava --adapter_name_or_path output/run \
+        --output_dir output/merged
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from train_llava.build_model import load_checkpoint
+from train_llava.cli import parse_arguments, run_command, written_whole
+from train_llava.infer import load_model
+
+
+@dataclass
+class MergeArguments:
+    model_name_or_path: str = field(metadata={"help": "The LLaVA checkpoint the adapter was trained on."})
+    adapter_name_or_path: str = field(metadata={"help": "The adapter."})
+    output_dir: str = field(metadata={"help": "The checkpoint to write; it must not exist yet."})
+
+
+def merge_lora(model_name_or_path: str, adapter_name_or_path: str, output_dir: str) -> None:
+    """Adds the adapter's low-rank updates to the weights, puts its projector in place, and saves the outcome.
+
+    Raises:
+        OSError, ValueError: an input cannot be opened or the saved checkpoint differs; nothing is left behind.
+    """
+    with written_whole(output_dir) as folder:
+        model, processor = load_model(model_name_or_path, adapter_name_or_path)
+        merged = model.merge_and_unload()
+        merged.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        saved, _ = load_checkpoint(str(folder))
+        for (name, ours), theirs in zip(saved.named_parameters(), merged.parameters(), strict=True):
+            if not torch.equal(ours, theirs.to("cpu")):
+                raise ValueError(f"the merged checkpoint was not saved right: {name} differs")
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(MergeArguments)
+    merge_lora(**vars(arguments))
+    print(f"written to {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    run_command(main)
