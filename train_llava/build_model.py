@@ -198,7 +198,7 @@ def assemble(
 
 
 def example_inputs(processor: LlavaProcessor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A text-only question `(1, T)` and two noise pictures, a square and a wide one, `(2, 3, H, W)`, for the checks."""
+    """For the checks: a text-only question `(1, T)`, and a square and a wide noise picture `(2, 3, H, W)`."""
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     input_ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -293,11 +293,11 @@ def build_model(
         model = assemble(vision_tower, language_model, tokenizer, vision_feature_layer, vision_feature_select_strategy)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        sizes = {name: count_parameters(part) for name, part in model_parts(model).items()}
+        sizes = [(part, f"{total:,} parameters") for part, (_, total) in count_parameters(model).items()]
         del model, vision_tower, language_model  # the checks load the saved model: never two in memory
         checks = [] if skip_checks else check_checkpoint(folder, *references)
-    for name, size in [*sizes.items(), *checks, ("written to", output_dir)]:
-        print(f"{name:<26}{f'{size:,} parameters' if isinstance(size, int) else size}")
+    for what, outcome in [*sizes, *checks, ("written to", output_dir)]:
+        print(f"{what:<26}{outcome}")
 
 
 def load_checkpoint(
@@ -318,23 +318,24 @@ def load_checkpoint(
         model_name_or_path, dtype=dtype, output_loading_info=True
     )
     if loading["missing_keys"]:
-        raise ValueError(f"{model_name_or_path} lacks weights, {sorted(loading['missing_keys'])[0]} for one")
+        raise ValueError(f"{model_name_or_path} lacks weights, {min(loading['missing_keys'])} for one")
     return model, AutoProcessor.from_pretrained(model_name_or_path)
 
 
-def model_parts(model: LlavaForConditionalGeneration) -> dict[str, nn.Module]:
-    """The three parts that together hold every parameter of a LLaVA, by the names this repo reports them under."""
-    language_model = nn.ModuleList([model.model.language_model, model.lm_head])
-    return {
-        "vision tower": model.model.vision_tower,
-        "projector": model.model.multi_modal_projector,
-        "language model": language_model,
-    }
-
-
-def count_parameters(module: nn.Module, trainable_only: bool = False) -> int:
-    """Parameters of a module; tied ones count once."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """How many parameters of each part of a LLaVA train, and how many there are; tied ones count once."""
+    counts = {"vision tower": (0, 0), "projector": (0, 0), "language model": (0, 0)}
+    for name, parameter in model.named_parameters():
+        if "original_module" in name:  # PEFT trains a copy of the projector and keeps this one beside it
+            continue
+        part = "language model"
+        if "vision_tower." in name:
+            part = "vision tower"
+        elif "multi_modal_projector." in name:
+            part = "projector"
+        trainable, total = counts[part]
+        counts[part] = trainable + parameter.numel() * parameter.requires_grad, total + parameter.numel()
+    return counts
 
 
 def main() -> None:

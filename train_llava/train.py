@@ -1,9 +1,10 @@
 """Trains a LLaVA checkpoint on pictures and conversations: arguments, what trains, a plain Hugging Face `Trainer`.
 
-    python -m train_llava.train --model_name_or_path output/llava --data_path data --train_type lora --output_dir output/run
-    bash run_zero2.sh           --model_name_or_path output/llava --data_path data --train_type lora --output_dir output/run
+    python -m train_llava.train --train_type lora \
+        --model_name_or_path output/llava --data_path data --output_dir output/run
 
-The first runs in one process, the second with DeepSpeed ZeRO-2 on every GPU. All of `TrainingArguments` is accepted.
+runs in one process; `bash run_zero2.sh` takes the same arguments and trains with DeepSpeed ZeRO-2 on every GPU. All of
+`TrainingArguments` is accepted.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
-from train_llava.build_model import count_parameters, load_checkpoint, model_parts
+from train_llava.build_model import count_parameters, load_checkpoint
 from train_llava.cli import parse_arguments, run_command
 from train_llava.data import LlavaCollator, LlavaDataset
 
@@ -55,8 +56,8 @@ class TrainArguments(TrainingArguments):
     train_type: Literal["lora", "full", "freeze_vision", "projector", "use_lora", "none"] = field(
         default="lora",
         metadata={
-            "help": "lora: adapters in the language model, and the projector; full: everything; freeze_vision: all but "
-            "the vision tower; projector: it alone. use_lora and none are the tutorial's names of lora and full."
+            "help": "lora: adapters in the language model, and the projector; full: everything; freeze_vision: all "
+            "but the vision tower; projector: it alone. use_lora and none are the tutorial's names of lora and full."
         },
     )
     learning_rate: float | None = field(
@@ -123,12 +124,12 @@ def set_trainable(
     return model
 
 
-def describe_trainable(model: LlavaForConditionalGeneration | PeftModel) -> str:
-    """A table of what trains: each part's trainable and total parameters."""
-    llava = model.base_model.model if isinstance(model, PeftModel) else model
+def describe_trainable(model: nn.Module) -> str:
+    """A table of what trains: each part's trainable parameters, and all it has."""
     lines = [f"{'':<16}{'trainable':>16}{'of':>16}"]
-    for name, part in model_parts(llava).items():
-        lines.append(f"{name:<16}{count_parameters(part, trainable_only=True):>16,}{count_parameters(part):>16,}")
+    lines += [
+        f"{part:<16}{trainable:>16,}{total:>16,}" for part, (trainable, total) in count_parameters(model).items()
+    ]
     return "\n".join(lines)
 
 
@@ -152,7 +153,7 @@ def check_output_dir(output_dir: str, resume: bool) -> None:
     holds = [*folder.glob("checkpoint-*"), *folder.glob("*.safetensors")]
     if holds and not resume:
         raise ValueError(
-            f"--output_dir {output_dir} holds {holds[0].name} already: choose another, or --resume_from_checkpoint true"
+            f"--output_dir {output_dir} holds {holds[0].name}: choose another, or --resume_from_checkpoint true"
         )
 
 

@@ -1,0 +1,188 @@
+"""What trains is exactly what the type says, and the loss does not depend on how a batch is split."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from train_llava import train
+from train_llava.build_model import count_parameters, load_checkpoint
+from train_llava.data import LlavaCollator, LlavaDataset
+from train_llava.infer import load_model
+from train_llava.train import LEARNING_RATES, ModelArguments, TrainArguments, set_trainable
+
+ROOT = Path(__file__).parent.parent
+PROJECTOR = {f"model.multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
+LINEAR = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+
+
+def trainable(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_projector_trains_the_projector_alone(model):
+    assert trainable(set_trainable(model, "projector", ModelArguments("m"))) == PROJECTOR
+
+
+def test_freeze_vision_trains_all_but_the_tower(model):
+    everything = {name for name, _ in model.named_parameters()}
+    expected = {name for name in everything if not name.startswith("model.vision_tower.")}
+    assert trainable(set_trainable(model, "freeze_vision", ModelArguments("m"))) == expected
+    assert "lm_head.weight" in expected
+
+
+def test_full_trains_everything_that_has_an_effect(model, processor, corpus):
+    everything = {name for name, _ in model.named_parameters()}
+    behind = ("model.vision_tower.encoder.layers.2.", "model.vision_tower.post_layernorm.")
+    expected = {name for name in everything if not name.startswith(behind)}
+    assert trainable(set_trainable(model, "full", ModelArguments("m"))) == expected
+    model.requires_grad_(True)
+    dataset = LlavaDataset(str(corpus))
+    model(**LlavaCollator(processor)([dataset[i] for i in range(4)])).loss.backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == expected
+
+
+def test_lora_trains_adapters_in_the_language_model_and_the_projector(model):
+    adapted = set_trainable(model, "lora", ModelArguments("m", lora_r=4, lora_alpha=8))
+    base = "base_model.model.model."
+    expected = {
+        f"{base}language_model.layers.{layer}.{name}.lora_{matrix}.default.weight"
+        for layer in (0, 1)
+        for name in LINEAR
+        for matrix in "AB"
+    }
+    expected |= {
+        name.replace("model.multi_modal_projector", f"{base}multi_modal_projector.modules_to_save.default")
+        for name in PROJECTOR
+    }
+    assert trainable(adapted) == expected
+    assert count_parameters(adapted)["projector"] == (2112, 2112)
+    assert adapted.base_model.model.model.language_model.layers[0].self_attn.q_proj.scaling == {"default": 2.0}
+
+
+@pytest.mark.parametrize(("given", "meant"), [("use_lora", "lora"), ("none", "full"), ("projector", "projector")])
+def test_tutorial_names_and_learning_rates(given, meant, tmp_path):
+    args = TrainArguments(output_dir=str(tmp_path), train_type=given)
+    assert (args.train_type, args.learning_rate) == (meant, LEARNING_RATES[meant])
+    assert TrainArguments(output_dir=str(tmp_path), train_type=given, learning_rate=0.5).learning_rate == 0.5
+
+
+def run_train(monkeypatch, model: Path, data: Path, output: Path, *arguments: str) -> list[float]:
+    """Trains in this process; returns the loss of every step."""
+    command = ["train", "--model_name_or_path", model, "--data_path", data, "--output_dir", output, *arguments]
+    command += ["--logging_steps", "1", "--report_to", "none"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    train.main()
+    return logged(output)
+
+
+def logged(output: Path, key: str = "loss") -> list[float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history if key in entry]
+
+
+def run_zero2(model: Path, data: Path, output: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
+    """Trains through run_zero2.sh on CPU ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"CPU_RANKS": str(ranks), "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PATH": path}
+    command = ["bash", "run_zero2.sh", "--model_name_or_path", model, "--data_path", data, "--output_dir", output]
+    command += [*arguments, "--logging_steps", "1", "--report_to", "none"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+STEPS = ["--train_type", "full", "--learning_rate", "1e-3", "--max_steps", "20", "--save_strategy", "no"]
+
+
+@pytest.fixture(scope="module")
+def one_rank_losses(llava, corpus, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        output = tmp_path_factory.mktemp("one") / "run"
+        return run_train(patch, llava, corpus, output, *STEPS, "--per_device_train_batch_size", "4")
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), (1, 4)])
+def test_accumulation_does_not_change_the_loss(
+    llava, corpus, tmp_path, monkeypatch, one_rank_losses, batch, accumulation
+):
+    split = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
+    losses = run_train(monkeypatch, llava, corpus, tmp_path / "run", *STEPS, *split)
+    assert len(losses) == 20
+    assert losses == pytest.approx(one_rank_losses, abs=1e-4)
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_two_zero2_ranks_do_not_change_the_loss(llava, corpus, tmp_path, one_rank_losses):
+    done = run_zero2(llava, corpus, tmp_path / "run", *STEPS, "--per_device_train_batch_size", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert logged(tmp_path / "run") == pytest.approx(one_rank_losses, abs=1e-4)
+
+
+@pytest.mark.parametrize("train_type", LEARNING_RATES)
+def test_every_type_trains_on_two_ranks(llava, corpus, tmp_path, train_type):
+    output = tmp_path / "run"
+    done = run_zero2(
+        llava, corpus, output, "--train_type", train_type, "--max_steps", "2", "--per_device_train_batch_size", "2",
+        "--learning_rate", "1e-2", "--eval_data_path", str(corpus), "--eval_strategy", "steps", "--eval_steps", "1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"train_type {train_type}, learning rate 0.01" in done.stdout
+    assert len(logged(output, "eval_loss")) >= 2
+    assert (output / "loss.png").stat().st_size > 5000
+    before, _ = load_checkpoint(str(llava))
+    after, _ = load_model(str(llava), str(output)) if train_type == "lora" else load_checkpoint(str(output))
+    if isinstance(after, PeftModel):
+        assert len(load_file(output / "adapter_model.safetensors")) == 2 * 7 * 2 + 4
+        after = after.merge_and_unload()
+    changed = {
+        name
+        for (name, ours), theirs in zip(after.named_parameters(), before.parameters(), strict=True)
+        if not torch.equal(ours, theirs)
+    }
+    parts = {re.match(r"(model\.)?(\w+)", name)[2] for name in changed}
+    assert (
+        parts
+        == {
+            "projector": {"multi_modal_projector"},
+            "lora": {"multi_modal_projector", "language_model"},
+            "freeze_vision": {"multi_modal_projector", "language_model", "lm_head"},
+            "full": {"multi_modal_projector", "language_model", "lm_head", "vision_tower"},
+        }[train_type]
+    )
+    for folder in (output, output / "checkpoint-2"):
+        assert {"processor_config.json", "tokenizer.json", "chat_template.jinja"} <= set(os.listdir(folder))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data_path", "nowhere"], "--data_path nowhere does not exist"),
+        (["--data_path", "{llava}"], "holds no chat.json"),
+        (["--model_name_or_path", "nowhere"], "nowhere is no model folder"),
+        (["--model_name_or_path", "{qwen2}"], "is a qwen2 model, not a LLaVA"),
+        (["--eval_data_path", "nowhere"], "--data_path nowhere does not exist"),
+        (["--output_dir", "{llava}"], "holds model.safetensors"),
+    ],
+)
+def test_a_wrong_argument_ends_with_one_line(llava, parts, corpus, tmp_path, arguments, message):
+    command = [sys.executable, "-m", "train_llava.train", "--model_name_or_path", llava, "--data_path", corpus]
+    command += [
+        "--output_dir",
+        tmp_path / "out",
+        *(word.format(llava=llava, qwen2=parts["qwen2"]) for word in arguments),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.search(rf"^error: .*{re.escape(message)}.*$", done.stderr, re.MULTILINE)
+    assert not (tmp_path / "out").exists()
