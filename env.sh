@@ -30,7 +30,7 @@ if ! has_packages "$(command -v python3)" "$1"; then
   export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
   if ! has_packages .venv/bin/python "$1"; then
     echo "installing $1 into .venv, some minutes the first time"
-    .venv/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -r "$1"
+    .venv/bin/python -m pip install --disable-pip-version-check -r "$1"
   fi
 fi
 

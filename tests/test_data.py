@@ -9,7 +9,7 @@ from conftest import turns
 from PIL import Image
 from transformers import AutoProcessor
 
-from train_llava.data import LlavaCollator, LlavaDataset, encode_prompts, open_image, to_messages
+from train_llava.data import LlavaCollator, LlavaDataset, encode_prompts, open_image, text_of, to_messages
 
 RED = Image.new("RGB", (40, 40), "red")
 BLUE = Image.new("RGB", (60, 40), "blue")
@@ -39,7 +39,7 @@ def test_labels_are_the_answers_with_their_end_of_turn(processor, name):
     for start in starts:
         run = labels[start:].tolist()
         said.append(processor.tokenizer.decode(run[: run.index(-100)] if -100 in run else run))
-    answers = [message["content"] for message in ITEMS[name]["messages"] if message["role"] == "assistant"]
+    answers = [text_of(message) for message in ITEMS[name]["messages"] if message["role"] == "assistant"]
     assert said == [answer + "<|im_end|>" for answer in answers]
     assert torch.equal(labels[labels != -100], batch["input_ids"][0][labels != -100])
 
@@ -146,7 +146,7 @@ def test_dataset_takes_a_file_and_a_picture_folder(corpus, tmp_path):
         ({"conversations": turns("<image>\nWhat?")}, "do not take turns"),
         ({"conversations": [{"from": "cat", "value": "?"}]}, "unknown role 'cat'"),
         ({"conversations": turns("What?", "this")}, "0 <image> tags for 1 pictures"),
-        ({"conversations": turns("<image>\nWhat?", "<image>")}, "<image> in a assistant turn"),
+        ({"conversations": turns("<image>\nWhat?", "<image>")}, "<image> in a turn of role assistant"),
         ({"image": ["a.png", "b.png"]}, "1 <image> tags for 2 pictures"),
     ],
 )

@@ -67,9 +67,9 @@ def picture_names(record: dict[str, Any]) -> list[str]:
 
 
 def to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """A LLaVA record's turns as chat messages; text around an `<image>` tag becomes parts in the same order.
+    """A LLaVA record's turns as chat messages, each a list of parts: pictures, and the texts around `<image>` tags.
 
-    White space around a tag is dropped here, and the chat template writes one line break between parts, so a picture
+    White space around a part is dropped here, and the chat template writes one line break between parts, so a picture
     and its text look the same in training as in any later use.
 
     Raises:
@@ -89,11 +89,8 @@ def to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
             raise fault(f"unknown role {turn.get('from')!r}, expected one of {', '.join(ROLES)}")
         if not isinstance(text, str) or not text.strip():
             raise fault(f"a {role} turn has no text")
-        if role != "user":
-            if IMAGE_TOKEN in text:
-                raise fault(f"{IMAGE_TOKEN} in a {role} turn")
-            messages.append({"role": role, "content": text})
-            continue
+        if role != "user" and IMAGE_TOKEN in text:
+            raise fault(f"{IMAGE_TOKEN} in a turn of role {role}")
         pieces = [piece.strip() for piece in text.split(IMAGE_TOKEN)]
         content: list[dict[str, str]] = []
         for i, piece in enumerate(pieces):
@@ -109,6 +106,11 @@ def to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     if tags != len(picture_names(record)):
         raise fault(f"{tags} {IMAGE_TOKEN} tags for {len(picture_names(record))} pictures")
     return messages
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """A message as the chat template writes it: its parts in order, one a line, `<image>` for a picture."""
+    return "\n".join(part.get("text", IMAGE_TOKEN) for part in message["content"])
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -196,7 +198,7 @@ def answer_spans(
         before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
         if not text.startswith(before):
             raise ValueError("the chat template writes a question differently once it is answered")
-        answer = message["content"].strip()
+        answer = text_of(message)
         end = text.index(end_of_turn, text.index(answer, len(before)) + len(answer))
         spans.append(range(len(before), end + len(end_of_turn)))
     return text, spans

@@ -21,9 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import LlavaProcessor, PreTrainedModel
 
-from train_llava.build_model import IMAGE_TOKEN
 from train_llava.cli import parse_arguments, run_command, written_whole
-from train_llava.data import LlavaDataset
+from train_llava.data import LlavaDataset, text_of
 from train_llava.infer import generate, load_model
 
 SHEET = (4, 6)  # rows and columns of captions.png
@@ -55,10 +54,9 @@ def questions(item: dict[str, Any]) -> list[dict[str, Any]]:
     for i, message in enumerate(item["messages"]):
         if message["role"] == "assistant":
             before = item["messages"][:i]
-            shown = sum(part["type"] == "image" for m in before if m["role"] == "user" for part in m["content"])
-            parts = [part.get("text", IMAGE_TOKEN) for part in before[-1]["content"]]
-            question = {"messages": before, "images": item["images"][:shown], "prompt": "\n".join(parts)}
-            asked.append(item | question | {"reference": message["content"], "pictures": shown})
+            shown = sum(part["type"] == "image" for m in before for part in m["content"])
+            question = {"messages": before, "images": item["images"][:shown], "pictures": shown}
+            asked.append(item | question | {"prompt": text_of(before[-1]), "reference": text_of(message)})
     return asked
 
 

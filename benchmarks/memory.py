@@ -1,0 +1,53 @@
+"""Computes what each training type keeps on a GPU for the real pair, without loading or downloading anything.
+
+    python benchmarks/memory.py
+
+Counted are weights, gradients and optimizer state under ZeRO-2 in bf16. Activations come on top: they depend on the
+batch, the length of the conversations and activation checkpointing.
+"""
+
+import torch
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+
+from train_llava.build_model import count_parameters
+from train_llava.train import LEARNING_RATES, ModelArguments, set_trainable
+
+# The published configurations of openai/clip-vit-large-patch14-336 and Qwen/Qwen1.5-4B-Chat
+CLIP = CLIPVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+)
+QWEN = Qwen2Config(
+    hidden_size=2560,
+    intermediate_size=6912,
+    num_hidden_layers=40,
+    num_attention_heads=20,
+    num_key_value_heads=20,
+    vocab_size=151936,
+    tie_word_embeddings=False,
+)
+WEIGHT, GRADIENT = 2, 2  # bytes a parameter in bf16
+OPTIMIZER = 4 + 4 + 4  # the fp32 copy and AdamW's two moments
+GPUS = (1, 8)
+
+
+def main() -> None:
+    print("| type | trainable | " + " | ".join(f"GB a GPU, {n} GPU{'s' * (n > 1)}" for n in GPUS) + " |")
+    print("|---|---:|" + "---:|" * len(GPUS))
+    for train_type in LEARNING_RATES:
+        with torch.device("meta"):
+            model = LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIP, text_config=QWEN))
+            model = set_trainable(model, train_type, ModelArguments("real pair"))
+        counts = count_parameters(model).values()
+        trainable, total = (sum(column) for column in zip(*counts, strict=True))
+        # ZeRO-2 shares gradients and optimizer state out among the GPUs; every GPU holds all weights
+        sizes = [(total * WEIGHT + trainable * (GRADIENT + OPTIMIZER) / n) / 1e9 for n in GPUS]
+        print(f"| `{train_type}` | {trainable / 1e6:,.0f} M | " + " | ".join(f"{size:.1f}" for size in sizes) + " |")
+
+
+if __name__ == "__main__":
+    main()
