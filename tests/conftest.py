@@ -42,22 +42,23 @@ SENTENCES = [
 ]
 
 
-def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """A byte-level BPE like Qwen's, with Qwen's special tokens and template; 300 tokens."""
+def make_tokenizer(
+    folder: Path, special: tuple[str, ...], template: str | None, eos: str, pad: str | None, size: int = 300
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with the special tokens and the chat template of a family; `size` tokens in all."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        SENTENCES * 4, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
-    )
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(special), initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad, chat_template=template)
+    fast.add_special_tokens({"additional_special_tokens": [token for token in special if token not in (eos, pad)]})
     fast.save_pretrained(folder)
     return fast
+
+
+NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="session")
@@ -65,11 +66,10 @@ def parts(tmp_path_factory) -> dict[str, Path]:
     """A tiny CLIP and a tiny Qwen2 chat model with spare embedding rows, in folders."""
     root = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
-    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     clip = CLIPModel(
         CLIPConfig(
-            text_config=narrow | {"num_hidden_layers": 1, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1},
-            vision_config=narrow | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 7},
+            text_config=NARROW | {"num_hidden_layers": 1, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1},
+            vision_config=NARROW | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 7},
             projection_dim=16,
         )
     )
@@ -77,10 +77,11 @@ def parts(tmp_path_factory) -> dict[str, Path]:
     CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
         root / "clip"
     )
-    tokenizer = make_tokenizer(root / "qwen2")
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer = make_tokenizer(root / "qwen2", special, CHATML, "<|im_end|>", "<|endoftext|>")
     language_model = Qwen2ForCausalLM(
         Qwen2Config(
-            **narrow,
+            **NARROW,
             num_key_value_heads=1,
             num_hidden_layers=2,
             vocab_size=320,

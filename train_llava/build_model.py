@@ -9,12 +9,14 @@ Both models keep their weights; only the projector between them is new. The fold
 `LlavaForConditionalGeneration` checkpoint: weights, processor, chat template and generation config.
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from jinja2.exceptions import UndefinedError
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -26,6 +28,7 @@ from transformers import (
     AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaImageProcessor,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -74,7 +77,14 @@ class BuildArguments:
             "help": "default drops the class token, full keeps all; auto: default where there is a class token."
         },
     )
+    image_aspect_ratio: Literal["crop", "pad"] = field(
+        default="crop",
+        metadata={
+            "help": "crop: as the tower's own processor does; pad: to a square first, as LLaVA-1.5, sides kept."
+        },
+    )
     skip_checks: bool = field(default=False, metadata={"help": "Do not run the assembled model before naming it."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a checkpoint."})
 
 
 def with_structured_content(chat_template: str) -> str:
@@ -105,11 +115,9 @@ def load_vision_tower(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
     """
     model = AutoModel.from_pretrained(name_or_path, dtype=dtype)
     tower = model.vision_model if "vision_config" in model.config.sub_configs else model
-    if tower.main_input_name != "pixel_values" or tower.config.model_type not in (
-        "clip_vision_model",
-        "siglip_vision_model",
-        "siglip2_vision_model",
-    ):
+    if tower.config.model_type == "siglip2_vision_model":
+        raise ValueError(f"{name_or_path} takes pictures of any size (NaFlex): take a SigLIP 2 of one picture size")
+    if tower.config.model_type not in ("clip_vision_model", "siglip_vision_model"):
         raise ValueError(f"{name_or_path} is a {model.config.model_type} model, not a CLIP or SigLIP vision tower")
     return tower
 
@@ -119,9 +127,24 @@ def make_processor(
     tokenizer: PreTrainedTokenizerBase,
     tower: PreTrainedModel,
     vision_feature_select_strategy: str,
+    image_aspect_ratio: str = "crop",
 ) -> LlavaProcessor:
-    """The processor that writes as many `<image>` tokens as the tower gives features, for this tower and tokenizer."""
+    """The processor that writes as many `<image>` tokens as the tower gives features, for this tower and tokenizer.
+
+    Raises:
+        ValueError: the tower's image processor makes pictures of another size than the tower takes.
+    """
     image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path)
+    if image_aspect_ratio == "pad":
+        kept = ("size", "resample", "image_mean", "image_std", "rescale_factor")
+        settings = {name: value for name, value in image_processor.to_dict().items() if name in kept}
+        image_processor = LlavaImageProcessor(do_pad=True, do_center_crop=False, **settings)
+    made = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[-1]
+    if made != tower.config.image_size:
+        raise ValueError(
+            f"the image processor of {vision_model_name_or_path} makes pictures of {made} pixels a side, "
+            f"its vision tower takes {tower.config.image_size}"
+        )
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
@@ -137,19 +160,19 @@ def number_of_class_tokens(tower: PreTrainedModel) -> int:
     return tower.embeddings.num_positions - tower.embeddings.num_patches
 
 
-def load_tokenizer(language_model_name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The language model's tokenizer with `<image>`, a pad token and a template that takes structured content.
 
     Raises:
         ValueError: it has no chat template, so the model is not a chat model.
     """
-    tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
         raise ValueError(f"{language_model_name_or_path} has no chat template: take the model's chat version")
     tokenizer.chat_template = with_structured_content(tokenizer.chat_template)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or end_of_turn_token(tokenizer)
     return tokenizer
 
 
@@ -237,10 +260,11 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
     ]
 
     input_ids, pixel_values = example_inputs(processor)
-    found.append(("text-only logits", _difference(model(input_ids=input_ids).logits[..., : logits.shape[-1]], logits)))
+    our_logits = model(input_ids=input_ids).logits[..., : logits.shape[-1]]
+    found.append(("text-only logits", _difference("text-only logits", our_logits, logits)))
 
     hidden = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True).hidden_states
-    found.append(("vision features", _difference(hidden[config.vision_feature_layer], features)))
+    found.append(("vision features", _difference("vision features", hidden[config.vision_feature_layer], features)))
 
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -257,11 +281,14 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
     return found
 
 
-def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> str:
+def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> str:
     """States the largest difference, relative to the largest value; past the precision's noise it is an error."""
     relative = ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
     if not relative <= (1e-4 if theirs.dtype == torch.float32 else 3e-2):
-        raise ValueError(f"the assembled model differs from its parts by {relative:.1e} of the largest value")
+        raise ValueError(
+            f"the {name} differ from the part's own by {relative:.0e} of the largest: this architecture does "
+            "something that a LLaVA of transformers does not"
+        )
     return f"equal to the part's own (difference {relative:.0e})"
 
 
@@ -272,7 +299,9 @@ def build_model(
     dtype: str = "auto",
     vision_feature_layer: int = -2,
     vision_feature_select_strategy: str = "auto",
+    image_aspect_ratio: str = "crop",
     skip_checks: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """Writes the LLaVA checkpoint `output_dir`; see `BuildArguments` for the arguments.
 
@@ -280,14 +309,18 @@ def build_model(
         OSError, ValueError: a part cannot be loaded or the outcome is not right; nothing is left behind.
     """
     with written_whole(output_dir) as folder:
-        tokenizer = load_tokenizer(language_model_name_or_path)
+        tokenizer = load_tokenizer(language_model_name_or_path, trust_remote_code)
         print(f"language model  {language_model_name_or_path}")
-        language_model = AutoModelForCausalLM.from_pretrained(language_model_name_or_path, dtype=dtype).eval()
+        language_model = AutoModelForCausalLM.from_pretrained(
+            language_model_name_or_path, dtype=dtype, trust_remote_code=trust_remote_code
+        ).eval()
         print(f"vision tower    {vision_model_name_or_path}")
         vision_tower = load_vision_tower(vision_model_name_or_path, language_model.dtype).eval()
         if vision_feature_select_strategy == "auto":
             vision_feature_select_strategy = "default" if number_of_class_tokens(vision_tower) else "full"
-        processor = make_processor(vision_model_name_or_path, tokenizer, vision_tower, vision_feature_select_strategy)
+        processor = make_processor(
+            vision_model_name_or_path, tokenizer, vision_tower, vision_feature_select_strategy, image_aspect_ratio
+        )
         if not skip_checks:
             references = reference_outputs(vision_tower, language_model, processor, vision_feature_layer)
         model = assemble(vision_tower, language_model, tokenizer, vision_feature_layer, vision_feature_select_strategy)
@@ -319,7 +352,33 @@ def load_checkpoint(
     )
     if loading["missing_keys"]:
         raise ValueError(f"{model_name_or_path} lacks weights, {min(loading['missing_keys'])} for one")
-    return model, AutoProcessor.from_pretrained(model_name_or_path)
+    processor = AutoProcessor.from_pretrained(model_name_or_path)
+    complete_processor(processor, model)
+    return model, processor
+
+
+def complete_processor(processor: LlavaProcessor, model: LlavaForConditionalGeneration) -> None:
+    """Fills in what processors saved by older versions of transformers lack, and says so on standard error."""
+    derived = []
+    if processor.patch_size is None:
+        processor.patch_size = model.config.vision_config.patch_size
+        processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = number_of_class_tokens(model.model.vision_tower)
+        derived.append("the patch size")
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if not template:
+        raise ValueError(f"{model.name_or_path} has no chat template")
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    processor.tokenizer.chat_template = processor.chat_template = template
+    try:
+        takes_parts = IMAGE_TOKEN in processor.apply_chat_template([{"role": "user", "content": content}])
+    except (TypeError, UndefinedError):  # a template that adds strings
+        takes_parts = False
+    if not takes_parts:
+        processor.tokenizer.chat_template = processor.chat_template = with_structured_content(template)
+        derived.append("a chat template that takes pictures")
+    if derived:
+        print(f"{model.name_or_path} lacks {' and '.join(derived)}: derived from its config", file=sys.stderr)
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -117,10 +117,12 @@ def set_trainable(
     if train_type == "full":
         tower = model.model.vision_tower
         tower.requires_grad_(True)
-        tower.post_layernorm.requires_grad_(False)
         layers = tower.encoder.layers
         # hidden_states[0] is the embedding, hidden_states[i] what layer i - 1 gives
-        layers[range(len(layers) + 1)[model.config.vision_feature_layer] :].requires_grad_(False)
+        behind = [layers[range(len(layers) + 1)[model.config.vision_feature_layer] :]]
+        behind += [module for name, module in tower.named_children() if name in ("post_layernorm", "head")]
+        for module in behind:
+            module.requires_grad_(False)
     return model
 
 

@@ -1,0 +1,318 @@
+"""Language models of every family and towers of every kind come out right: numbers, tokens, templates."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CHATML, NARROW, make_tokenizer
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+)
+
+from train_llava.build_model import build_model, load_checkpoint
+from train_llava.data import LlavaCollator, to_messages
+from train_llava.infer import generate
+from train_llava.train import ModelArguments, set_trainable
+
+LM = NARROW | {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256}
+QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+# The formats of the families, as their published templates write them
+QWEN3 = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + "
+    "m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ '<s>' }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m.role == 'user' %}"
+    "{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ '<bos>' }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + "
+    "m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+PHI = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
+)
+PHI_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
+
+# config, special tokens, template, eos, pad, tokens in the tokenizer, rows in the embedding, stops, end of turn
+FAMILIES = {
+    "qwen2, tied, spare rows": (
+        Qwen2Config(**LM, tie_word_embeddings=True), QWEN, CHATML, "<|im_end|>", "<|endoftext|>", 300, 320, [2, 0], 2
+    ),
+    "qwen3, untied, full": (
+        Qwen3Config(**LM, tie_word_embeddings=False), QWEN, QWEN3, "<|im_end|>", "<|endoftext|>", 300, 300, [2, 0], 2
+    ),
+    "llama, no pad, full, tied": (
+        LlamaConfig(**LM, tie_word_embeddings=True),
+        ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        LLAMA3, "<|eot_id|>", None, 300, 300, [1, 4], 4,
+    ),
+    "mistral, pad is eos, one stop": (
+        MistralConfig(**LM), ("<unk>", "<s>", "</s>", "[INST]", "[/INST]"), MISTRAL, "</s>", "</s>", 300, 300, 2, 2
+    ),
+    "gemma, tied, stop at eos alone": (
+        GemmaConfig(**LM, tie_word_embeddings=True),
+        ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"), GEMMA, "<eos>", "<pad>", 300, 384, 1, 4,
+    ),
+    "gemma3, tied": (
+        Gemma3TextConfig(**LM, tie_word_embeddings=True),
+        ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"), GEMMA, "<eos>", "<pad>", 300, 384, [1, 4], 4,
+    ),
+    "phi3, eos after the last turn": (
+        Phi3Config(**{k: v for k, v in LM.items() if k != "head_dim"}, pad_token_id=0), PHI_TOKENS, PHI,
+        "<|endoftext|>", "<|endoftext|>", 300, 320, [0], 4,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built(parts, tmp_path_factory):
+    """Every family assembled once with the tiny CLIP: name -> (language model folder, LLaVA folder)."""
+    folders = {}
+
+    def build(name):
+        if name not in folders:
+            config, special, template, eos, pad, tokens, rows, stops, _ = FAMILIES[name]
+            root = tmp_path_factory.mktemp("family")
+            tokenizer = make_tokenizer(root / "lm", special, template, eos, pad, tokens)
+            config.vocab_size = rows
+            config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config)
+            model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
+            model.save_pretrained(root / "lm")
+            build_model(str(parts["clip"]), str(root / "lm"), str(root / "llava"))
+            folders[name] = root / "lm", root / "llava"
+        return folders[name]
+
+    return build
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_alone_is_answered_word_for_word_as_before(built, name):
+    folder, llava = built(name)
+    alone, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, processor = load_checkpoint(str(llava))
+    conversation = [{"role": "user", "content": "What is this?"}]
+    inputs = tokenizer.apply_chat_template(
+        conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids = inputs["input_ids"]
+    answer = tokenizer.decode(alone.generate(**inputs, max_new_tokens=12)[0, ids.shape[1] :], skip_special_tokens=True)
+    assert generate(model, processor, [conversation], [], 12) == [answer.strip()]
+    prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)
+    assert torch.equal(processor.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"], ids)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_rows_stops_and_ties(built, name):
+    config, *_, pad, tokens, rows, stops, end_of_turn = FAMILIES[name]
+    folder, llava = built(name)
+    alone = AutoModelForCausalLM.from_pretrained(folder)
+    model, processor = load_checkpoint(str(llava))
+    tokenizer = processor.tokenizer
+    assert tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id == tokens
+    assert len(tokenizer) == tokens + 1
+    assert model.get_input_embeddings().num_embeddings == max(rows, 320)
+    assert torch.equal(model.get_input_embeddings().weight[:rows], alone.get_input_embeddings().weight)
+    assert torch.equal(model.lm_head.weight[:rows], alone.get_output_embeddings().weight)
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    assert tied == model.config.tie_word_embeddings == config.tie_word_embeddings
+    assert tokenizer.pad_token == (pad or tokenizer.eos_token)
+    kept = stops if isinstance(stops, list) else [stops]
+    assert set(model.generation_config.eos_token_id) == {*kept, end_of_turn}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_labels_are_the_answers_with_their_end_of_turn(built, name):
+    _, processor = load_checkpoint(str(built(name)[1]))
+    texts = ["<image>\nWhat is this?", "a red square", "And?", "It is red."]
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    messages = to_messages({"id": 0, "image": "x", "conversations": turns})
+    item = {"id": "0", "messages": messages, "images": [Image.new("RGB", (28, 28))]}
+    labels = LlavaCollator(processor)([item])["labels"][0]
+    end = processor.tokenizer.convert_ids_to_tokens(FAMILIES[name][-1])
+    said = processor.tokenizer.decode(labels[labels != -100])
+    # Mistral writes a space before an answer; Qwen3 an empty thought before the last one
+    before = {"mistral": " "}.get(name.split(",")[0], "")
+    thought = {"qwen3": "<think>\n\n</think>\n\n"}.get(name.split(",")[0], "")
+    assert said == f"{before}a red square{end}{before}{thought}It is red.{end}"
+
+
+OUTSIDE = """
+import json, sys
+sys.modules["train_llava"] = None  # an import of this repo's package would fail
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+model, processor = AutoModelForImageTextToText.from_pretrained(sys.argv[1]), AutoProcessor.from_pretrained(sys.argv[1])
+image = Image.new("RGB", (50, 30), "red")
+parts = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
+answers = []
+for content in (parts, "<image>\\nWhat is this?"):
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+    answers.append(processor.decode(output, skip_special_tokens=True))
+ask = pipeline("image-text-to-text", model=sys.argv[1])
+said = ask(text=[{"role": "user", "content": parts}], return_full_text=False,
+           generate_kwargs={"max_new_tokens": 8, "do_sample": False})
+print(json.dumps([*answers, said[0]["generated_text"]]))
+"""
+
+
+@pytest.mark.parametrize("name", ["qwen2, tied, spare rows", "mistral, pad is eos, one stop"])
+def test_a_process_without_this_package_gives_the_same_answers(built, name, tmp_path):
+    llava = built(name)[1]
+    done = subprocess.run(
+        [sys.executable, "-c", OUTSIDE, llava], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    model, processor = load_checkpoint(str(llava))
+    parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    ours = generate(model, processor, [[{"role": "user", "content": parts}]], [Image.new("RGB", (50, 30), "red")], 8)
+    assert [answer.strip() for answer in json.loads(done.stdout)] == ours * 3
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Gemma2Config(**LM, final_logit_softcapping=0.01), "text-only logits differ"),
+        (PhiConfig(**{k: v for k, v in LM.items() if k != "head_dim"}), "text-only logits differ"),
+    ],
+)
+def test_what_a_llava_cannot_hold_is_refused(parts, tmp_path, config, reason):
+    tokenizer = make_tokenizer(tmp_path / "lm", QWEN, CHATML, "<|im_end|>", "<|endoftext|>")
+    config.vocab_size, config.pad_token_id, config.bos_token_id = 320, 0, None
+    config.eos_token_id = tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_config(config)
+    if model.lm_head.bias is not None:
+        torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(tmp_path / "lm")
+    with pytest.raises(ValueError, match=reason):
+        build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "out" / "model"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def make_tower(folder, kind: str, size: int, patch: int) -> None:
+    torch.manual_seed(0)
+    vision = NARROW | {"num_hidden_layers": 3, "image_size": size, "patch_size": patch}
+    if kind == "clip":
+        CLIPVisionModel(CLIPVisionConfig(**vision)).save_pretrained(folder)
+        processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    else:
+        text = NARROW | {
+            "num_hidden_layers": 1,
+            "vocab_size": 64,
+            "pad_token_id": 1,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+        }
+        SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+        processor = SiglipImageProcessorPil(size={"height": size, "width": size})
+    processor.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "patch", "options", "tokens"),
+    [
+        ("clip", 32, 16, {}, 4),
+        ("clip", 42, 14, {}, 9),
+        ("clip", 28, 7, {"vision_feature_select_strategy": "full"}, 17),
+        ("clip", 28, 7, {"vision_feature_layer": -1}, 16),
+        ("clip", 28, 7, {"vision_feature_layer": 1, "image_aspect_ratio": "pad"}, 16),
+        ("siglip", 32, 8, {}, 16),
+        ("siglip", 42, 14, {"vision_feature_layer": -1, "image_aspect_ratio": "pad"}, 9),
+    ],
+)
+def test_towers(parts, tmp_path, kind, size, patch, options, tokens):
+    make_tower(tmp_path / "tower", kind, size, patch)
+    build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "llava"), **options)
+    model, processor = load_checkpoint(str(tmp_path / "llava"))
+    wide = Image.new("RGB", (90, 30), "white")
+    inputs = processor(images=wide, text="<image>", return_tensors="pt")
+    assert inputs["input_ids"].shape == (1, tokens)
+    hidden = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    layer = options.get("vision_feature_layer", -2)
+    keeps_all = kind == "siglip" or options.get("vision_feature_select_strategy") == "full"
+    expected = model.model.multi_modal_projector(hidden[layer][:, 0 if keeps_all else 1 :])
+    assert torch.allclose(model.get_image_features(inputs["pixel_values"]).pooler_output[0], expected[0], atol=1e-6)
+    edges = inputs["pixel_values"][0, :, 0]  # a padded picture has the mean colour above it, a cropped one white
+    padded = options.get("image_aspect_ratio") == "pad"
+    assert (edges.abs().max() < 0.05) == padded
+    item = {"id": "x", "messages": to_messages({"image": "x", "conversations": [
+        {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "white"}]}), "images": [wide]}  # fmt: skip
+    set_trainable(model, "full", ModelArguments("m"))
+    model(**LlavaCollator(processor)([item])).loss.backward()
+    unused = {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    }
+    assert unused == set()
+
+
+def test_a_processor_that_does_not_fit_its_tower_is_refused(parts, tmp_path):
+    make_tower(tmp_path / "tower", "clip", 28, 7)
+    CLIPImageProcessorPil(size={"shortest_edge": 35}, crop_size={"height": 35, "width": 35}).save_pretrained(
+        tmp_path / "tower"
+    )
+    with pytest.raises(ValueError, match="makes pictures of 35 pixels a side, its vision tower takes 28"):
+        build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "llava"))
+
+
+def test_a_checkpoint_of_the_tutorial_opens_as_it_is(llava, parts, tmp_path, capsys):
+    old = tmp_path / "old"
+    model, processor = load_checkpoint(str(llava))
+    model.save_pretrained(old)
+    processor.image_processor.save_pretrained(old)
+    processor.tokenizer.chat_template = AutoTokenizer.from_pretrained(parts["qwen2"]).chat_template
+    processor.tokenizer.save_pretrained(old)
+    assert not (old / "processor_config.json").exists()
+    capsys.readouterr()
+    again, derived = load_checkpoint(str(old))
+    assert "lacks the patch size and a chat template that takes pictures" in capsys.readouterr().err
+    _, processor = load_checkpoint(str(llava))
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    picture = [Image.new("RGB", (50, 30), "red")]
+    assert generate(again, derived, [question], picture, 8) == generate(model, processor, [question], picture, 8)
+
+
+def test_code_of_a_checkpoint_runs_only_when_trusted(parts, tmp_path):
+    folder = tmp_path / "lm"
+    make_tokenizer(folder, QWEN, CHATML, "<|im_end|>", "<|endoftext|>")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    with pytest.raises((OSError, ValueError), match="trust_remote_code"):
+        build_model(str(parts["clip"]), str(folder), str(tmp_path / "out"))
+    assert not (tmp_path / "ran").exists()
