@@ -1,49 +1,54 @@
-"""Train the two small pretrained models that a LLaVA is built of, a CLIP and a Qwen2 chat model, on the training split.
+"""Train the two small pretrained models that a LLaVA is built of, a CLIP and a Qwen2 chat model, on training data.
 
-Both start from random weights and see the training split alone. The CLIP learns which caption, English or Chinese,
-belongs to which picture. The chat model never sees a picture: it learns to answer the questions of the data from the
-shuffled words of a caption, in the language of the question, so it restores word order and translates.
+Both start from random weights and see nothing but the training split. The CLIP learns which caption, English or
+Chinese, belongs to which picture. The chat model never sees a picture: where a question has one, it gets the shuffled
+words of a caption instead, and learns to answer with the caption in the language of the question.
+
+The two are trained side by side, each in a process of one thread: models this small gain little from a second thread,
+and on a busy machine they lose by it.
 """
 
+import argparse
 import json
 import math
 import random
+import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPConfig,
     CLIPImageProcessorPil,
+    CLIPModel,
     CLIPTokenizer,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
     get_cosine_schedule_with_warmup,
 )
+from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 LANGUAGES = ("en", "zh")
-VOCABULARY = 2560  # tokens in each tokenizer: nearly every English word and the commoner Chinese ones are one token
+PICTURE_SIZE = 72  # pixels a side, as make_data.py draws them
+TEXT_LENGTH = 32  # tokens, of which the longest caption takes 21
+VOCABULARY = 2560  # tokens per tokenizer: the commoner words, English and Chinese, are one token each
 
-CLIP_EPOCHS, CLIP_BATCH, CLIP_LR = 100, 128, 1e-3
-QWEN2_EPOCHS, QWEN2_BATCH, QWEN2_LR = 12, 32, 2e-3
+CLIP_EPOCHS, CLIP_BATCH, CLIP_LR = 75, 128, 1e-3
+QWEN2_EPOCHS, QWEN2_BATCH, QWEN2_LR = 9, 32, 2e-3
 
 # Words that tell apart the pictures of one motif: "man farmer dark skin tone" and "woman farmer" are both a "farmer".
-VARYING = set(
-    [
-        "man",
-        "men",
-        "woman",
-        "women",
-        "person",
-        "people",
-        "skin",
-        "tone",
-        "light",
-        "medium-light",
-        "medium",
-        "medium-dark",
-        "dark",
-    ]
-)
+GENDERS = {"man", "men", "woman", "women", "person", "people"}
+TONES = {"light", "medium-light", "medium", "medium-dark", "dark", "skin", "tone"}
 
 # Qwen1.5's ChatML, with its default system prompt.
 CHAT_TEMPLATE = (
@@ -58,17 +63,16 @@ CHAT_TEMPLATE = (
 
 
 def read_data(data_dir: Path) -> tuple[list[Path], dict[str, list[str]], dict[str, list[str]]]:
-    """chat.json -> picture files, captions per language in the same order, and the distinct questions per language."""
+    """chat.json -> picture files, their captions per language in the same order, and the questions per language."""
     chat_file = data_dir / "chat.json"
     if not chat_file.is_file():
-        raise SystemExit(f"make_parts: no {chat_file}; run make_data.py first and pass its train folder as --data_dir")
-    records = json.loads(chat_file.read_text(encoding="utf-8"))
+        raise SystemExit(f"make_parts: no {chat_file}: run make_data.py, then pass its train folder as --data_dir")
     captions = {language: {} for language in LANGUAGES}
     questions = {language: set() for language in LANGUAGES}
-    for record in records:
+    for record in json.loads(chat_file.read_text(encoding="utf-8")):
         question, answer = (turn["value"] for turn in record["conversations"])
         captions[record["language"]][record["image"]] = answer
-        questions[record["language"]].add(question.replace("<image>", "").strip())
+        questions[record["language"]].add(question)
     images = list(captions["en"])
     return (
         [data_dir / "images_dl" / image for image in images],
@@ -77,8 +81,17 @@ def read_data(data_dir: Path) -> tuple[list[Path], dict[str, list[str]], dict[st
     )
 
 
-def optimizer_and_schedule(model: torch.nn.Module, lr: float, steps: int):
-    """AdamW that spares biases and norms its weight decay, with a short warmup and a cosine down to zero."""
+def start_alone() -> None:
+    """Give a training process its one thread and its seeds."""
+    torch.set_num_threads(1)
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+def make_optimizer(
+    model: torch.nn.Module, lr: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW that spares biases and norms the weight decay, with a short warmup and a cosine down to zero."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -86,31 +99,40 @@ def optimizer_and_schedule(model: torch.nn.Module, lr: float, steps: int):
     return optimizer, get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=100, num_training_steps=steps)
 
 
-def parameters_in_millions(model: torch.nn.Module) -> float:
-    return sum(p.numel() for p in model.parameters()) / 1e6
+def take_step(
+    model: torch.nn.Module,
+    loss: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
 
 
 def augment(pixels: torch.Tensor) -> torch.Tensor:
-    """Turn (8 degrees at most), scale (10 %) and shift (4 %) white-backed pictures; pixels [n, 3, h, w] in 0..1."""
+    """Turn (8 degrees at most), scale (10 %) and shift (4 %) pictures on white; pixels [n, 3, height, width], 0..1."""
     turn = (torch.rand(len(pixels)) * 2 - 1) * math.radians(8)
     scale = 1 + (torch.rand(len(pixels)) * 2 - 1) * 0.1
-    shift = (torch.rand(len(pixels), 2) * 2 - 1) * 0.08  # the picture's sides are at -1 and 1
+    shift = (torch.rand(len(pixels), 2) * 2 - 1) * 0.08  # in half sides: affine_grid puts the edges at -1 and 1
     cos, sin = scale * turn.cos(), scale * turn.sin()
     affine = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(affine, list(pixels.shape), align_corners=False)
-    # grid_sample pads with 0, so white is moved to 0 and back.
+    # grid_sample fills what comes into view with 0, so white is moved to 0 and back.
     return F.grid_sample(pixels - 1, grid, align_corners=False) + 1
 
 
 def contrastive_batches(captions: list[str]) -> list[list[int]]:
-    """One epoch of indices, each batch made of up to 16 pictures of one motif, then of the next, and so on.
+    """One epoch of picture indices, each batch made of up to 16 pictures of one motif, then of the next, and so on.
 
     These are the hard negatives: only skin tone, gender and hair tell a motif's pictures apart, so the features have
-    to hold them. Drawn at random from the whole split, such pictures would hardly ever meet in a batch.
+    to hold them. Drawn at random from the whole split, such pictures would hardly ever meet in one batch.
     """
     motifs = defaultdict(list)
     for index, caption in enumerate(captions):
-        motifs[" ".join(word for word in caption.split() if word not in VARYING)].append(index)
+        motifs[" ".join(word for word in caption.split() if word not in GENDERS | TONES)].append(index)
     runs = []
     for members in motifs.values():
         random.shuffle(members)
@@ -121,23 +143,200 @@ def contrastive_batches(captions: list[str]) -> list[list[int]]:
 
 
 def train_clip(files: list[Path], captions: dict[str, list[str]], output_dir: Path) -> None:
-    """Contrastive training from random weights; writes the model (fp16), image processor and tokenizer."""
-    tokenizer = CLIPTokenizer().train_new_from_iterator(
-        [caption for language in LANGUAGES for caption in captions[language]], VOCABULARY, show_progress=False
+    """Train a CLIP contrastively from random weights; save it in fp16 with its image processor and tokenizer."""
+    start_alone()
+    everything = [caption for language in LANGUAGES for caption in captions[language]]
+    tokenizer = CLIPTokenizer().train_new_from_iterator(everything, VOCABULARY, show_progress=False)
+    tokenizer.model_max_length = TEXT_LENGTH
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": PICTURE_SIZE}, crop_size={"height": PICTURE_SIZE, "width": PICTURE_SIZE}
     )
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 72}, crop_size={"height": 72, "width": 72})
-    pixels = processor([Image.open(file) for file in files], do_normalize=False, return_tensors="pt").pixel_values
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    texts = {l: tokenizer(captions[l], padding=True, return_tensors="pt") for l in LANGUAGES}
+    pictures = [Image.open(file) for file in tqdm(files, desc="reading pictures")]
+    pixels = processor(pictures, do_normalize=False, return_tensors="pt").pixel_values  # [n, 3, 72, 72], 0..1
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
 
-    text_config = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        bos_token_id=tokenizer.bos_token_id,
+    text_config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": TEXT_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    # 16 patches of 18 pixels: at equal time they learned more than 36 patches of 12, and a LLaVA's prompt is shorter.
+    vision_config = {
+        "hidden_size": 192,
+        "intermediate_size": 768,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "image_size": PICTURE_SIZE,
+        "patch_size": 18,
+    }
+    model = CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=128))
+    print(f"CLIP: {model.num_parameters() / 1e6:.2f} M parameters, {len(files)} pictures, {CLIP_EPOCHS} epochs")
+    optimizer, schedule = make_optimizer(model, CLIP_LR, CLIP_EPOCHS * (len(files) // CLIP_BATCH))
+    for _ in (progress := tqdm(range(CLIP_EPOCHS), desc="CLIP epochs", position=0)):
+        losses = []
+        for batch in contrastive_batches(captions["en"]):
+            # A picture meets its caption in one language, drawn anew each time.
+            texts = [captions[random.choice(LANGUAGES)][index] for index in batch]
+            inputs = tokenizer(texts, padding=True, return_tensors="pt")
+            text = F.normalize(model.text_projection(model.text_model(**inputs).pooler_output), dim=-1)
+            normalized = (augment(pixels[batch]) - mean) / std
+            vision = model.vision_model(pixel_values=normalized, output_hidden_states=True)
+            # A LLaVA drops the class token and reads the patches one layer below the top, so their mean is matched to
+            # the caption as well. Otherwise the class token alone may gather what the picture as a whole shows.
+            patches = model.vision_model.post_layernorm(vision.hidden_states[-2][:, 1:].mean(dim=1))
+            loss = torch.zeros(())
+            for pooled in (vision.pooler_output, patches):
+                picture = F.normalize(model.visual_projection(pooled), dim=-1)
+                loss = loss + image_text_contrastive_loss(model.logit_scale.exp() * text @ picture.T) / 2
+            take_step(model, loss, optimizer, schedule)
+            losses.append(loss.item())
+        progress.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
+    for part in (model.half(), processor, tokenizer):
+        part.save_pretrained(output_dir)
+
+
+def shuffled_words(caption: str) -> str:
+    """The caption's words in random order, some of them twice: what a picture's patches may bring, but as text."""
+    words = [word for word in caption.split() for _ in range(random.randint(1, 2))]
+    random.shuffle(words)
+    return " ".join(words)
+
+
+def train_qwen2(captions: dict[str, list[str]], questions: dict[str, list[str]], output_dir: Path) -> None:
+    """Train a Qwen2 chat model on text alone from random weights; save it in fp16 with its tokenizer."""
+    start_alone()
+    frame = ["system\nYou are a helpful assistant", "user\n", "assistant\n"]
+    asked = [question.replace("<image>", "").strip() for language in LANGUAGES for question in questions[language]]
+    everything = [caption for language in LANGUAGES for caption in captions[language]]
+    # A caption's words come at the start and after a space. The frame is in each prompt, so its words get tokens too.
+    corpus = everything + [" " + caption for caption in everything] + 200 * (frame + asked)
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        corpus, VOCABULARY, new_special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False
+    )
+    tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", CHAT_TEMPLATE
+
+    # As in the published models, the table has rows to spare: added tokens such as <image> need no resizing.
+    config = Qwen2Config(
+        vocab_size=VOCABULARY + 64,
+        hidden_size=192,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    model = Qwen2ForCausalLM(config)
+    print(f"Qwen2: {model.num_parameters() / 1e6:.2f} M parameters, {len(everything)} captions, {QWEN2_EPOCHS} epochs")
+
+    def encode(index: int, language: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and labels (-100 up to the answer) of one exchange that ends in captions[language][index]."""
+        words = shuffled_words(captions[random.choice(LANGUAGES)][index])
+        message = {"role": "user", "content": random.choice(questions[language]).replace("<image>", words)}
+        prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        prompt_ids = tokenizer(prompt).input_ids
+        answer_ids = tokenizer(captions[language][index] + "<|im_end|>").input_ids
+        return torch.tensor(prompt_ids + answer_ids), torch.tensor([-100] * len(prompt_ids) + answer_ids)
+
+    exchanges = [(index, language) for index in range(len(captions["en"])) for language in LANGUAGES]
+    steps_per_epoch = math.ceil(len(exchanges) / QWEN2_BATCH)
+    optimizer, schedule = make_optimizer(model, QWEN2_LR, QWEN2_EPOCHS * steps_per_epoch)
+    for _ in (progress := tqdm(range(QWEN2_EPOCHS), desc="Qwen2 epochs", position=1)):
+        random.shuffle(exchanges)
+        losses = []
+        for start in range(0, len(exchanges), QWEN2_BATCH):
+            encoded = [encode(*exchange) for exchange in exchanges[start : start + QWEN2_BATCH]]
+            input_ids, labels = zip(*encoded, strict=True)
+            # Padding is on the right of a causal model and has no labels, so it needs no attention mask.
+            input_ids = pad_sequence(input_ids, batch_first=True, padding_value=tokenizer.pad_token_id)
+            labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+            loss = model(input_ids=input_ids, labels=labels).loss
+            take_step(model, loss, optimizer, schedule)
+            losses.append(loss.item())
+        progress.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
+    stops = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
+    for part in (model.half(), tokenizer):
+        part.save_pretrained(output_dir)
+
+
+@torch.inference_mode()
+def report(
+    parts_dir: Path, files: list[Path], captions: dict[str, list[str]], questions: dict[str, list[str]]
+) -> None:
+    """Open both parts from disk, as a user would, and print what each can do on training data, and their size."""
+    clip = CLIPModel.from_pretrained(parts_dir / "clip", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(parts_dir / "clip")
+    pixels = AutoImageProcessor.from_pretrained(parts_dir / "clip")(
+        [Image.open(file) for file in files], return_tensors="pt"
+    )
+    for language in LANGUAGES:
+        inputs = tokenizer(captions[language], padding=True, return_tensors="pt")
+        nearest = clip(**inputs, **pixels).logits_per_image.argmax(dim=1)
+        share = (nearest == torch.arange(len(files))).float().mean()
+        print(f"CLIP: {share:.1%} of {len(files)} pictures lie nearest to their own caption ({language})")
+
+    qwen2 = Qwen2ForCausalLM.from_pretrained(parts_dir / "qwen2", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(parts_dir / "qwen2", padding_side="left")
+    sample = random.sample(range(len(files)), 200)
+    for language in LANGUAGES:
+        chats = [
+            [
+                {
+                    "role": "user",
+                    "content": questions[language][0].replace("<image>", shuffled_words(captions["en"][index])),
+                }
+            ]
+            for index in sample
+        ]
+        inputs = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+        )
+        answers = qwen2.generate(**inputs, max_new_tokens=TEXT_LENGTH, do_sample=False)[
+            :, inputs["input_ids"].shape[1] :
+        ]
+        answers = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        right = sum(answer == captions[language][index] for answer, index in zip(answers, sample, strict=True))
+        print(
+            f"Qwen2: {right / len(sample):.1%} of {len(sample)} shuffled English captions answered right ({language})"
+        )
+    size = sum(file.stat().st_size for file in parts_dir.rglob("*") if file.is_file())
+    print(f"{parts_dir}: {size / 2**20:.1f} MiB")
+
+
+def main() -> None:
+    here = Path(__file__).parent
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data_dir", type=Path, default=here / "data" / "train", help="The train/ folder that make_data.py wrote."
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=here / "parts", help="Folder to write clip/ and qwen2/ into."
+    )
+    args = parser.parse_args()
+
+    files, captions, questions = read_data(args.data_dir)
+    start = time.monotonic()
+    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
+        running = [
+            pool.submit(train_clip, files, captions, args.output_dir / "clip"),
+            pool.submit(train_qwen2, captions, questions, args.output_dir / "qwen2"),
+        ]
+        for part in running:
+            part.result()
+    print(f"trained both parts in {(time.monotonic() - start) / 60:.1f} min")
+    random.seed(0)
+    report(args.output_dir, files, captions, questions)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The embedded example from end to end: draw the data, assemble, train in two stages on two ranks, judge on held-out
+# pictures. `bash run_zero2.sh` without arguments runs this in the right environment.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=output/openmoji
+data=$out/data
+parts=examples/openmoji/parts
+
+stage() { printf '\n== %s (%d:%02d)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
+
+if [ -e "$out" ]; then
+  echo "$out is there from an earlier run and is made anew"
+  rm -rf "$out"
+fi
+
+stage "1/5 draw the pictures and write their captions to $data"
+python3 examples/openmoji/make_data.py --output_dir "$data"
+
+stage "2/5 assemble CLIP and Qwen2 into a LLaVA in $out/llava"
+python3 -m train_llava.build_model --output_dir "$out/llava" \
+  --vision_model_name_or_path "$parts/clip" --language_model_name_or_path "$parts/qwen2" --dtype float32
+
+stage "3/5 stage 1: train the projector alone, in $out/stage1"
+bash run_zero2.sh --train_type projector --model_name_or_path "$out/llava" \
+  --data_path "$data/train" --output_dir "$out/stage1" \
+  --per_device_train_batch_size 32 --num_train_epochs 2 --learning_rate 3e-3 --save_strategy no
+
+stage "4/5 stage 2: train the projector and the language model, in $out/stage2"
+bash run_zero2.sh --train_type freeze_vision --model_name_or_path "$out/stage1" \
+  --data_path "$data/train" --output_dir "$out/stage2" \
+  --per_device_train_batch_size 32 --num_train_epochs 8 --learning_rate 2e-3 --save_strategy no
+
+stage "5/5 ask about pictures that were held out, in $out/evaluation"
+python3 -m train_llava.evaluate --model_name_or_path "$out/stage2" --data_path "$data/heldout" \
+  --output_dir "$out/evaluation" --blank_control true --batch_size 64 --max_new_tokens 32
+stage "done"
