@@ -95,25 +95,36 @@ def check_split(train: dict[str, Image.Image], heldout: dict[str, Image.Image]) 
             raise SystemExit(f"make_data: held-out '{name}': training has the same caption")
 
 
-def write_split(pictures: dict[str, Image.Image], directory: Path) -> None:
-    """Write images_dl/*.png, named by code points as OpenMoji's own files, and chat.json: a record per language."""
+def conversation(text: str, index: int, languages: tuple[str, ...]) -> list[dict[str, str]]:
+    """A question and the caption in each language, one after the other; the picture goes with the first question."""
+    turns = []
+    for language in languages:
+        question = QUESTIONS[language][index % len(QUESTIONS[language])]
+        if not turns:
+            tag_first = index // len(QUESTIONS[language]) % 2 == 0
+            question = f"<image>\n{question}" if tag_first else f"{question}\n<image>"
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": caption(text, language)}]
+    return turns
+
+
+def write_split(pictures: dict[str, Image.Image], directory: Path, asked: list[tuple[str, ...]]) -> None:
+    """Write images_dl/*.png, named by code points as OpenMoji's own files, and chat.json.
+
+    Each picture has one record for each entry of `asked`, the languages it is asked in, in that order. Two questions
+    about one picture cost little more than one: the picture and the system prompt are read once.
+    """
     (directory / "images_dl").mkdir(parents=True, exist_ok=True)
     records = []
     for index, (text, picture) in enumerate(tqdm(pictures.items(), desc=f"writing {directory}")):
         name = "-".join(f"{ord(c):04X}" for c in text)
         picture.save(directory / "images_dl" / f"{name}.png")
-        for language, questions in QUESTIONS.items():
-            question = questions[index % len(questions)]
-            tag_first = index // len(questions) % 2 == 0
+        for languages in asked:
             records.append(
                 {
-                    "id": f"{name}-{language}",
+                    "id": "-".join([name, *languages]),
                     "image": f"{name}.png",
-                    "language": language,
-                    "conversations": [
-                        {"from": "human", "value": f"<image>\n{question}" if tag_first else f"{question}\n<image>"},
-                        {"from": "gpt", "value": caption(text, language)},
-                    ],
+                    "language": "-".join(languages),
+                    "conversations": conversation(text, index, languages),
                 }
             )
     (directory / "chat.json").write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -129,8 +140,8 @@ def main() -> None:
     train = {text: picture for text, picture in pictures.items() if not is_held_out(text)}
     heldout = {text: picture for text, picture in pictures.items() if is_held_out(text)}
     check_split(train, heldout)
-    write_split(train, args.output_dir / "train")
-    write_split(heldout, args.output_dir / "heldout")
+    write_split(train, args.output_dir / "train", [("en", "zh"), ("zh", "en")])
+    write_split(heldout, args.output_dir / "heldout", [("en",), ("zh",)])
     print(f"{len(train)} pictures to train on, {len(heldout)} held out, in {args.output_dir}")
 
 

@@ -1,0 +1,52 @@
+"""The commands in both READMEs parse, and both give the same ones."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from transformers import HfArgumentParser
+
+from train_llava.build_model import BuildArguments
+from train_llava.evaluate import EvaluateArguments
+from train_llava.infer import InferArguments
+from train_llava.merge_lora import MergeArguments
+from train_llava.train import DataArguments, ModelArguments, TrainArguments
+
+ROOT = Path(__file__).parent.parent
+ARGUMENTS = {
+    "build_model": (BuildArguments,),
+    "evaluate": (EvaluateArguments,),
+    "infer": (InferArguments,),
+    "merge_lora": (MergeArguments,),
+    "train": (ModelArguments, DataArguments, TrainArguments),
+}
+
+
+def commands(name: str) -> list[str]:
+    """The shell commands of a README, each on one line."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+    return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def test_both_languages_give_the_same_commands():
+    assert [" ".join(c.split()) for c in commands("README.md")] == [
+        " ".join(c.split()) for c in commands("README_zh.md")
+    ]
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in commands("README.md") if re.match(r"(python -m train_llava|bash run_z)", c)]
+)
+def test_a_command_parses(command):
+    words = shlex.split(command)
+    module, arguments = ("train", words[2:]) if words[0] == "bash" else (words[2].split(".")[1], words[3:])
+    if arguments:
+        HfArgumentParser(ARGUMENTS[module]).parse_args_into_dataclasses(arguments)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md", "examples/openmoji/README.md"])
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target

@@ -1,0 +1,52 @@
+"""The embedded example from end to end, and the notebooks on what it leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(path.name for path in ROOT.glob("code*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def default_run() -> Path:
+    """`bash run_zero2.sh` without arguments, in the environment of the tests."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.pop("OMP_NUM_THREADS", None)
+    done = subprocess.run(
+        ["bash", "run_zero2.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return ROOT / "output" / "openmoji"
+
+
+@pytest.mark.slow
+def test_the_default_run_names_half_of_the_pictures_it_never_saw(default_run):
+    metrics = json.loads((default_run / "evaluation" / "metrics.json").read_text())
+    english = {name: scores["by_language"]["en"]["exact_match"] for name, scores in metrics["controls"].items()}
+    assert metrics["by_language"]["en"]["exact_match"] >= 0.5
+    assert english["blank_pictures"] < 0.05
+    assert english["most_frequent_answer"] < 0.05
+    assert metrics["by_language"]["en"]["n"] == metrics["by_language"]["zh"]["n"] == 329
+    assert (default_run / "evaluation" / "captions.png").stat().st_size > 100_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs_from_top_to_bottom(default_run, name):
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": ROOT}}).execute()
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_is_committed_with_its_outputs(name):
+    cells = [cell for cell in nbformat.read(ROOT / name, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
