@@ -181,12 +181,13 @@ def stream_items(
 
 
 def answer_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], end_of_turn: str
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], end_of_turn: str, hand_over: str = ""
 ) -> tuple[str, list[range]]:
     """A conversation as the chat template writes it, and the stretches of it the model has to say.
 
-    A stretch begins where the template hands over to the assistant and ends with the end-of-turn token. Both are found
-    by rendering, so any template will do that writes a longer conversation as a continuation of a shorter one.
+    A stretch begins where the template hands over to the assistant and ends with the end-of-turn token. `hand_over` is
+    what the template writes there (see `hand_over_of`); where that is unknown the place is found by rendering the
+    conversation up to it, which takes a template that writes a longer conversation as a continuation of a shorter one.
 
     Returns:
         The text, and one `range` of character positions for each assistant turn.
@@ -195,40 +196,60 @@ def answer_spans(
         ValueError: the template rewrites earlier turns, so the stretches cannot be told.
     """
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = []
+    spans: list[range] = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        if not text.startswith(before):
-            raise ValueError("the chat template writes a question differently once it is answered")
+        if hand_over:
+            start = text.index(hand_over, spans[-1].stop if spans else 0) + len(hand_over)
+        else:
+            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+            if not text.startswith(before):
+                raise ValueError("the chat template writes a question differently once it is answered")
+            start = len(before)
         answer = text_of(message)
-        end = text.index(end_of_turn, text.index(answer, len(before)) + len(answer))
-        spans.append(range(len(before), end + len(end_of_turn)))
+        end = text.index(end_of_turn, text.index(answer, start) + len(answer))
+        spans.append(range(start, end + len(end_of_turn)))
     return text, spans
 
 
+def hand_over_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes to hand over to the assistant; empty where that cannot be told from other text.
+
+    It can where it holds a special token, which no text of a turn does, and where it is the same whether the answer is
+    still to come or stands there.
+    """
+    question, answer = ({"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant"))
+    asked = tokenizer.apply_chat_template([question], tokenize=False)
+    handed_over = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    added = handed_over.removeprefix(asked)
+    special = any(token in added for token in tokenizer.all_special_tokens)
+    answered = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    same = handed_over.startswith(asked) and answered.startswith(handed_over)
+    return added if special and same else ""
+
+
 def encode(
-    processor: LlavaProcessor, messages: list[dict[str, Any]], end_of_turn: str, picture_tokens: int
-) -> tuple[list[int], list[int]]:
+    processor: LlavaProcessor,
+    messages: list[dict[str, Any]],
+    end_of_turn: str,
+    hand_over: str,
+    picture_tokens: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """A conversation as token ids and labels, `(T,)` each; a label is its token's id where the assistant speaks.
 
     The text is tokenised once, with one `<image>` for each picture, and labelled by the tokens' own positions in it;
     then each `<image>` is repeated for the `picture_tokens` features it stands for.
     """
-    text, spans = answer_spans(processor.tokenizer, messages, end_of_turn)
+    text, spans = answer_spans(processor.tokenizer, messages, end_of_turn, hand_over)
     encoding = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for token_id, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-        if token_id == processor.image_token_id:
-            input_ids += [token_id] * picture_tokens
-            labels += [IGNORE] * picture_tokens
-        else:
-            input_ids.append(token_id)
-            said = any(span.start <= start and end <= span.stop and start < end for span in spans)
-            labels.append(token_id if said else IGNORE)
-    return input_ids, labels
+    input_ids = np.array(encoding["input_ids"])
+    starts, ends = np.array(encoding["offset_mapping"]).T
+    said = np.zeros(len(input_ids), dtype=bool)
+    for span in spans:
+        said |= (span.start <= starts) & (ends <= span.stop) & (starts < ends)
+    repeats = np.where(input_ids == processor.image_token_id, picture_tokens, 1)
+    return np.repeat(input_ids, repeats), np.repeat(np.where(said, input_ids, IGNORE), repeats)
 
 
 class LlavaCollator:
@@ -247,6 +268,7 @@ class LlavaCollator:
         self.processor = processor
         self.max_length = max_length
         self.end_of_turn = end_of_turn_token(processor.tokenizer)
+        self.hand_over = hand_over_of(processor.tokenizer)
         self.control_tokens = set(processor.tokenizer.all_special_tokens) - {processor.image_token}
         self.fast = agrees(processor.image_processor)
         pixel_values = self.prepare([Image.new("RGB", (32, 32))])
@@ -261,7 +283,7 @@ class LlavaCollator:
             return prepare_pictures(self.processor.image_processor, images)
         return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
-    def encode(self, item: dict[str, Any]) -> tuple[list[int], list[int]]:
+    def encode(self, item: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """An item's token ids and labels, see `encode`.
 
         Raises:
@@ -273,28 +295,30 @@ class LlavaCollator:
             for token in self.control_tokens:
                 if token in text:
                     raise BadRecordError(item["id"], f"the control token {token} in a turn of role {message['role']}")
-        input_ids, labels = encode(self.processor, item["messages"], self.end_of_turn, self.picture_tokens)
+        input_ids, labels = encode(
+            self.processor, item["messages"], self.end_of_turn, self.hand_over, self.picture_tokens
+        )
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise BadRecordError(item["id"], f"{len(input_ids)} tokens, --max_length is {self.max_length}")
-        if all(label == IGNORE for label in labels):
+        if (labels == IGNORE).all():
             raise BadRecordError(item["id"], "no token to learn")
         return input_ids, labels
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         encoded = [item["encoded"] if "encoded" in item else self.encode(item) for item in items]
-        rows = [(input_ids, [1] * len(input_ids), labels) for input_ids, labels in encoded]
+        rows = [(input_ids, np.ones_like(input_ids), labels) for input_ids, labels in encoded]
         images = [image for item in items for image in item["images"]]
         if not images:
             # Without a picture the projector would get no gradient, and other ranks would wait for it forever. So one
             # blank picture follows the first row's last token, where no token can see it: its gradient is zero.
             images = [Image.new("RGB", (self.side, self.side))]
-            input_ids, mask, labels = rows[0]
-            blank = [self.processor.image_token_id] * self.picture_tokens
-            rows[0] = (input_ids + blank, mask + [0] * len(blank), labels + [IGNORE] * len(blank))
-
+            blank = (self.processor.image_token_id, 0, IGNORE)
+            rows[0] = tuple(
+                np.append(row, [value] * self.picture_tokens) for row, value in zip(rows[0], blank, strict=True)
+            )
         padding = (self.processor.tokenizer.pad_token_id, 0, IGNORE)
         input_ids, attention_mask, labels = (
-            pad_sequence([torch.tensor(row[i]) for row in rows], batch_first=True, padding_value=padding[i])
+            pad_sequence([torch.from_numpy(row[i]) for row in rows], batch_first=True, padding_value=padding[i])
             for i in range(3)
         )
         logits_to_keep = torch.zeros_like(labels, dtype=torch.bool)

@@ -31,6 +31,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from itertools import groupby, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -356,8 +357,13 @@ def read_picture(pictures: Path, name: str) -> bytes | Path:
             file.seek(offset)
             return file.read(size)
     path = pictures / name
-    if not path.resolve().is_relative_to(pictures.resolve()):
+    if not path.resolve().is_relative_to(_resolved(pictures)):
         raise ValueError(f"{name} lies outside the picture folder {pictures}")
     if path.is_dir():
         raise ValueError(f"{name} is a folder")
     return path
+
+
+@lru_cache
+def _resolved(folder: Path) -> Path:
+    return folder.resolve()
