@@ -276,7 +276,7 @@ def test_the_fast_path_gives_the_processors_pixels(processor):
     ).abs()
     level = 1 / 255 / 0.26  # of 256, divided by the deviation
     assert difference.max() < 8 * level  # noise is the worst case
-    assert difference.mean() < 0.02 * level
+    assert difference.mean() < 0.2 * level
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
