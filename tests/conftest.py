@@ -2,10 +2,12 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-cache-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and threads that wait for each other are slow
 
 import numpy as np

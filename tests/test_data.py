@@ -9,7 +9,9 @@ from conftest import turns
 from PIL import Image
 from transformers import AutoProcessor
 
-from train_llava.data import LlavaCollator, LlavaDataset, encode_prompts, open_image, text_of, to_messages
+from train_llava.data import LlavaCollator, LlavaDataset, encode_prompts
+from train_llava.pictures import open_image
+from train_llava.records import text_of, to_messages
 
 RED = Image.new("RGB", (40, 40), "red")
 BLUE = Image.new("RGB", (60, 40), "blue")
@@ -54,7 +56,7 @@ def test_ids_and_pictures_are_those_of_the_processor(processor, name):
     assert torch.equal(batch["input_ids"][:, :length], expected["input_ids"])
     assert batch["attention_mask"].sum() == length
     if images:
-        assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+        assert torch.allclose(batch["pixel_values"], expected["pixel_values"], atol=1e-5)
 
 
 def test_the_training_prompt_is_the_question_prompt(processor):
@@ -141,8 +143,8 @@ def test_dataset_takes_a_file_and_a_picture_folder(corpus, tmp_path):
     ("change", "message"),
     [
         ({"conversations": []}, "no conversations"),
-        ({"conversations": turns("<image>\nWhat?", "  ")}, "assistant turn has no text"),
-        ({"conversations": turns("<image>\nWhat?", None)}, "assistant turn has no text"),
+        ({"conversations": turns("<image>\nWhat?", "  ")}, "a turn of role assistant has no text"),
+        ({"conversations": turns("<image>\nWhat?", None)}, "a turn of role assistant has no text"),
         ({"conversations": turns("<image>\nWhat?")}, "do not take turns"),
         ({"conversations": [{"from": "cat", "value": "?"}]}, "unknown role 'cat'"),
         ({"conversations": turns("What?", "this")}, "0 <image> tags for 1 pictures"),
@@ -153,8 +155,8 @@ def test_dataset_takes_a_file_and_a_picture_folder(corpus, tmp_path):
 def test_a_malformed_record_is_refused_by_name(tmp_path, change, message):
     record = {"id": 7, "image": "a.png", "conversations": turns("<image>\nWhat?", "this")} | change
     (tmp_path / "chat.json").write_text(json.dumps([record]))
-    with pytest.raises(ValueError, match=rf"record 7: .*{message}"):
-        LlavaDataset(str(tmp_path))
+    with pytest.raises(ValueError, match=rf"record '7': .*{message}"):
+        LlavaDataset(str(tmp_path))[0]
 
 
 def test_a_picture_outside_the_folder_is_refused(tmp_path):

@@ -30,8 +30,9 @@ from transformers import (
 )
 
 from train_llava.build_model import build_model, load_checkpoint
-from train_llava.data import LlavaCollator, to_messages
+from train_llava.data import LlavaCollator
 from train_llava.infer import generate
+from train_llava.records import to_messages
 from train_llava.train import ModelArguments, set_trainable
 
 LM = NARROW | {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256}

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -161,6 +162,38 @@ def test_every_type_trains_on_two_ranks(llava, corpus, tmp_path, train_type):
     )
     for folder in (output, output / "checkpoint-2"):
         assert {"processor_config.json", "tokenizer.json", "chat_template.jinja"} <= set(os.listdir(folder))
+
+
+def test_bad_records_are_skipped_and_named_on_two_ranks_with_workers(llava, corpus, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(corpus / "images_dl", data / "images_dl")
+    (data / "images_dl" / "broken.png").write_bytes((data / "images_dl" / "0.png").read_bytes()[:50])
+    good = json.loads((corpus / "chat.json").read_text())
+    records = [record | {"id": f"{i} {record['id']}"} for i in range(25) for record in good]
+    bad = {90: {"image": "broken.png"}, 371: {"conversations": []}}  # 0.5 % of 400
+    for i, change in bad.items():
+        records[i] = records[i] | change
+    (data / "chat.json").write_text(json.dumps(records))
+    done = run_zero2(
+        llava, data, tmp_path / "run", "--num_train_epochs", "2", "--per_device_train_batch_size", "10",
+        "--dataloader_num_workers", "2", "--train_type", "projector",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted(entry["id"] for entry in log) == sorted(records[i]["id"] for i in bad)
+    assert len(logged(tmp_path / "run")) == 2 * 400 / 20
+
+
+def test_too_many_bad_records_stop_the_run_with_one_line(llava, corpus, tmp_path):
+    records = json.loads((corpus / "chat.json").read_text())
+    records[3]["conversations"] = []
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    command = [sys.executable, "-m", "train_llava.train", "--model_name_or_path", llava, "--data_path", tmp_path]
+    command += ["--image_dir", corpus / "images_dl", "--output_dir", tmp_path / "out", "--dataloader_num_workers", "1"]
+    done = subprocess.run([*command, "--report_to", "none"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "error: 1 of 16 records are bad, more than --max_bad_fraction" in done.stderr
 
 
 @pytest.mark.parametrize(

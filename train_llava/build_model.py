@@ -333,6 +333,44 @@ def build_model(
         print(f"{what:<26}{outcome}")
 
 
+def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor]:
+    """The configuration and the processor of a LLaVA checkpoint, a folder or a hub id.
+
+    What processors saved by older versions of transformers lack is derived, and said so on standard error.
+
+    Raises:
+        ValueError: there is no checkpoint of that name, or it is not a LLaVA; the message says which.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model_name_or_path} is no model folder, and no model that the hub would give") from error
+    if config.model_type != "llava":
+        raise ValueError(f"{model_name_or_path} is a {config.model_type} model, not a LLaVA: see build_model")
+    processor = AutoProcessor.from_pretrained(model_name_or_path)
+    derived = []
+    if processor.patch_size is None:
+        processor.patch_size = config.vision_config.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
+        derived.append("the patch size")
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if not template:
+        raise ValueError(f"{model_name_or_path} has no chat template")
+    processor.tokenizer.chat_template = processor.chat_template = template
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+    try:
+        takes_parts = IMAGE_TOKEN in processor.apply_chat_template([question])
+    except (TypeError, UndefinedError):  # a template that adds strings
+        takes_parts = False
+    if not takes_parts:
+        processor.tokenizer.chat_template = processor.chat_template = with_structured_content(template)
+        derived.append("a chat template that takes pictures")
+    if derived:
+        print(f"{model_name_or_path} lacks {' and '.join(derived)}: derived from its config", file=sys.stderr)
+    return config, processor
+
+
 def load_checkpoint(
     model_name_or_path: str, dtype: torch.dtype | str = "auto"
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -341,44 +379,13 @@ def load_checkpoint(
     Raises:
         ValueError: there is none of that name, or it is not a whole LLaVA; the message says which.
     """
-    try:
-        config = AutoConfig.from_pretrained(model_name_or_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{model_name_or_path} is no model folder, and no model that the hub would give") from error
-    if config.model_type != "llava":
-        raise ValueError(f"{model_name_or_path} is a {config.model_type} model, not a LLaVA: see build_model")
+    _, processor = load_processor(model_name_or_path)
     model, loading = LlavaForConditionalGeneration.from_pretrained(
         model_name_or_path, dtype=dtype, output_loading_info=True
     )
     if loading["missing_keys"]:
         raise ValueError(f"{model_name_or_path} lacks weights, {min(loading['missing_keys'])} for one")
-    processor = AutoProcessor.from_pretrained(model_name_or_path)
-    complete_processor(processor, model)
     return model, processor
-
-
-def complete_processor(processor: LlavaProcessor, model: LlavaForConditionalGeneration) -> None:
-    """Fills in what processors saved by older versions of transformers lack, and says so on standard error."""
-    derived = []
-    if processor.patch_size is None:
-        processor.patch_size = model.config.vision_config.patch_size
-        processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = number_of_class_tokens(model.model.vision_tower)
-        derived.append("the patch size")
-    template = processor.chat_template or processor.tokenizer.chat_template
-    if not template:
-        raise ValueError(f"{model.name_or_path} has no chat template")
-    content = [{"type": "image"}, {"type": "text", "text": "?"}]
-    processor.tokenizer.chat_template = processor.chat_template = template
-    try:
-        takes_parts = IMAGE_TOKEN in processor.apply_chat_template([{"role": "user", "content": content}])
-    except (TypeError, UndefinedError):  # a template that adds strings
-        takes_parts = False
-    if not takes_parts:
-        processor.tokenizer.chat_template = processor.chat_template = with_structured_content(template)
-        derived.append("a chat template that takes pictures")
-    if derived:
-        print(f"{model.name_or_path} lacks {' and '.join(derived)}: derived from its config", file=sys.stderr)
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -26,8 +26,11 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        sys.exit(f"error: {reason}")
+        # an error in a data-loader worker comes with the worker's traceback in front of it
+        text = str(error).strip()
+        if "Original Traceback" in text:
+            text = text.splitlines()[-1].partition("Error: ")[2]
+        sys.exit(f"error: {' '.join(text.split())}")
     except KeyboardInterrupt:
         sys.exit("stopped")
 

@@ -1,188 +1,193 @@
-"""From records on disk to the tensors the model is trained on: records → messages → padded batch.
+"""From records to the tensors the model is trained on: records → messages → token ids and labels → padded batch."""
 
-A data set in the LLaVA layout is a folder with `chat.json` and its pictures in `images_dl/`:
-
-    [{"id": "GCC_000", "image": "GCC_000.jpg", "conversations": [
-        {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "a red bus"}]}, …]
-"""
-
+import fcntl
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
-from datasets import Dataset
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
-from train_llava.build_model import IMAGE_TOKEN, end_of_turn_token
+from train_llava.build_model import end_of_turn_token
+from train_llava.pictures import agrees, open_image, prepare_pictures
+from train_llava.records import find_records, load_records, read_picture, table_rows, text_of
 
 IGNORE = -100  # the label that cross entropy leaves out
-ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
-def find_records(data_path: str, image_dir: str | None = None) -> tuple[Path, Path]:
-    """The file of records and the folder of pictures that `data_path` stands for.
+class BadRecordError(ValueError):
+    """A record that cannot be used: its id, and the reason."""
 
-    Raises:
-        FileNotFoundError: one of them is not there; the message says what was looked for.
-    """
-    path = Path(data_path)
-    if not path.exists():
-        raise FileNotFoundError(f"--data_path {data_path} does not exist")
-    if path.is_dir():
-        path = path / "chat.json"
-        if not path.exists():
-            raise FileNotFoundError(f"--data_path {data_path} holds no chat.json")
-    if image_dir is None:
-        folders = (path.parent / "images_dl", path.parent / "images", path.parent)
-        return path, next(folder for folder in folders if folder.is_dir())
-    if not Path(image_dir).is_dir():
-        raise FileNotFoundError(f"--image_dir {image_dir} is not a folder")
-    return path, Path(image_dir)
+    def __str__(self) -> str:
+        return f"record {self.args[0]!r}: {self.args[1]}" if len(self.args) == 2 else self.args[0]
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a `.json` file, a list of objects.
+def to_item(
+    row: dict[str, Any], pictures: Path | None, at_least: int | None = None, decode: bool = True
+) -> dict[str, Any]:
+    """A row of the table as an item of a data set, its pictures opened unless not to `decode`; see `LlavaDataset`.
 
     Raises:
-        ValueError: it is not that; the message names the file.
+        BadRecordError: the record or one of its pictures cannot be used.
     """
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
-        raise ValueError(f"{path} is not a list of records")
-    return records
-
-
-def picture_names(record: dict[str, Any]) -> list[str]:
-    """The pictures a record names: none, one, or a list."""
-    image = record.get("image")
-    return [] if image is None else image if isinstance(image, list) else [image]
-
-
-def to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """A LLaVA record's turns as chat messages, each a list of parts: pictures, and the texts around `<image>` tags.
-
-    White space around a part is dropped here, and the chat template writes one line break between parts, so a picture
-    and its text look the same in training as in any later use.
-
-    Raises:
-        ValueError: the conversation is malformed; the message names the record and the fault.
-    """
-
-    def fault(reason: str) -> ValueError:
-        return ValueError(f"record {record.get('id')!r}: {reason}")
-
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise fault("it has no conversations")
-    messages, tags = [], 0
-    for turn in turns:
-        role, text = ROLES.get(turn.get("from")), turn.get("value")
-        if role is None:
-            raise fault(f"unknown role {turn.get('from')!r}, expected one of {', '.join(ROLES)}")
-        if not isinstance(text, str) or not text.strip():
-            raise fault(f"a {role} turn has no text")
-        if role != "user" and IMAGE_TOKEN in text:
-            raise fault(f"{IMAGE_TOKEN} in a turn of role {role}")
-        pieces = [piece.strip() for piece in text.split(IMAGE_TOKEN)]
-        content: list[dict[str, str]] = []
-        for i, piece in enumerate(pieces):
-            if i > 0:
-                content.append({"type": "image"})
-            if piece:
-                content.append({"type": "text", "text": piece})
-        tags += len(pieces) - 1
-        messages.append({"role": role, "content": content})
-    roles = [message["role"] for message in messages if message["role"] != "system"]
-    if roles != ["user", "assistant"] * (len(roles) // 2):
-        raise fault("questions and answers do not take turns, beginning with a question and ending with an answer")
-    if tags != len(picture_names(record)):
-        raise fault(f"{tags} {IMAGE_TOKEN} tags for {len(picture_names(record))} pictures")
-    return messages
-
-
-def text_of(message: dict[str, Any]) -> str:
-    """A message as the chat template writes it: its parts in order, one a line, `<image>` for a picture."""
-    return "\n".join(part.get("text", IMAGE_TOKEN) for part in message["content"])
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as people see it: turned as its EXIF says, transparency on white, 16 bits scaled to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit gray, which `convert` would clip
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def open_image(path: Path | str) -> Image.Image:
-    """Reads a picture file whole.
-
-    Raises:
-        OSError, ValueError: it is not a picture, or not a whole one; the message names the file.
-    """
-    try:
-        with Image.open(path) as image:
-            return upright_rgb(image)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+        if row["fault"] is not None:
+            raise ValueError(row["fault"])
+        images = []
+        if decode:
+            sources = [(read_picture(pictures, name), name) for name in row["images"]]
+            sources += [(content, f"picture {i}") for i, content in enumerate(row["image_bytes"])]
+            images = [open_image(source, name, at_least) for source, name in sources]
+    except (OSError, ValueError) as error:
+        raise BadRecordError(row["id"], str(error)) from error
+    return {"id": row["id"], "messages": json.loads(row["messages"]), "images": images, "language": row["language"]}
 
 
 class LlavaDataset(torch.utils.data.Dataset):
-    """The records of a data set; `[i]` gives `{"id", "messages", "images", "language"}`, pictures opened then.
+    """The records of one or several data sets; `[i]` gives `{"id", "messages", "images", "language"}`.
 
-    The records are kept as JSON text in one Arrow table: a list of dicts takes several times the memory, and again in
-    every data-loader worker that touches it. Every conversation is checked here, so that a malformed one ends a run
-    before it starts; pictures are read when they are asked for.
+    The records lie in Arrow files on disk and are mapped into memory, so that neither this process nor a data-loader
+    worker holds them; pictures are opened when their record is asked for. `data_weights` says how often a pass goes
+    through each source: 2 is twice, 0.5 is half of its records, always the same half. With `at_least`, large JPEGs are
+    decoded smaller (see `open_image`).
 
     Raises:
-        OSError, ValueError: see `find_records`, `read_records` and `to_messages`.
+        OSError, ValueError: a source is not there or not in any format (see `records`); `[i]`: the record is bad.
     """
 
-    def __init__(self, data_path: str, image_dir: str | None = None):
-        path, self.image_dir = find_records(data_path, image_dir)
-        records = read_records(path)
-        for record in records:
-            to_messages(record)
-        self.records = Dataset.from_dict({"record": [json.dumps(record) for record in records]})
+    def __init__(
+        self,
+        data_path: str | list[str],
+        image_dir: str | None = None,
+        data_weights: list[float] | None = None,
+        at_least: int | None = None,
+    ):
+        paths = [data_path] if isinstance(data_path, str) else data_path
+        weights = data_weights or [1.0] * len(paths)
+        if len(weights) != len(paths):
+            raise ValueError(f"--data_weights names {len(weights)} weights for {len(paths)} data paths")
+        self.pictures = [find_records(path, image_dir)[1] for path in paths]
+        self.tables = [load_records(path, image_dir) for path in paths]
+        self.at_least = at_least
+        rng = np.random.default_rng(0)
+        picked = []
+        for source, (table, weight) in enumerate(zip(self.tables, weights, strict=True)):
+            rows = np.arange(len(table))
+            part = np.sort(rng.permutation(rows)[: round(weight % 1 * len(table))])
+            rows = np.concatenate([rows] * int(weight) + [part])
+            picked.append(np.stack([np.full(len(rows), source), rows], axis=1).astype(np.int32))
+        self.index = np.concatenate(picked)  # (records, 2): source and row
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = json.loads(self.records[index]["record"])
-        return {
-            "id": str(record.get("id", index)),
-            "messages": to_messages(record),
-            "images": [open_image(self._picture(record, name)) for name in picture_names(record)],
-            "language": record.get("language"),
-        }
+        return self.item(index)
 
-    def _picture(self, record: dict[str, Any], name: str) -> Path:
-        path = self.image_dir / name
-        if not path.resolve().is_relative_to(self.image_dir.resolve()):
-            raise ValueError(f"record {record.get('id')!r}: {name} lies outside the picture folder {self.image_dir}")
-        return path
+    def item(self, index: int, decode: bool = True) -> dict[str, Any]:
+        """`[index]`; without its pictures if they are not to be decoded."""
+        source, row = self.index[index]
+        return to_item(self.tables[source][int(row)], self.pictures[source], self.at_least, decode)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The records' lengths in characters, to group like with like without opening a picture."""
+        columns = [np.asarray(table.with_format("numpy")["length"]) for table in self.tables]
+        return np.array([columns[source][row] for source, row in self.index])
+
+
+class CheckedDataset(torch.utils.data.Dataset):
+    """A data set for training, in which a bad record never reaches the model.
+
+    A record that cannot be used (see `LlavaDataset` and `LlavaCollator.encode`) is written once, with its id and the
+    reason, to `bad_samples.jsonl` in `output_dir`, and the next good one takes its place: batches keep their size,
+    ranks stay in step, and what is seen does not depend on the number of workers.
+
+    Raises:
+        ValueError: at a bad record if `bad_samples` is `error`, or once they are more than `max_bad_fraction` of all.
+    """
+
+    def __init__(
+        self,
+        dataset: LlavaDataset,
+        collator: "LlavaCollator",
+        output_dir: str,
+        bad_samples: str = "skip",
+        max_bad_fraction: float = 0.01,
+    ):
+        self.dataset, self.collator = dataset, collator
+        self.log = Path(output_dir) / "bad_samples.jsonl"
+        self.bad_samples, self.most = bad_samples, max_bad_fraction * len(dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for i in range(index, index + len(self)):
+            try:
+                item = self.dataset[i % len(self)]
+                return item | {"encoded": self.collator.encode(item)}
+            except BadRecordError as error:
+                if self.bad_samples == "error":
+                    raise
+                found = log_bad_sample(self.log, *error.args)
+            if found > self.most:
+                raise ValueError(
+                    f"{found} of {len(self)} records are bad, more than --max_bad_fraction: see {self.log}"
+                )
+        raise ValueError("no record is good")
+
+
+def log_bad_sample(log: Path, record_id: str, reason: str) -> int:
+    """Adds a bad record to a log that ranks and workers share, unless it is there; returns how many there are."""
+    line = json.dumps({"id": record_id, "reason": reason}, ensure_ascii=False)
+    with open(log, "a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        lines = file.read().splitlines()
+        if line not in lines:
+            file.write(line + "\n")
+            lines.append(line)
+    return len(lines)
+
+
+def stream_items(
+    data_path: str, image_dir: str | None, collator: "LlavaCollator", log: Path
+) -> datasets.IterableDataset:
+    """The items of a data set of shards that is too large for the disk, read as they come, and again from the start.
+
+    Every rank and worker reads shards of its own. What is bad is logged and left out; as the stream has no end, ranks
+    stay in step.
+    """
+    files, pictures = find_records(data_path, image_dir)
+
+    def good_items(rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+        for row in rows:
+            try:
+                item = to_item(row, pictures, collator.side)
+                yield item | {"encoded": collator.encode(item)}
+            except BadRecordError as error:
+                log_bad_sample(log, *error.args)
+
+    def items(files: list[Path]) -> Iterable[dict[str, Any]]:
+        yield from good_items(table_rows(data_path, files, None))
+
+    return datasets.IterableDataset.from_generator(items, gen_kwargs={"files": files}).repeat(None)
 
 
 def answer_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], end_of_turn: str
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], end_of_turn: str, hand_over: str = ""
 ) -> tuple[str, list[range]]:
     """A conversation as the chat template writes it, and the stretches of it the model has to say.
 
-    A stretch begins where the template hands over to the assistant and ends with the end-of-turn token. Both are found
-    by rendering, so any template will do that writes a longer conversation as a continuation of a shorter one.
+    A stretch begins where the template hands over to the assistant and ends with the end-of-turn token. `hand_over` is
+    what the template writes there (see `hand_over_of`); where that is unknown the place is found by rendering the
+    conversation up to it, which takes a template that writes a longer conversation as a continuation of a shorter one.
 
     Returns:
         The text, and one `range` of character positions for each assistant turn.
@@ -191,40 +196,60 @@ def answer_spans(
         ValueError: the template rewrites earlier turns, so the stretches cannot be told.
     """
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = []
+    spans: list[range] = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        if not text.startswith(before):
-            raise ValueError("the chat template writes a question differently once it is answered")
+        if hand_over:
+            start = text.index(hand_over, spans[-1].stop if spans else 0) + len(hand_over)
+        else:
+            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+            if not text.startswith(before):
+                raise ValueError("the chat template writes a question differently once it is answered")
+            start = len(before)
         answer = text_of(message)
-        end = text.index(end_of_turn, text.index(answer, len(before)) + len(answer))
-        spans.append(range(len(before), end + len(end_of_turn)))
+        end = text.index(end_of_turn, text.index(answer, start) + len(answer))
+        spans.append(range(start, end + len(end_of_turn)))
     return text, spans
 
 
+def hand_over_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes to hand over to the assistant; empty where that cannot be told from other text.
+
+    It can where it holds a special token, which no text of a turn does, and where it is the same whether the answer is
+    still to come or stands there.
+    """
+    question, answer = ({"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant"))
+    asked = tokenizer.apply_chat_template([question], tokenize=False)
+    handed_over = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    added = handed_over.removeprefix(asked)
+    special = any(token in added for token in tokenizer.all_special_tokens)
+    answered = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    same = handed_over.startswith(asked) and answered.startswith(handed_over)
+    return added if special and same else ""
+
+
 def encode(
-    processor: LlavaProcessor, messages: list[dict[str, Any]], end_of_turn: str, picture_tokens: int
-) -> tuple[list[int], list[int]]:
+    processor: LlavaProcessor,
+    messages: list[dict[str, Any]],
+    end_of_turn: str,
+    hand_over: str,
+    picture_tokens: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """A conversation as token ids and labels, `(T,)` each; a label is its token's id where the assistant speaks.
 
     The text is tokenised once, with one `<image>` for each picture, and labelled by the tokens' own positions in it;
     then each `<image>` is repeated for the `picture_tokens` features it stands for.
     """
-    text, spans = answer_spans(processor.tokenizer, messages, end_of_turn)
+    text, spans = answer_spans(processor.tokenizer, messages, end_of_turn, hand_over)
     encoding = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for token_id, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-        if token_id == processor.image_token_id:
-            input_ids += [token_id] * picture_tokens
-            labels += [IGNORE] * picture_tokens
-        else:
-            input_ids.append(token_id)
-            said = any(span.start <= start and end <= span.stop and start < end for span in spans)
-            labels.append(token_id if said else IGNORE)
-    return input_ids, labels
+    input_ids = np.array(encoding["input_ids"])
+    starts, ends = np.array(encoding["offset_mapping"]).T
+    said = np.zeros(len(input_ids), dtype=bool)
+    for span in spans:
+        said |= (span.start <= starts) & (ends <= span.stop) & (starts < ends)
+    repeats = np.where(input_ids == processor.image_token_id, picture_tokens, 1)
+    return np.repeat(input_ids, repeats), np.repeat(np.where(said, input_ids, IGNORE), repeats)
 
 
 class LlavaCollator:
@@ -237,44 +262,63 @@ class LlavaCollator:
     - `shift_labels` `(N,)`: the labels of those positions' next tokens, row by row
 
     With the last two the model computes logits at N positions instead of B x T, to the same loss and gradients.
-
-    Raises:
-        ValueError: a conversation is longer than `max_length` or has nothing to learn; the message names the record.
     """
 
     def __init__(self, processor: LlavaProcessor, max_length: int | None = None):
         self.processor = processor
         self.max_length = max_length
         self.end_of_turn = end_of_turn_token(processor.tokenizer)
+        self.hand_over = hand_over_of(processor.tokenizer)
+        self.control_tokens = set(processor.tokenizer.all_special_tokens) - {processor.image_token}
+        self.fast = agrees(processor.image_processor)
+        pixel_values = self.prepare([Image.new("RGB", (32, 32))])
+        self.side = pixel_values.shape[-1]
+        # every picture has this size once prepared, so each stands for this many tokens
+        tokens = processor.replace_image_token({"pixel_values": pixel_values}, 0)
+        self.picture_tokens = tokens.count(processor.image_token)
+
+    def prepare(self, images: list[Image.Image]) -> torch.Tensor:
+        """`pixel_values` of pictures `(P, 3, H, W)`."""
+        if self.fast:
+            return prepare_pictures(self.processor.image_processor, images)
+        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+
+    def encode(self, item: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """An item's token ids and labels, see `encode`.
+
+        Raises:
+            BadRecordError: it is longer than `max_length`, has nothing to learn, or a text in it holds a control token
+                of the tokenizer, which would end a turn or begin one.
+        """
+        for message in item["messages"]:
+            text = text_of(message)
+            for token in self.control_tokens:
+                if token in text:
+                    raise BadRecordError(item["id"], f"the control token {token} in a turn of role {message['role']}")
+        input_ids, labels = encode(
+            self.processor, item["messages"], self.end_of_turn, self.hand_over, self.picture_tokens
+        )
+        if self.max_length is not None and len(input_ids) > self.max_length:
+            raise BadRecordError(item["id"], f"{len(input_ids)} tokens, --max_length is {self.max_length}")
+        if (labels == IGNORE).all():
+            raise BadRecordError(item["id"], "no token to learn")
+        return input_ids, labels
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        encoded = [item["encoded"] if "encoded" in item else self.encode(item) for item in items]
+        rows = [(input_ids, np.ones_like(input_ids), labels) for input_ids, labels in encoded]
         images = [image for item in items for image in item["images"]]
-        blank = not images
-        if blank:
-            images = [Image.new("RGB", (32, 32))]
-        pixel_values = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        # every picture has the same size by now, so the first one's count is everyone's
-        tokens = self.processor.replace_image_token({"pixel_values": pixel_values}, 0)
-        picture_tokens = tokens.count(self.processor.image_token)
-
-        rows = []
-        for item in items:
-            input_ids, labels = encode(self.processor, item["messages"], self.end_of_turn, picture_tokens)
-            if self.max_length is not None and len(input_ids) > self.max_length:
-                raise ValueError(f"record {item['id']!r}: {len(input_ids)} tokens, --max_length is {self.max_length}")
-            if all(label == IGNORE for label in labels):
-                raise ValueError(f"record {item['id']!r}: no token to learn")
-            rows.append((input_ids, [1] * len(input_ids), labels))
-        if blank:
+        if not images:
             # Without a picture the projector would get no gradient, and other ranks would wait for it forever. So one
             # blank picture follows the first row's last token, where no token can see it: its gradient is zero.
-            input_ids, mask, labels = rows[0]
-            pixels = [self.processor.image_token_id] * picture_tokens
-            rows[0] = (input_ids + pixels, mask + [0] * picture_tokens, labels + [IGNORE] * picture_tokens)
-
+            images = [Image.new("RGB", (self.side, self.side))]
+            blank = (self.processor.image_token_id, 0, IGNORE)
+            rows[0] = tuple(
+                np.append(row, [value] * self.picture_tokens) for row, value in zip(rows[0], blank, strict=True)
+            )
         padding = (self.processor.tokenizer.pad_token_id, 0, IGNORE)
         input_ids, attention_mask, labels = (
-            pad_sequence([torch.tensor(row[i]) for row in rows], batch_first=True, padding_value=padding[i])
+            pad_sequence([torch.from_numpy(row[i]) for row in rows], batch_first=True, padding_value=padding[i])
             for i in range(3)
         )
         logits_to_keep = torch.zeros_like(labels, dtype=torch.bool)
@@ -282,7 +326,7 @@ class LlavaCollator:
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "pixel_values": pixel_values,
+            "pixel_values": self.prepare(images),
             "labels": labels,
             "logits_to_keep": logits_to_keep,
             "shift_labels": labels[:, 1:][logits_to_keep[:, :-1]],

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from transformers import LlavaProcessor, PreTrainedModel
 
 from train_llava.cli import parse_arguments, run_command, written_whole
-from train_llava.data import LlavaDataset, text_of
+from train_llava.data import LlavaDataset
 from train_llava.infer import generate, load_model
+from train_llava.records import text_of
 
 SHEET = (4, 6)  # rows and columns of captions.png
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"]

@@ -15,7 +15,8 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from train_llava.build_model import load_checkpoint
 from train_llava.cli import parse_arguments, run_command
-from train_llava.data import encode_prompts, open_image
+from train_llava.data import encode_prompts
+from train_llava.pictures import open_image
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import matplotlib
 import torch
+from datasets import IterableDataset
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -20,7 +21,7 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainingArgumen
 
 from train_llava.build_model import count_parameters, load_checkpoint
 from train_llava.cli import parse_arguments, run_command
-from train_llava.data import LlavaCollator, LlavaDataset
+from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset, stream_items
 
 # Learning rates that make each type work, from the LLaVA-1.5 recipe (Liu et al., 2023): stage 1 trains the projector,
 # stage 2 everything after it.
@@ -40,10 +41,26 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    data_path: str = field(metadata={"help": "A folder with chat.json, or a .json file of records."})
-    image_dir: str | None = field(
-        default=None, metadata={"help": "The pictures' folder; default: images_dl/ or images/ beside the records."}
+    data_path: list[str] = field(
+        metadata={"help": "One or several: a folder with chat.json, a .json, .jsonl, .parquet or .tar file, a hub id."}
     )
+    data_weights: list[float] | None = field(
+        default=None, metadata={"help": "How often a pass goes through each data path; default: once through all."}
+    )
+    image_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "The pictures' folder or .zip; default: images_dl/, images/ or images.zip beside the records."
+        },
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read shards as they come, without a table on disk; takes --max_steps."}
+    )
+    bad_samples: Literal["skip", "error"] = field(
+        default="skip",
+        metadata={"help": "skip: log a bad record in bad_samples.jsonl and take the next; error: stop at the first."},
+    )
+    max_bad_fraction: float = field(default=0.01, metadata={"help": "Stop once more of the records are bad."})
     eval_data_path: str | None = field(default=None, metadata={"help": "Held-out data, in the same form."})
     eval_image_dir: str | None = field(default=None, metadata={"help": "Its pictures' folder, found as image_dir is."})
     max_length: int = field(default=2048, metadata={"help": "Longest conversation in tokens, pictures included."})
@@ -159,6 +176,32 @@ def check_output_dir(output_dir: str, resume: bool) -> None:
         )
 
 
+def load_data(
+    arguments: DataArguments, args: TrainArguments, collator: LlavaCollator
+) -> tuple[CheckedDataset | IterableDataset, CheckedDataset | None]:
+    """The data to train on and, where there is any, the held-out data, both free of bad records."""
+    held_out = None
+    if arguments.eval_data_path is not None:
+        held_out = LlavaDataset(arguments.eval_data_path, arguments.eval_image_dir, at_least=collator.side)
+        held_out = CheckedDataset(
+            held_out, collator, args.output_dir, arguments.bad_samples, arguments.max_bad_fraction
+        )
+        if args.eval_strategy == "no":
+            args.eval_strategy = "epoch"
+    if arguments.streaming:
+        if args.max_steps <= 0:
+            raise ValueError("--streaming has no end: set --max_steps")
+        args.accelerator_config.dispatch_batches = False  # every rank reads shards of its own
+        log = Path(args.output_dir) / "bad_samples.jsonl"
+        return stream_items(arguments.data_path, arguments.image_dir, collator, log), held_out
+    dataset = LlavaDataset(arguments.data_path, arguments.image_dir, arguments.data_weights, collator.side)
+    if args.process_index == 0:
+        print(f"{len(dataset):,} records, {len(held_out or ()):,} held out")
+    return CheckedDataset(
+        dataset, collator, args.output_dir, arguments.bad_samples, arguments.max_bad_fraction
+    ), held_out
+
+
 def main() -> None:
     model_arguments, data_arguments, args = parse_arguments(ModelArguments, DataArguments, TrainArguments)
     resume = {"true": True, "false": False, None: False}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
@@ -166,15 +209,10 @@ def main() -> None:
     if args.process_index == 0:
         print(f"train_type {args.train_type}, learning rate {args.learning_rate:g}, bf16 {args.bf16}")
 
-    train_dataset = LlavaDataset(data_arguments.data_path, data_arguments.image_dir)
-    eval_dataset = None
-    if data_arguments.eval_data_path is not None:
-        eval_dataset = LlavaDataset(data_arguments.eval_data_path, data_arguments.eval_image_dir)
-        if args.eval_strategy == "no":
-            args.eval_strategy = "epoch"
-
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model, processor = load_checkpoint(model_arguments.model_name_or_path, dtype)
+    collator = LlavaCollator(processor, data_arguments.max_length)
+    train_dataset, eval_dataset = load_data(data_arguments, args, collator)
     model = set_trainable(model, args.train_type, model_arguments)
     model.config.text_config.use_cache = False  # the Trainer turns it off in `config` only
     if args.deepspeed is None:
@@ -184,12 +222,11 @@ def main() -> None:
                 parameter.data = parameter.data.float()
     if args.process_index == 0:
         print(describe_trainable(model))
-        print(f"{len(train_dataset):,} records, {len(eval_dataset or ()):,} held out")
 
     trainer = Trainer(
         model=model,
         args=args,
-        data_collator=LlavaCollator(processor, data_arguments.max_length),
+        data_collator=collator,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,

@@ -1,0 +1,158 @@
+"""Goes through a data set before anyone trains on it: what is bad and why, how long, how large, and how it will look.
+
+    python -m train_llava.check_data --data_path data --model_name_or_path output/llava --report report.json
+
+Every record is read and, unless `--decode_pictures false`, every picture opened, in all processes the machine has; it
+never stops at a fault. With a model, conversations are counted in its tokens and one is shown as it is trained on.
+Exit code 1 where a record is bad.
+"""
+
+import json
+import os
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from train_llava.build_model import load_processor
+from train_llava.cli import parse_arguments, run_command
+from train_llava.data import IGNORE, BadRecordError, LlavaCollator, LlavaDataset
+
+CHUNK = 500  # records a process takes at once
+EXAMPLES = 3  # of each fault
+
+
+@dataclass
+class CheckArguments:
+    data_path: list[str] = field(metadata={"help": "One or several data sets, as train takes them."})
+    image_dir: str | None = field(default=None, metadata={"help": "The pictures' folder or .zip, as train takes it."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A LLaVA checkpoint, to count its tokens."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest conversation in tokens, as train has it."})
+    decode_pictures: bool = field(default=True, metadata={"help": "false: look at the records alone, much faster."})
+    report: str | None = field(
+        default=None, metadata={"help": "A .json file for the outcome; histograms go into a .png of the same name."}
+    )
+    num_proc: int = field(default=len(os.sched_getaffinity(0)), metadata={"help": "Processes to use."})
+
+
+worker: dict[str, Any] = {}  # what a process opens once: the data set and, with a model, the collator
+
+
+def open_data(arguments: CheckArguments) -> None:
+    """Opens the data set, and the model's processor, in a process."""
+    worker["dataset"] = LlavaDataset(arguments.data_path, arguments.image_dir)
+    worker["collator"] = None
+    if arguments.model_name_or_path is not None:
+        _, processor = load_processor(arguments.model_name_or_path)
+        worker["collator"] = LlavaCollator(processor, arguments.max_length)
+    worker["decode"] = arguments.decode_pictures
+
+
+def look_through(start: int, stop: int) -> dict[str, list]:
+    """What the records from `start` to `stop` are like: their faults, and the sizes of the good ones."""
+    dataset, collator, decode = worker["dataset"], worker["collator"], worker["decode"]
+    found: dict[str, list] = {"faults": [], "tokens": [], "characters": [], "sides": []}
+    for i in range(start, stop):
+        try:
+            item = dataset.item(i, decode)
+            if collator is not None:
+                found["tokens"].append(len(collator.encode(item)[0]))
+            found["characters"].append(
+                sum(len(part.get("text", "")) for m in item["messages"] for part in m["content"])
+            )
+            found["sides"] += [side for image in item["images"] for side in image.size]
+        except BadRecordError as error:
+            found["faults"].append(error.args)
+    return found
+
+
+def kind_of(reason: str) -> str:
+    """A reason without the names and numbers of one record, so that like faults are counted together."""
+    return re.sub(r"'[^']*'|<[^>]*>|\S*[/.]\S+|\d+", "…", reason)
+
+
+def summary(values: list[int]) -> dict[str, float]:
+    """The spread of a list of sizes."""
+    at = {"min": 0, "median": 50, "p95": 95, "p99": 99, "max": 100}
+    return {name: float(np.percentile(values, q)) for name, q in at.items()} if values else {}
+
+
+def draw_histograms(found: dict[str, list], path: Path) -> None:
+    """Draws how long the conversations are and how large the pictures, one panel each."""
+    names = {"tokens": "tokens a conversation", "characters": "characters a conversation", "sides": "pixels a side"}
+    panels = [(label, found[name]) for name, label in names.items() if found[name]]
+    figure = Figure(figsize=(4.5 * len(panels), 3), layout="constrained")
+    for axes, (label, values) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
+        axes.hist(values, bins=40)
+        axes.set(xlabel=label, ylabel="number")
+    figure.savefig(path, dpi=120)
+
+
+def show_sample(dataset: LlavaDataset, collator: LlavaCollator) -> str:
+    """The first good record as the model is trained on it; what it has to say stands between ⟦ and ⟧."""
+    for i in range(len(dataset)):
+        try:
+            item = dataset[i]
+            input_ids, labels = collator.encode(item)
+        except BadRecordError:
+            continue
+        tokenizer, pieces = collator.processor.tokenizer, []
+        for said, group in groupby(zip(input_ids, labels, strict=True), lambda pair: pair[1] != IGNORE):
+            ids = [token_id for token_id, _ in group]
+            pictures = [k for k, _ in groupby(ids)] if not said else ids
+            pieces.append(f"⟦{tokenizer.decode(ids)}⟧" if said else tokenizer.decode(pictures))
+        return f"record {item['id']!r}, {len(input_ids)} tokens:\n" + "".join(pieces)
+    return "no record is good"
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(CheckArguments)
+    open_data(arguments)
+    total = len(worker["dataset"])
+    found: dict[str, list] = {"faults": [], "tokens": [], "characters": [], "sides": []}
+    starts = range(0, total, CHUNK)
+    with ProcessPoolExecutor(arguments.num_proc, get_context("spawn"), open_data, (arguments,)) as pool:
+        parts = pool.map(look_through, starts, [min(start + CHUNK, total) for start in starts])
+        for part in tqdm(parts, total=len(starts), desc="looking", unit=f" x {CHUNK} records"):
+            for name, values in part.items():
+                found[name] += values
+
+    kinds: dict[str, list] = {}
+    for record_id, reason in found["faults"]:
+        kinds.setdefault(kind_of(reason), []).append({"id": record_id, "reason": reason})
+    report = {
+        "records": total,
+        "bad": len(found["faults"]),
+        "faults": {kind: {"count": len(bad), "examples": bad[:EXAMPLES]} for kind, bad in kinds.items()},
+        **{name: summary(found[name]) for name in ("tokens", "characters", "sides") if found[name]},
+    }
+    print(f"{total:,} records, {report['bad']:,} bad")
+    for kind, bad in sorted(kinds.items(), key=lambda entry: -len(entry[1])):
+        print(f"{len(bad):>9,}  {kind}")
+        for example in bad[:EXAMPLES]:
+            print(f"{'':11}{example['id']}: {example['reason']}")
+    for name in ("tokens", "characters", "sides"):
+        if found[name]:
+            print(f"{name:<11}" + "  ".join(f"{key} {value:,.0f}" for key, value in report[name].items()))
+    if worker["collator"] is not None:
+        print(show_sample(worker["dataset"], worker["collator"]))
+    if arguments.report is not None:
+        path = Path(arguments.report)
+        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        draw_histograms(found, path.with_suffix(".png"))
+        print(f"written to {path} and {path.with_suffix('.png')}")
+    sys.exit(1 if found["faults"] else 0)
+
+
+if __name__ == "__main__":
+    matplotlib.use("Agg")
+    run_command(main)
