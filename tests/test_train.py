@@ -1,5 +1,6 @@
 """What trains is exactly what the type says, and the loss does not depend on how a batch is split."""
 
+import io
 import json
 import os
 import re
@@ -7,16 +8,19 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import turns
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from train_llava import train
 from train_llava.build_model import count_parameters, load_checkpoint
-from train_llava.data import LlavaCollator, LlavaDataset
+from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.infer import load_model
 from train_llava.train import LEARNING_RATES, ModelArguments, TrainArguments, set_trainable
 
@@ -182,6 +186,53 @@ def test_bad_records_are_skipped_and_named_on_two_ranks_with_workers(llava, corp
     log = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert sorted(entry["id"] for entry in log) == sorted(records[i]["id"] for i in bad)
     assert len(logged(tmp_path / "run")) == 2 * 400 / 20
+
+
+def test_grouping_by_length_opens_no_picture(llava, corpus, tmp_path, monkeypatch):
+    records = json.loads((corpus / "chat.json").read_text())
+    for i, record in enumerate(records):
+        record["conversations"][-1]["value"] = "a" * (i + 1)
+    (tmp_path / "chat.json").write_text(json.dumps(records * 8))
+    dataset = LlavaDataset(str(tmp_path), str(corpus / "images_dl"))
+    assert dataset.lengths()[3] == len("<image>\nWhat is this?") + 4
+    _, processor = load_checkpoint(str(llava))
+    collator = LlavaCollator(processor)
+    args = TrainArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, train_sampling_strategy="group_by_length"
+    )
+    monkeypatch.setattr(LlavaDataset, "__getitem__", None)
+    trainer = train.LlavaTrainer(
+        load_checkpoint(str(llava))[0], args, collator, CheckedDataset(dataset, collator, str(tmp_path))
+    )
+    order = list(trainer._get_train_sampler())
+    assert sorted(order) == list(range(128))
+    lengths = np.array(dataset.lengths())[order].reshape(-1, 4)
+    assert np.ptp(lengths, axis=1).mean() < 3  # 9 in random order
+
+
+def test_streaming_trains_on_two_ranks(llava, corpus, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for i in range(2):
+        with tarfile.open(shards / f"{i}.tar", "w") as archive:
+            for j in range(8):
+                record = {
+                    "id": f"{i}-{j}",
+                    "conversations": turns("<image>\nWhat is this?", "a red square" * (j != 3)),
+                }
+                picture = (corpus / "images_dl" / f"{j}.png").read_bytes()
+                for ending, content in (("png", picture), ("json", json.dumps(record).encode())):
+                    member = tarfile.TarInfo(f"{i}{j}.{ending}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    done = run_zero2(
+        llava, shards, tmp_path / "run", "--streaming", "true", "--max_steps", "10", "--train_type", "projector",
+        "--per_device_train_batch_size", "2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(logged(tmp_path / "run")) == 10
+    log = [json.loads(line)["id"] for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted(log) == ["0-3", "1-3"]
 
 
 def test_too_many_bad_records_stop_the_run_with_one_line(llava, corpus, tmp_path):

@@ -2,7 +2,7 @@
 
 import fcntl
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,10 @@ class LlavaDataset(torch.utils.data.Dataset):
         source, row = self.index[index]
         return to_item(self.tables[source][int(row)], self.pictures[source], self.at_least, decode)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """The records' lengths in characters, to group like with like without opening a picture."""
-        columns = [np.asarray(table.with_format("numpy")["length"]) for table in self.tables]
-        return np.array([columns[source][row] for source, row in self.index])
+    def lengths(self) -> list[int]:
+        """The records' lengths in characters, by which like can be put with like without opening a picture."""
+        columns = [table.data.column("length").to_numpy() for table in self.tables]
+        return [int(columns[source][row]) for source, row in self.index]
 
 
 class CheckedDataset(torch.utils.data.Dataset):
@@ -146,6 +145,7 @@ class CheckedDataset(torch.utils.data.Dataset):
 def log_bad_sample(log: Path, record_id: str, reason: str) -> int:
     """Adds a bad record to a log that ranks and workers share, unless it is there; returns how many there are."""
     line = json.dumps({"id": record_id, "reason": reason}, ensure_ascii=False)
+    log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
@@ -157,27 +157,29 @@ def log_bad_sample(log: Path, record_id: str, reason: str) -> int:
 
 
 def stream_items(
-    data_path: str, image_dir: str | None, collator: "LlavaCollator", log: Path
+    data_path: str | list[str], image_dir: str | None, collator: "LlavaCollator", log: Path
 ) -> datasets.IterableDataset:
-    """The items of a data set of shards that is too large for the disk, read as they come, and again from the start.
+    """The items of data sets of shards that are too large for the disk, read as they come, and again from the start.
 
     Every rank and worker reads shards of its own. What is bad is logged and left out; as the stream has no end, ranks
     stay in step.
     """
-    files, pictures = find_records(data_path, image_dir)
+    shards = []
+    for path in [data_path] if isinstance(data_path, str) else data_path:
+        files, pictures = find_records(path, image_dir)
+        shards += [(path, [file], pictures) for file in files] or [(path, [], None)]
 
-    def good_items(rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-        for row in rows:
-            try:
-                item = to_item(row, pictures, collator.side)
-                yield item | {"encoded": collator.encode(item)}
-            except BadRecordError as error:
-                log_bad_sample(log, *error.args)
+    def items(shards: list[tuple[str, list[Path], Path | None]]) -> Iterator[dict[str, Any]]:
+        for path, files, pictures in shards:
+            archive = pictures if pictures is not None and pictures.suffix == ".zip" else None
+            for row in table_rows(path, files, archive):
+                try:
+                    item = to_item(row, pictures, collator.side)
+                    yield item | {"encoded": collator.encode(item)}
+                except BadRecordError as error:
+                    log_bad_sample(log, *error.args)
 
-    def items(files: list[Path]) -> Iterable[dict[str, Any]]:
-        yield from good_items(table_rows(data_path, files, None))
-
-    return datasets.IterableDataset.from_generator(items, gen_kwargs={"files": files}).repeat(None)
+    return datasets.IterableDataset.from_generator(items, gen_kwargs={"shards": shards}).repeat(None)
 
 
 def answer_spans(

@@ -17,7 +17,9 @@ from datasets import IterableDataset
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from train_llava.build_model import count_parameters, load_checkpoint
 from train_llava.cli import parse_arguments, run_command
@@ -166,6 +168,16 @@ def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+class LlavaTrainer(Trainer):
+    """A `Trainer` that groups conversations by their stored lengths, where its own would open every picture first."""
+
+    def _get_train_sampler(self, train_dataset: CheckedDataset | None = None) -> Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch, lengths=self.train_dataset.dataset.lengths())
+
+
 def check_output_dir(output_dir: str, resume: bool) -> None:
     """Refuses a folder that holds a model or checkpoints already, unless they are what the run resumes from."""
     folder = Path(output_dir)
@@ -180,12 +192,13 @@ def load_data(
     arguments: DataArguments, args: TrainArguments, collator: LlavaCollator
 ) -> tuple[CheckedDataset | IterableDataset, CheckedDataset | None]:
     """The data to train on and, where there is any, the held-out data, both free of bad records."""
+
+    def checked(dataset: LlavaDataset) -> CheckedDataset:
+        return CheckedDataset(dataset, collator, args.output_dir, arguments.bad_samples, arguments.max_bad_fraction)
+
     held_out = None
     if arguments.eval_data_path is not None:
-        held_out = LlavaDataset(arguments.eval_data_path, arguments.eval_image_dir, at_least=collator.side)
-        held_out = CheckedDataset(
-            held_out, collator, args.output_dir, arguments.bad_samples, arguments.max_bad_fraction
-        )
+        held_out = checked(LlavaDataset(arguments.eval_data_path, arguments.eval_image_dir, at_least=collator.side))
         if args.eval_strategy == "no":
             args.eval_strategy = "epoch"
     if arguments.streaming:
@@ -197,9 +210,7 @@ def load_data(
     dataset = LlavaDataset(arguments.data_path, arguments.image_dir, arguments.data_weights, collator.side)
     if args.process_index == 0:
         print(f"{len(dataset):,} records, {len(held_out or ()):,} held out")
-    return CheckedDataset(
-        dataset, collator, args.output_dir, arguments.bad_samples, arguments.max_bad_fraction
-    ), held_out
+    return checked(dataset), held_out
 
 
 def main() -> None:
@@ -223,7 +234,7 @@ def main() -> None:
     if args.process_index == 0:
         print(describe_trainable(model))
 
-    trainer = Trainer(
+    trainer = LlavaTrainer(
         model=model,
         args=args,
         data_collator=collator,
