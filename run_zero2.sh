@@ -19,7 +19,7 @@ if [ -n "${INCLUDE:-}" ]; then
   launcher+=(--include "$INCLUDE")
 elif [ "${DS_ACCELERATOR:-}" = cpu ]; then
   ranks=${CPU_RANKS:-2}
-  cores=$(python3 -c 'import os; print(len(os.sched_getaffinity(0)))')
+  cores=$(python3 -c 'import os; print(os.cpu_count())')
   launcher+=(--num_accelerators "$ranks")
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 fi

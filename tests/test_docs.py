@@ -8,6 +8,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from train_llava.build_model import BuildArguments
+from train_llava.check_data import CheckArguments
 from train_llava.evaluate import EvaluateArguments
 from train_llava.infer import InferArguments
 from train_llava.merge_lora import MergeArguments
@@ -16,6 +17,7 @@ from train_llava.train import DataArguments, ModelArguments, TrainArguments
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = {
     "build_model": (BuildArguments,),
+    "check_data": (CheckArguments,),
     "evaluate": (EvaluateArguments,),
     "infer": (InferArguments,),
     "merge_lora": (MergeArguments,),

@@ -180,6 +180,12 @@ def test_a_changed_file_is_read_anew(tmp_path):
         assert len(load_records(str(path))) == len(answers)
 
 
+def test_no_records_are_refused(tmp_path):
+    (tmp_path / "chat.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds no records"):
+        LlavaDataset(str(tmp_path))
+
+
 @pytest.mark.parametrize("size", [1 << 20, 17, 1])
 def test_a_json_list_is_read_in_pieces(tmp_path, monkeypatch, size):
     records = [{"a": "b" * i, "n": [i, 1.5, None, "]},{"]} for i in range(30)]
@@ -329,6 +335,7 @@ def bad_records(root: Path) -> dict[str, tuple[dict, str]]:
         "empty answer": ({"conversations": turns("a", " ")}, "a turn of role assistant has no text"),
         "null answer": ({"conversations": turns("a", None)}, "a turn of role assistant has no text"),
         "number": ({"conversations": turns("a", 5)}, "a turn of role assistant has no text"),
+        "not Unicode": ({"conversations": turns("a", "b\ud800")}, "is not Unicode"),
         "unknown role": ({"conversations": [{"from": "cat", "value": "?"}]}, "unknown role 'cat'"),
         "more tags": ({"image": "good.png", "conversations": turns("<image><image>", "a")}, "2 <image> tags for 1"),
         "fewer tags": ({"image": "good.png", "conversations": turns("a", "b")}, "0 <image> tags for 1 pictures"),
@@ -341,7 +348,7 @@ def bad_records(root: Path) -> dict[str, tuple[dict, str]]:
 
 @pytest.fixture(scope="module")
 def dirty(tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    """A data set with 24 bad records between good ones, and each bad one's id with its reason."""
+    """A data set with 25 bad records between good ones, and each bad one's id with its reason."""
     root = tmp_path_factory.mktemp("dirty")
     bad = bad_records(root)
     records, reasons = [], {}
@@ -372,7 +379,7 @@ def test_a_bad_record_gives_its_place_to_the_next_good_one_and_is_logged_once(di
     checked = CheckedDataset(LlavaDataset(str(root)), LlavaCollator(processor, 200), str(tmp_path), "skip", 1.0)
     for _ in range(2):
         ids = [checked[i]["id"] for i in range(len(checked))]
-        assert ids == [f"good {(i + 1) // 2 % 24}" for i in range(48)]
+        assert ids == [f"good {(i + 1) // 2 % 25}" for i in range(50)]
     log = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
     assert {entry["id"] for entry in log} == reasons.keys()
     assert len(log) == len(reasons)
@@ -385,7 +392,7 @@ def test_too_many_bad_records_or_a_strict_run_stop(dirty, processor, tmp_path):
         strict[1]
     checked = CheckedDataset(dataset, collator, str(tmp_path), max_bad_fraction=0.05)
     assert checked[1]["id"] == "good 1"
-    with pytest.raises(ValueError, match="3 of 48 records are bad, more than --max_bad_fraction"):
+    with pytest.raises(ValueError, match="3 of 50 records are bad, more than --max_bad_fraction"):
         [checked[i] for i in (3, 5)]
 
 
@@ -393,7 +400,7 @@ def test_streaming_reads_every_good_record_and_goes_on(dirty, processor, tmp_pat
     root, reasons = dirty
     stream = stream_items(str(root), None, LlavaCollator(processor, 200), tmp_path / "bad.jsonl")
     ids = [item["id"] for item, _ in zip(stream, range(30), strict=False)]
-    assert ids == [f"good {i % 24}" for i in range(30)]
+    assert ids == [f"good {i % 25}" for i in range(30)]
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == len(reasons)
 
 
@@ -404,14 +411,14 @@ def test_check_data_reports_every_fault(dirty, llava, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["records"], report["bad"]) == (48, 24)
+    assert (report["records"], report["bad"]) == (50, 25)
     named = [example["id"] for fault in report["faults"].values() for example in fault["examples"]]
-    assert sum(fault["count"] for fault in report["faults"].values()) == 24
+    assert sum(fault["count"] for fault in report["faults"].values()) == 25
     assert set(named) <= reasons.keys()
     assert (
         report["faults"][kind_of("page.jpg cannot be read as a picture: cannot identify image file 'x'")]["count"] >= 1
     )
-    assert "48 records, 24 bad" in done.stdout
+    assert "50 records, 25 bad" in done.stdout
     assert "⟦answer 0<|im_end|>⟧" in done.stdout
     assert (tmp_path / "report.png").stat().st_size > 5000
 

@@ -41,7 +41,7 @@ class CheckArguments:
     report: str | None = field(
         default=None, metadata={"help": "A .json file for the outcome; histograms go into a .png of the same name."}
     )
-    num_proc: int = field(default=len(os.sched_getaffinity(0)), metadata={"help": "Processes to use."})
+    num_proc: int = field(default=os.cpu_count() or 1, metadata={"help": "Processes to use."})
 
 
 worker: dict[str, Any] = {}  # what a process opens once: the data set and, with a model, the collator

@@ -82,6 +82,8 @@ class LlavaDataset(torch.utils.data.Dataset):
             rows = np.concatenate([rows] * int(weight) + [part])
             picked.append(np.stack([np.full(len(rows), source), rows], axis=1).astype(np.int32))
         self.index = np.concatenate(picked)  # (records, 2): source and row
+        if not len(self.index):
+            raise ValueError(f"--data_path {' '.join(paths)} holds no records")
 
     def __len__(self) -> int:
         return len(self.index)

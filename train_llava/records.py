@@ -77,7 +77,7 @@ def to_messages(record: Record) -> list[dict[str, Any]]:
     """
     if "conversations" in record:
         turns = [
-            {"role": LLAVA_ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
+            {"role": LLAVA_ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
             for turn in _list_of_dicts(record["conversations"], "conversations")
         ]
     elif "messages" in record:
@@ -120,6 +120,8 @@ def _parts(turn: dict[str, Any]) -> list[dict[str, str]]:
             continue
         if not isinstance(part.get("text"), str):
             raise ValueError(f"a turn of role {role} has no text")
+        if any("\ud800" <= c <= "\udfff" for c in part["text"]):
+            raise ValueError(f"the text of a turn of role {role} is not Unicode")
         for i, piece in enumerate(part["text"].split(IMAGE_TOKEN)):
             if i > 0:
                 found.append({"type": "image"})
@@ -314,7 +316,8 @@ def table_row(record: Any, number: int, members: dict[str, str] | None) -> dict[
     row = dict.fromkeys(FEATURES) | {"id": str(number), "messages": "[]", "images": [], "image_bytes": [], "length": 0}
     if not isinstance(record, dict):
         return row | {"fault": "it is not an object"}
-    row |= {"id": str(record.get("id", number)), "language": record.get("language")}
+    row["id"] = str(record.get("id", number))
+    row["language"] = record["language"] if isinstance(record.get("language"), str) else None
     try:
         messages = to_messages(record)
         for picture in pictures_of(record):
