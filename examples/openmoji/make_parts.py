@@ -43,7 +43,7 @@ PICTURE_SIZE = 72  # pixels a side, as make_data.py draws them
 TEXT_LENGTH = 32  # tokens, of which the longest caption takes 21
 VOCABULARY = 2560  # tokens per tokenizer: the commoner words, English and Chinese, are one token each
 
-CLIP_EPOCHS, CLIP_BATCH, CLIP_LR = 120, 128, 2e-3
+CLIP_EPOCHS, CLIP_BATCH, CLIP_LR = 60, 128, 2e-3
 QWEN2_EPOCHS, QWEN2_BATCH, QWEN2_LR = 25, 16, 2e-3
 
 # Words that tell apart the pictures of one motif: "man farmer dark skin tone" and "woman farmer" are both a "farmer".
@@ -115,7 +115,7 @@ def take_step(
 
 
 def contrastive_batches(captions: list[str]) -> list[list[int]]:
-    """One epoch of picture indices, each batch made of up to 16 pictures of one motif, then of the next, and so on.
+    """One epoch of picture indices, each batch made of up to 3 pictures of one motif, then of the next, and so on.
 
     These are the hard negatives: only skin tone, gender and hair tell a motif's pictures apart, so the features have
     to hold them. Drawn at random from the whole split, such pictures would hardly ever meet in one batch.
@@ -126,7 +126,7 @@ def contrastive_batches(captions: list[str]) -> list[list[int]]:
     runs = []
     for members in motifs.values():
         random.shuffle(members)
-        runs += [members[start : start + 16] for start in range(0, len(members), 16)]
+        runs += [members[start : start + 3] for start in range(0, len(members), 3)]
     random.shuffle(runs)
     order = [index for run in runs for index in run]
     return [order[start : start + CLIP_BATCH] for start in range(0, len(order) - CLIP_BATCH + 1, CLIP_BATCH)]
