@@ -248,6 +248,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         plot_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png")
         print(f"written to {args.output_dir}")
+    trainer.accelerator.end_training()  # ranks that leave without parting from each other may abort at exit
 
 
 if __name__ == "__main__":
