@@ -28,7 +28,6 @@ from transformers import (
     AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaImageProcessor,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -136,6 +135,8 @@ def make_processor(
     """
     image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path)
     if image_aspect_ratio == "pad":
+        from transformers import LlavaImageProcessor  # here, since it warns of a missing torchvision when imported
+
         kept = ("size", "resample", "image_mean", "image_std", "rescale_factor")
         settings = {name: value for name, value in image_processor.to_dict().items() if name in kept}
         image_processor = LlavaImageProcessor(do_pad=True, do_center_crop=False, **settings)
