@@ -1,4 +1,4 @@
-# Sourced by run_zero2.sh and run_tests.sh: afterwards `python` has the packages of a requirements file.
+# Sourced by run_zero2.sh and run_tests.sh: afterwards `python3` has the packages of a requirements file.
 #   source env.sh requirements.txt
 # An active environment that has them all is used as it is; otherwise they go into .venv.
 
@@ -34,7 +34,8 @@ if ! has_packages "$(command -v python3)" "$1"; then
   fi
 fi
 
-if ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+# Once is enough: run.sh and the tests start run_zero2.sh, which sources this again
+if [ -z "${DEVICE_LOOKED_UP:-}" ] && ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   export DS_ACCELERATOR=cpu # DeepSpeed runs on CPU ranks; it compiles a small extension the first time
   command -v g++ >/dev/null || { echo "error: DeepSpeed needs a C++ compiler on a machine without a GPU: install g++" >&2; exit 1; }
   python3 - <<'PYTHON'
@@ -42,3 +43,4 @@ from deepspeed.accelerator import get_accelerator
 get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
 PYTHON
 fi
+export DEVICE_LOOKED_UP=1

@@ -173,8 +173,7 @@ def stream_items(
 
     def items(shards: list[tuple[str, list[Path], Path | None]]) -> Iterator[dict[str, Any]]:
         for path, files, pictures in shards:
-            archive = pictures if pictures is not None and pictures.suffix == ".zip" else None
-            for row in table_rows(path, files, archive):
+            for row in table_rows(path, files, pictures):
                 try:
                     item = to_item(row, pictures, collator.side)
                     yield item | {"encoded": collator.encode(item)}
@@ -233,29 +232,6 @@ def hand_over_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return added if special and same else ""
 
 
-def encode(
-    processor: LlavaProcessor,
-    messages: list[dict[str, Any]],
-    end_of_turn: str,
-    hand_over: str,
-    picture_tokens: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """A conversation as token ids and labels, `(T,)` each; a label is its token's id where the assistant speaks.
-
-    The text is tokenised once, with one `<image>` for each picture, and labelled by the tokens' own positions in it;
-    then each `<image>` is repeated for the `picture_tokens` features it stands for.
-    """
-    text, spans = answer_spans(processor.tokenizer, messages, end_of_turn, hand_over)
-    encoding = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    input_ids = np.array(encoding["input_ids"])
-    starts, ends = np.array(encoding["offset_mapping"]).T
-    said = np.zeros(len(input_ids), dtype=bool)
-    for span in spans:
-        said |= (span.start <= starts) & (ends <= span.stop) & (starts < ends)
-    repeats = np.where(input_ids == processor.image_token_id, picture_tokens, 1)
-    return np.repeat(input_ids, repeats), np.repeat(np.where(said, input_ids, IGNORE), repeats)
-
-
 class LlavaCollator:
     """Turns items of a `LlavaDataset` into one batch. B conversations of at most T tokens, P pictures in all:
 
@@ -288,7 +264,10 @@ class LlavaCollator:
         return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
     def encode(self, item: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """An item's token ids and labels, see `encode`.
+        """An item's token ids and labels, `(T,)` each; a label is its token's id where the assistant speaks.
+
+        The text is tokenised once, with one `<image>` for each picture, and labelled by the tokens' own positions in
+        it; then each `<image>` is repeated for the features it stands for.
 
         Raises:
             BadRecordError: it is longer than `max_length`, has nothing to learn, or a text in it holds a control token
@@ -299,9 +278,17 @@ class LlavaCollator:
             for token in self.control_tokens:
                 if token in text:
                     raise BadRecordError(item["id"], f"the control token {token} in a turn of role {message['role']}")
-        input_ids, labels = encode(
-            self.processor, item["messages"], self.end_of_turn, self.hand_over, self.picture_tokens
-        )
+        tokenizer = self.processor.tokenizer
+        text, spans = answer_spans(tokenizer, item["messages"], self.end_of_turn, self.hand_over)
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        token_ids = np.array(encoding["input_ids"])
+        starts, ends = np.array(encoding["offset_mapping"]).T
+        said = np.zeros(len(token_ids), dtype=bool)
+        for span in spans:
+            said |= (span.start <= starts) & (ends <= span.stop) & (starts < ends)
+        repeats = np.where(token_ids == self.processor.image_token_id, self.picture_tokens, 1)
+        input_ids = np.repeat(token_ids, repeats)
+        labels = np.repeat(np.where(said, token_ids, IGNORE), repeats)
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise BadRecordError(item["id"], f"{len(input_ids)} tokens, --max_length is {self.max_length}")
         if (labels == IGNORE).all():

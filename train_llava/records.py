@@ -263,8 +263,7 @@ def load_records(data_path: str, image_dir: str | None = None) -> datasets.Datas
         OSError, ValueError: the data is not there or not in any format; the message names it.
     """
     files, pictures = find_records(data_path, image_dir)
-    archive = pictures if pictures is not None and pictures.suffix == ".zip" else None
-    read = [*files, archive] if archive else files
+    read = [*files, pictures] if is_archive(pictures) else files
     stamp = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in read]
     name = hashlib.sha256(repr((LAYOUT, data_path if not files else "", stamp)).encode()).hexdigest()[:24]
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "train_llava" / name
@@ -272,17 +271,17 @@ def load_records(data_path: str, image_dir: str | None = None) -> datasets.Datas
     with FileLock(f"{cache}.lock"):  # one rank reads, the others wait for it
         if not cache.exists():
             if sum(file.stat().st_size for file in read) < LARGE:
-                _write_table(data_path, files, archive, cache)
+                _write_table(data_path, files, pictures, cache)
             else:
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                    process.submit(_write_table, data_path, files, archive, cache).result()
+                    process.submit(_write_table, data_path, files, pictures, cache).result()
     return datasets.Dataset.from_file(str(cache / "records.arrow"))
 
 
-def _write_table(data_path: str, files: list[Path], archive: Path | None, cache: Path) -> None:
+def _write_table(data_path: str, files: list[Path], pictures: Path | None, cache: Path) -> None:
     """Reads every record into `cache/records.arrow`."""
     schema = FEATURES.arrow_schema
-    rows = iter(tqdm(table_rows(data_path, files, archive), desc=f"reading {data_path}", unit=" records"))
+    rows = iter(tqdm(table_rows(data_path, files, pictures), desc=f"reading {data_path}", unit=" records"))
     with (
         written_whole(str(cache)) as folder,
         pa.OSFile(str(folder / "records.arrow"), "wb") as file,
@@ -292,15 +291,20 @@ def _write_table(data_path: str, files: list[Path], archive: Path | None, cache:
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
 
 
-def table_rows(data_path: str, files: list[Path], archive: Path | None) -> Iterator[dict[str, Any]]:
+def table_rows(data_path: str, files: list[Path], pictures: Path | None) -> Iterator[dict[str, Any]]:
     """Every record as a row of the table."""
-    members = zip_members(archive) if archive else None
+    members = zip_members(pictures) if is_archive(pictures) else None
     if files:
         records = (record for file in files for record in READERS[file.suffix](file))
     else:
         records = datasets.load_dataset(data_path, split="train", streaming=True).decode(False)
     for number, record in enumerate(records):
         yield table_row(record, number, members)
+
+
+def is_archive(pictures: Path | None) -> bool:
+    """Whether pictures are read out of an unextracted archive."""
+    return pictures is not None and pictures.suffix == ".zip"
 
 
 def zip_members(archive: Path) -> dict[str, str]:
@@ -345,7 +349,7 @@ def read_picture(pictures: Path, name: str) -> bytes | Path:
     Raises:
         OSError, ValueError: it is not there, or its path leads out of the folder.
     """
-    if pictures.suffix == ".zip":
+    if is_archive(pictures):
         offset, size, method = map(int, name.split(":"))
         with open(pictures, "rb") as file:
             file.seek(offset)
