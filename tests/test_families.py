@@ -308,6 +308,36 @@ def test_a_checkpoint_of_the_tutorial_opens_as_it_is(llava, parts, tmp_path, cap
     assert generate(again, derived, [question], picture, 8) == generate(model, processor, [question], picture, 8)
 
 
+# as llava-hf/llava-1.5-7b-hf has it: parts only, pictures first, and nothing after an answer
+LLAVA_HF = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def test_a_checkpoint_of_llava_hf_opens_and_learns_to_stop(llava, tmp_path, capsys):
+    model, processor = load_checkpoint(str(llava))
+    model.save_pretrained(tmp_path / "hf")
+    processor.chat_template = processor.tokenizer.chat_template = LLAVA_HF
+    processor.save_pretrained(tmp_path / "hf")
+    capsys.readouterr()
+    _, processor = load_checkpoint(str(tmp_path / "hf"))
+    assert "lacks an end of the answers in its chat template" in capsys.readouterr().err
+    records = ["What is <image>?", "a red square", "Sure?", "yes"]
+    conversation = [{"from": who, "value": text} for who, text in zip(["human", "gpt"] * 2, records, strict=True)]
+    messages = to_messages({"image": "x", "conversations": conversation})
+    picture = Image.new("RGB", (50, 30), "red")
+    input_ids, labels = LlavaCollator(processor).encode({"id": "x", "messages": messages, "images": [picture]})
+    eos = processor.tokenizer.eos_token
+    said = processor.tokenizer.decode(labels[labels != -100])
+    assert said == f" a red square{eos} yes{eos}"
+    prompt = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
+    assert prompt == f"USER: <image>\nWhat is ? ASSISTANT: a red square{eos} USER: Sure? ASSISTANT:"
+    assert processor.tokenizer.decode(input_ids).replace("<image>" * 16, "<image>") == f"{prompt} yes{eos} "
+
+
 def test_code_of_a_checkpoint_runs_only_when_trusted(parts, tmp_path):
     folder = tmp_path / "lm"
     make_tokenizer(folder, QWEN, CHATML, "<|im_end|>", "<|endoftext|>")

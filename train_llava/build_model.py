@@ -59,6 +59,24 @@ STRUCTURED_CONTENT = (
 )
 
 
+# The template of llava-hf/llava-1.5-7b-hf and its kind writes nothing after an answer, so that a model trained with it
+# would never stop. LLaVA-1.5 itself was trained with the end-of-sequence token there; this prelude writes it.
+ENDED_ANSWERS = (
+    "{{%- set ended = namespace(messages=[]) -%}}"
+    "{{%- for message in messages -%}}"
+    "{{%- if message.role != 'assistant' -%}}"
+    "{{%- set ended.messages = ended.messages + [message] -%}}"
+    "{{%- elif message.content is string -%}}"
+    "{{%- set ended.messages = ended.messages + [dict(message, content=message.content + '{eos}')] -%}}"
+    "{{%- else -%}}"
+    "{{%- set last = dict(message.content[-1], text=message.content[-1].text + '{eos}') -%}}"
+    "{{%- set ended.messages = ended.messages + [dict(message, content=message.content[:-1] + [last])] -%}}"
+    "{{%- endif -%}}"
+    "{{%- endfor -%}}"
+    "{{%- set messages = ended.messages %}}"
+)
+
+
 @dataclass
 class BuildArguments:
     vision_model_name_or_path: str = field(metadata={"help": "CLIP or SigLIP: a folder or a hub id."})
@@ -99,6 +117,9 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}
     text = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    if "yes" not in text:  # a template that takes structured content only
+        question, answer = (dict(m, content=[{"type": "text", "text": m["content"]}]) for m in (question, answer))
+        text = tokenizer.apply_chat_template([question, answer], tokenize=False)
     ids = tokenizer(text[text.rindex("yes") :], add_special_tokens=False)["input_ids"]
     for token_id in ids:
         if token_id in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[token_id].special:
@@ -367,6 +388,12 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor
     if not takes_parts:
         processor.tokenizer.chat_template = processor.chat_template = with_structured_content(template)
         derived.append("a chat template that takes pictures")
+    try:
+        end_of_turn_token(processor.tokenizer)
+    except ValueError:
+        ended = ENDED_ANSWERS.format(eos=processor.tokenizer.eos_token) + processor.chat_template
+        processor.tokenizer.chat_template = processor.chat_template = ended
+        derived.append("an end of the answers in its chat template")
     if derived:
         print(f"{model_name_or_path} lacks {' and '.join(derived)}: derived from its config", file=sys.stderr)
     return config, processor
