@@ -177,7 +177,7 @@ def test_a_changed_file_is_read_anew(tmp_path):
     path = tmp_path / "chat.json"
     for answers in (["one"], ["one", "two"]):
         path.write_text(json.dumps([{"conversations": turns("?", answer)} for answer in answers]))
-        assert len(load_records(str(path))) == len(answers)
+        assert len(load_records(str(path))[0]) == len(answers)
 
 
 def test_no_records_are_refused(tmp_path):
@@ -376,21 +376,23 @@ def test_every_bad_record_is_refused_with_its_reason(dirty, processor):
 
 def test_a_bad_record_gives_its_place_to_the_next_good_one_and_is_logged_once(dirty, processor, tmp_path):
     root, reasons = dirty
-    checked = CheckedDataset(LlavaDataset(str(root)), LlavaCollator(processor, 200), str(tmp_path), "skip", 1.0)
+    checked = CheckedDataset(
+        LlavaDataset(str(root)), LlavaCollator(processor, 200), tmp_path / "bad.jsonl", "skip", 1.0
+    )
     for _ in range(2):
         ids = [checked[i]["id"] for i in range(len(checked))]
         assert ids == [f"good {(i + 1) // 2 % 25}" for i in range(50)]
-    log = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert {entry["id"] for entry in log} == reasons.keys()
     assert len(log) == len(reasons)
 
 
 def test_too_many_bad_records_or_a_strict_run_stop(dirty, processor, tmp_path):
     dataset, collator = LlavaDataset(str(dirty[0])), LlavaCollator(processor, 200)
-    strict = CheckedDataset(dataset, collator, str(tmp_path), bad_samples="error")
+    strict = CheckedDataset(dataset, collator, tmp_path / "bad.jsonl", bad_samples="error")
     with pytest.raises(BadRecordError, match=r"record 'truncated': truncated\.jpg"):
         strict[1]
-    checked = CheckedDataset(dataset, collator, str(tmp_path), max_bad_fraction=0.05)
+    checked = CheckedDataset(dataset, collator, tmp_path / "bad.jsonl", max_bad_fraction=0.05)
     assert checked[1]["id"] == "good 1"
     with pytest.raises(ValueError, match="3 of 50 records are bad, more than --max_bad_fraction"):
         [checked[i] for i in (3, 5)]
@@ -421,6 +423,15 @@ def test_check_data_reports_every_fault(dirty, llava, tmp_path):
     assert "50 records, 25 bad" in done.stdout
     assert "⟦answer 0<|im_end|>⟧" in done.stdout
     assert (tmp_path / "report.png").stat().st_size > 5000
+
+
+def test_check_data_reports_where_no_record_is_good(tmp_path):
+    (tmp_path / "chat.json").write_text('[{"id": "empty", "conversations": []}]')
+    command = [sys.executable, "-m", "train_llava.check_data", "--data_path", tmp_path]
+    command += ["--report", tmp_path / "report.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["bad"] == 1
 
 
 def test_check_data_finds_nothing_wrong_with_good_data(corpus, tmp_path):

@@ -180,11 +180,12 @@ def test_bad_records_are_skipped_and_named_on_two_ranks_with_workers(llava, corp
     (data / "chat.json").write_text(json.dumps(records))
     done = run_zero2(
         llava, data, tmp_path / "run", "--num_train_epochs", "2", "--per_device_train_batch_size", "10",
-        "--dataloader_num_workers", "2", "--train_type", "projector",
+        "--dataloader_num_workers", "2", "--train_type", "projector", "--eval_data_path", str(data),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    log = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
-    assert sorted(entry["id"] for entry in log) == sorted(records[i]["id"] for i in bad)
+    for name in ("bad_samples.jsonl", "bad_eval_samples.jsonl"):
+        log = [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
+        assert sorted(entry["id"] for entry in log) == sorted(records[i]["id"] for i in bad)
     assert len(logged(tmp_path / "run")) == 2 * 400 / 20
 
 
@@ -202,7 +203,7 @@ def test_grouping_by_length_opens_no_picture(llava, corpus, tmp_path, monkeypatc
     )
     monkeypatch.setattr(LlavaDataset, "__getitem__", None)
     trainer = train.LlavaTrainer(
-        load_checkpoint(str(llava))[0], args, collator, CheckedDataset(dataset, collator, str(tmp_path))
+        load_checkpoint(str(llava))[0], args, collator, CheckedDataset(dataset, collator, tmp_path / "bad.jsonl")
     )
     order = list(trainer._get_train_sampler())
     assert sorted(order) == list(range(128))

@@ -148,8 +148,10 @@ def main() -> None:
     if arguments.report is not None:
         path = Path(arguments.report)
         path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        draw_histograms(found, path.with_suffix(".png"))
-        print(f"written to {path} and {path.with_suffix('.png')}")
+        print(f"written to {path}")
+        if found["characters"]:
+            draw_histograms(found, path.with_suffix(".png"))
+            print(f"written to {path.with_suffix('.png')}")
     sys.exit(1 if found["faults"] else 0)
 
 

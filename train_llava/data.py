@@ -71,8 +71,7 @@ class LlavaDataset(torch.utils.data.Dataset):
         weights = data_weights or [1.0] * len(paths)
         if len(weights) != len(paths):
             raise ValueError(f"--data_weights names {len(weights)} weights for {len(paths)} data paths")
-        self.pictures = [find_records(path, image_dir)[1] for path in paths]
-        self.tables = [load_records(path, image_dir) for path in paths]
+        self.tables, self.pictures = zip(*(load_records(path, image_dir) for path in paths), strict=True)
         self.at_least = at_least
         rng = np.random.default_rng(0)
         picked = []
@@ -106,8 +105,8 @@ class CheckedDataset(torch.utils.data.Dataset):
     """A data set for training, in which a bad record never reaches the model.
 
     A record that cannot be used (see `LlavaDataset` and `LlavaCollator.encode`) is written once, with its id and the
-    reason, to `bad_samples.jsonl` in `output_dir`, and the next good one takes its place: batches keep their size,
-    ranks stay in step, and what is seen does not depend on the number of workers.
+    reason, to the file `log`, and the next good one takes its place: batches keep their size, ranks stay in step, and
+    what is seen does not depend on the number of workers.
 
     Raises:
         ValueError: at a bad record if `bad_samples` is `error`, or once they are more than `max_bad_fraction` of all.
@@ -117,12 +116,11 @@ class CheckedDataset(torch.utils.data.Dataset):
         self,
         dataset: LlavaDataset,
         collator: "LlavaCollator",
-        output_dir: str,
+        log: Path,
         bad_samples: str = "skip",
         max_bad_fraction: float = 0.01,
     ):
-        self.dataset, self.collator = dataset, collator
-        self.log = Path(output_dir) / "bad_samples.jsonl"
+        self.dataset, self.collator, self.log = dataset, collator, log
         self.bad_samples, self.most = bad_samples, max_bad_fraction * len(dataset)
 
     def __len__(self) -> int:

@@ -253,8 +253,10 @@ def _split(name: str) -> tuple[str, str]:
 READERS = {".json": read_json, ".jsonl": read_jsonl, ".parquet": read_parquet, ".tar": read_tar}
 
 
-def load_records(data_path: str, image_dir: str | None = None) -> datasets.Dataset:
-    """The records of a data set as a table mapped from disk (see `FEATURES`), kept in the cache folder of `datasets`.
+def load_records(data_path: str, image_dir: str | None = None) -> tuple[datasets.Dataset, Path | None]:
+    """The records of a data set, and the folder or archive of its pictures, if it has one.
+
+    The records are a table (see `FEATURES`) mapped from a file in the cache folder of `datasets`.
 
     The first opening reads everything, large files in a process of their own so that the memory they take is given
     back; it is repeated when a file changes. Records that cannot be used are in the table too, with their `fault`.
@@ -275,7 +277,7 @@ def load_records(data_path: str, image_dir: str | None = None) -> datasets.Datas
             else:
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                     process.submit(_write_table, data_path, files, pictures, cache).result()
-    return datasets.Dataset.from_file(str(cache / "records.arrow"))
+    return datasets.Dataset.from_file(str(cache / "records.arrow")), pictures
 
 
 def _write_table(data_path: str, files: list[Path], pictures: Path | None, cache: Path) -> None:

@@ -193,24 +193,25 @@ def load_data(
 ) -> tuple[CheckedDataset | IterableDataset, CheckedDataset | None]:
     """The data to train on and, where there is any, the held-out data, both free of bad records."""
 
-    def checked(dataset: LlavaDataset) -> CheckedDataset:
-        return CheckedDataset(dataset, collator, args.output_dir, arguments.bad_samples, arguments.max_bad_fraction)
+    def checked(dataset: LlavaDataset, log: str) -> CheckedDataset:
+        return CheckedDataset(dataset, collator, folder / log, arguments.bad_samples, arguments.max_bad_fraction)
 
-    held_out = None
+    folder, held_out = Path(args.output_dir), None
     if arguments.eval_data_path is not None:
-        held_out = checked(LlavaDataset(arguments.eval_data_path, arguments.eval_image_dir, at_least=collator.side))
+        dataset = LlavaDataset(arguments.eval_data_path, arguments.eval_image_dir, at_least=collator.side)
+        held_out = checked(dataset, "bad_eval_samples.jsonl")
         if args.eval_strategy == "no":
             args.eval_strategy = "epoch"
     if arguments.streaming:
         if args.max_steps <= 0:
             raise ValueError("--streaming has no end: set --max_steps")
         args.accelerator_config.dispatch_batches = False  # every rank reads shards of its own
-        log = Path(args.output_dir) / "bad_samples.jsonl"
+        log = folder / "bad_samples.jsonl"
         return stream_items(arguments.data_path, arguments.image_dir, collator, log), held_out
     dataset = LlavaDataset(arguments.data_path, arguments.image_dir, arguments.data_weights, collator.side)
     if args.process_index == 0:
         print(f"{len(dataset):,} records, {len(held_out or ()):,} held out")
-    return checked(dataset), held_out
+    return checked(dataset, "bad_samples.jsonl"), held_out
 
 
 def main() -> None:
