@@ -211,9 +211,10 @@ def test_grouping_by_length_opens_no_picture(llava, corpus, tmp_path, monkeypatc
     assert np.ptp(lengths, axis=1).mean() < 3  # 9 in random order
 
 
-def test_streaming_trains_on_two_ranks(llava, corpus, tmp_path):
-    shards = tmp_path / "shards"
-    shards.mkdir()
+@pytest.fixture(scope="module")
+def shards(corpus, tmp_path_factory) -> Path:
+    """Two WebDataset shards of eight records; the fourth of each has no answer."""
+    shards = tmp_path_factory.mktemp("shards")
     for i in range(2):
         with tarfile.open(shards / f"{i}.tar", "w") as archive:
             for j in range(8):
@@ -226,6 +227,20 @@ def test_streaming_trains_on_two_ranks(llava, corpus, tmp_path):
                     member = tarfile.TarInfo(f"{i}{j}.{ending}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
+    return shards
+
+
+def test_a_stream_goes_on_where_it_stopped(llava, shards, tmp_path, monkeypatch):
+    arguments = ("--streaming", "true", "--max_steps", "9", "--train_type", "full", "--save_steps", "5")
+    arguments += ("--learning_rate", "1e-3")
+    whole = run_train(monkeypatch, llava, shards, tmp_path / "run", *arguments)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-9")
+    again = run_train(monkeypatch, llava, shards, tmp_path / "run", *arguments, "--resume_from_checkpoint", "true")
+    assert len(set(whole)) == 9
+    assert again == whole
+
+
+def test_streaming_trains_on_two_ranks(llava, shards, tmp_path):
     done = run_zero2(
         llava, shards, tmp_path / "run", "--streaming", "true", "--max_steps", "10", "--train_type", "projector",
         "--per_device_train_batch_size", "2",

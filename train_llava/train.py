@@ -169,7 +169,25 @@ def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
 
 
 class LlavaTrainer(Trainer):
-    """A `Trainer` that groups conversations by their stored lengths, where its own would open every picture first."""
+    """A `Trainer` that does two things its own way.
+
+    Conversations are grouped by their stored lengths: `Trainer` would open every picture first. And a whole model is
+    loaded from a checkpoint by `from_pretrained`: its parameters have other names in published files than in memory,
+    and `Trainer`, which looks for the latter, would find none and resume from the model as it is.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            saved, _ = load_checkpoint(resume_from_checkpoint)
+            self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel) or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _get_train_sampler(self, train_dataset: CheckedDataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":

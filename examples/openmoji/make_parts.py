@@ -1,8 +1,8 @@
 """Train the two small pretrained models that a LLaVA is built of, a CLIP and a Qwen2 chat model, on training data.
 
 Both start from random weights and see nothing but the training split. The CLIP learns which caption, English or
-Chinese, belongs to which picture. The chat model never sees a picture: where a question has one, it gets the shuffled
-words of a caption instead, and learns to answer with the caption in the language of the question.
+Chinese, belongs to which picture. The chat model never sees a picture: where a question has one, it gets blends of the
+embeddings of a caption's words instead, and learns to answer with the caption in the language of the question.
 
 The two are trained side by side, each in a process of one thread: models this small gain little from a second thread,
 and on a busy machine they lose by it.
@@ -41,6 +41,7 @@ from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 LANGUAGES = ("en", "zh")
 PICTURE_SIZE = 72  # pixels a side, as make_data.py draws them
 TEXT_LENGTH = 32  # tokens, of which the longest caption takes 21
+BLENDS, NOISE = 12, 0.3  # vectors that stand for a picture in the chat model's training, and how noisy they are
 VOCABULARY = 2560  # tokens per tokenizer: the commoner words, English and Chinese, are one token each
 
 CLIP_EPOCHS, CLIP_BATCH, CLIP_LR = 60, 128, 2e-3
@@ -191,11 +192,27 @@ def train_clip(files: list[Path], captions: dict[str, list[str]], output_dir: Pa
         part.save_pretrained(output_dir)
 
 
-def shuffled_words(caption: str) -> str:
-    """The caption's words in random order, some of them twice: what a picture's patches may bring, but as text."""
-    words = [word for word in caption.split() for _ in range(random.randint(1, 2))]
-    random.shuffle(words)
-    return " ".join(words)
+def blend(words: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Random blends of a caption's words, and noise: the like of what a picture's patches bring, but from text alone.
+
+    Args:
+        words: embeddings `(B, N, D)` of the tokens of B captions.
+        present: `(B, N)`, False on padding.
+
+    Returns:
+        `(B, BLENDS, D)`, each a weighted mean of about half of its caption's words.
+    """
+    chosen = torch.rand(len(words), BLENDS, words.shape[1]) * (torch.rand(len(words), BLENDS, words.shape[1]) < 0.5)
+    weights = chosen * present[:, None]
+    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-3)
+    return weights @ words + NOISE * words.detach().std() * torch.randn(len(words), BLENDS, words.shape[2])
+
+
+def embed(model: Qwen2ForCausalLM, input_ids: torch.Tensor, captions: list[list[int]]) -> torch.Tensor:
+    """`inputs_embeds` `(B, T, D)` of chats; each row's BLENDS pad tokens become blends of its caption's token ids."""
+    table, pad = model.get_input_embeddings(), model.config.pad_token_id
+    words = pad_sequence([torch.tensor(ids) for ids in captions], batch_first=True, padding_value=pad)
+    return table(input_ids).masked_scatter((input_ids == pad)[..., None], blend(table(words), words != pad))
 
 
 def train_qwen2(captions: dict[str, list[str]], questions: dict[str, list[str]], output_dir: Path) -> None:
@@ -234,8 +251,8 @@ def train_qwen2(captions: dict[str, list[str]], questions: dict[str, list[str]],
         labels: list[int] = []
         messages: list[dict[str, str]] = []
         for language in random.sample(LANGUAGES, 2):
-            words = shuffled_words(captions[random.choice(LANGUAGES)][index])
-            question = random.choice(questions[language]).replace("<image>", "" if messages else words).strip()
+            picture = "" if messages else tokenizer.pad_token * BLENDS
+            question = random.choice(questions[language]).replace("<image>", picture).strip()
             messages.append({"role": "user", "content": question})
             prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             prompt_ids = tokenizer(prompt).input_ids
@@ -245,6 +262,7 @@ def train_qwen2(captions: dict[str, list[str]], questions: dict[str, list[str]],
             messages.append({"role": "assistant", "content": captions[language][index]})
         return torch.tensor(ids), torch.tensor(labels)
 
+    words = [tokenizer([" " + caption for caption in captions[language]]).input_ids for language in LANGUAGES]
     order = list(range(len(captions["en"])))
     steps_per_epoch = math.ceil(len(order) / QWEN2_BATCH)
     optimizer, schedule = make_optimizer(model, QWEN2_LR, QWEN2_EPOCHS * steps_per_epoch)
@@ -252,11 +270,15 @@ def train_qwen2(captions: dict[str, list[str]], questions: dict[str, list[str]],
         random.shuffle(order)
         losses = []
         for start in range(0, len(order), QWEN2_BATCH):
-            input_ids, labels = zip(*map(encode, order[start : start + QWEN2_BATCH]), strict=True)
-            # Padding is on the right of a causal model and has no labels, so it needs no attention mask.
-            input_ids = pad_sequence(input_ids, batch_first=True, padding_value=tokenizer.pad_token_id)
+            batch = order[start : start + QWEN2_BATCH]
+            input_ids, labels = zip(*map(encode, batch), strict=True)
+            # Padding is on the right of a causal model and has no labels, so it needs no attention mask. The pad token
+            # itself stands for a picture here.
+            input_ids = pad_sequence(input_ids, batch_first=True, padding_value=tokenizer.eos_token_id)
             labels = pad_sequence(labels, batch_first=True, padding_value=-100)
-            loss = model(input_ids=input_ids, labels=labels).loss
+            loss = model(
+                inputs_embeds=embed(model, input_ids, [random.choice(words)[i] for i in batch]), labels=labels
+            ).loss
             take_step(model, loss, optimizer, schedule)
             losses.append(loss.item())
         progress.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
@@ -285,26 +307,22 @@ def report(
     qwen2 = Qwen2ForCausalLM.from_pretrained(parts_dir / "qwen2", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(parts_dir / "qwen2", padding_side="left")
     sample = random.sample(range(len(files)), 200)
+    words = tokenizer([" " + captions["en"][index] for index in sample]).input_ids
     for language in LANGUAGES:
-        chats = [
-            [
-                {
-                    "role": "user",
-                    "content": questions[language][0].replace("<image>", shuffled_words(captions["en"][index])),
-                }
-            ]
-            for index in sample
-        ]
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+        question = questions[language][0].replace("<image>", tokenizer.pad_token * BLENDS)
+        chat = [{"role": "user", "content": question}]
+        input_ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        inputs_embeds = embed(qwen2, torch.tensor([input_ids] * len(sample)), words)
+        answers = qwen2.generate(
+            inputs_embeds=inputs_embeds,
+            attention_mask=torch.ones(inputs_embeds.shape[:2], dtype=torch.long),
+            max_new_tokens=TEXT_LENGTH,
+            do_sample=False,
         )
-        answers = qwen2.generate(**inputs, max_new_tokens=TEXT_LENGTH, do_sample=False)[
-            :, inputs["input_ids"].shape[1] :
-        ]
         answers = tokenizer.batch_decode(answers, skip_special_tokens=True)
         right = sum(answer == captions[language][index] for answer, index in zip(answers, sample, strict=True))
         print(
-            f"Qwen2: {right / len(sample):.1%} of {len(sample)} shuffled English captions answered right ({language})"
+            f"Qwen2: {right / len(sample):.1%} of {len(sample)} blended English captions answered right ({language})"
         )
     size = sum(file.stat().st_size for file in parts_dir.rglob("*") if file.is_file())
     print(f"{parts_dir}: {size / 2**20:.1f} MiB")
