@@ -400,7 +400,7 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor
 
 
 def load_checkpoint(
-    model_name_or_path: str, dtype: torch.dtype | str = "auto"
+    model_name_or_path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Opens a LLaVA checkpoint, a folder or a hub id, with its processor.
 
@@ -409,11 +409,18 @@ def load_checkpoint(
     """
     _, processor = load_processor(model_name_or_path)
     model, loading = LlavaForConditionalGeneration.from_pretrained(
-        model_name_or_path, dtype=dtype, output_loading_info=True
+        model_name_or_path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
     )
     if loading["missing_keys"]:
         raise ValueError(f"{model_name_or_path} lacks weights, {min(loading['missing_keys'])} for one")
     return model, processor
+
+
+def part_of(parameter_name: str) -> str:
+    """The part of a LLaVA that a parameter belongs to: "vision tower", "projector" or "language model"."""
+    if "vision_tower." in parameter_name:
+        return "vision tower"
+    return "projector" if "multi_modal_projector." in parameter_name else "language model"
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -422,13 +429,8 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, parameter in model.named_parameters():
         if "original_module" in name:  # PEFT trains a copy of the projector and keeps this one beside it
             continue
-        part = "language model"
-        if "vision_tower." in name:
-            part = "vision tower"
-        elif "multi_modal_projector." in name:
-            part = "projector"
-        trainable, total = counts[part]
-        counts[part] = trainable + parameter.numel() * parameter.requires_grad, total + parameter.numel()
+        trainable, total = counts[part_of(name)]
+        counts[part_of(name)] = trainable + parameter.numel() * parameter.requires_grad, total + parameter.numel()
     return counts
 
 

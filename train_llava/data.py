@@ -240,11 +240,16 @@ class LlavaCollator:
     - `shift_labels` `(N,)`: the labels of those positions' next tokens, row by row
 
     With the last two the model computes logits at N positions instead of B x T, to the same loss and gradients.
+
+    With `packing` the conversations stand in one row, (1, sum of their lengths), without padding. Then there is no
+    `attention_mask`, and `position_ids` count from 0 in each: by these the model keeps them apart, as long as it uses
+    no cache.
     """
 
-    def __init__(self, processor: LlavaProcessor, max_length: int | None = None):
+    def __init__(self, processor: LlavaProcessor, max_length: int | None = None, packing: bool = False):
         self.processor = processor
         self.max_length = max_length
+        self.packing = packing
         self.end_of_turn = end_of_turn_token(processor.tokenizer)
         self.hand_over = hand_over_of(processor.tokenizer)
         self.control_tokens = set(processor.tokenizer.all_special_tokens) - {processor.image_token}
@@ -305,6 +310,10 @@ class LlavaCollator:
             rows[0] = tuple(
                 np.append(row, [value] * self.picture_tokens) for row, value in zip(rows[0], blank, strict=True)
             )
+        batch = {}
+        if self.packing:
+            batch["position_ids"] = torch.cat([torch.arange(len(input_ids)) for input_ids, _, _ in rows])[None]
+            rows = [tuple(np.concatenate(column) for column in zip(*rows, strict=True))]
         padding = (self.processor.tokenizer.pad_token_id, 0, IGNORE)
         input_ids, attention_mask, labels = (
             pad_sequence([torch.from_numpy(row[i]) for row in rows], batch_first=True, padding_value=padding[i])
@@ -312,9 +321,10 @@ class LlavaCollator:
         )
         logits_to_keep = torch.zeros_like(labels, dtype=torch.bool)
         logits_to_keep[:, :-1] = labels[:, 1:] != IGNORE
-        return {
+        if not self.packing:
+            batch["attention_mask"] = attention_mask
+        return batch | {
             "input_ids": input_ids,
-            "attention_mask": attention_mask,
             "pixel_values": self.prepare(images),
             "labels": labels,
             "logits_to_keep": logits_to_keep,

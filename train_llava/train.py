@@ -8,6 +8,7 @@ runs in one process; `bash run_zero2.sh` takes the same arguments and trains wit
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +18,13 @@ from datasets import IterableDataset
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.utils.data import Sampler
-from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import LlavaForConditionalGeneration, TrainingArguments
 
 from train_llava.build_model import count_parameters, load_checkpoint
 from train_llava.cli import parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset, stream_items
+from train_llava.preflight import preflight
+from train_llava.trainer import LlavaTrainer, check_resumable, finished_checkpoint
 
 # Learning rates that make each type work, from the LLaVA-1.5 recipe (Liu et al., 2023): stage 1 trains the projector,
 # stage 2 everything after it.
@@ -39,6 +40,11 @@ class ModelArguments:
         default=256, metadata={"help": "LoRA's scale; the update counts lora_alpha / lora_r times."}
     )
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA (Liu et al., 2024): directions and lengths apart."})
+    use_rslora: bool = field(default=False, metadata={"help": "rsLoRA: lora_alpha / sqrt(lora_r) times instead."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, or what is installed: flash_attention_2, kernels of the hub."}
+    )
 
 
 @dataclass
@@ -66,6 +72,9 @@ class DataArguments:
     eval_data_path: str | None = field(default=None, metadata={"help": "Held-out data, in the same form."})
     eval_image_dir: str | None = field(default=None, metadata={"help": "Its pictures' folder, found as image_dir is."})
     max_length: int = field(default=2048, metadata={"help": "Longest conversation in tokens, pictures included."})
+    packing: bool = field(
+        default=False, metadata={"help": "Put a batch's conversations into one row, without padding, kept apart."}
+    )
 
 
 @dataclass
@@ -83,6 +92,15 @@ class TrainArguments(TrainingArguments):
         default=None,
         metadata={"help": f"Default by train_type: {', '.join(f'{k} {v:g}' for k, v in LEARNING_RATES.items())}."},
     )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "The projector's; default: learning_rate, a tenth of it for lora."}
+    )
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "The vision tower's, where it trains; default: a tenth of learning_rate."}
+    )
+    preflight: bool = field(
+        default=True, metadata={"help": "First try a step, saving and reading back on the longest records."}
+    )
     warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up; below 1, that part of all steps."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logged losses."})
@@ -97,6 +115,10 @@ class TrainArguments(TrainingArguments):
         self.train_type = TUTORIAL_NAMES.get(self.train_type, self.train_type)
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.train_type]
+        if self.projector_learning_rate is None:
+            self.projector_learning_rate = self.learning_rate * (0.1 if self.train_type == "lora" else 1)
+        if self.vision_learning_rate is None:
+            self.vision_learning_rate = self.learning_rate * 0.1
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -109,6 +131,8 @@ def set_trainable(
 ) -> LlavaForConditionalGeneration | PeftModel:
     """Decides what trains; everything else is frozen. The projector always trains.
 
+    The tower's layers behind the one that the projector reads are kept, to be saved, but not run any more.
+
     - `projector`: nothing else
     - `freeze_vision`: and the language model
     - `full`: and the vision tower, up to the layer the projector reads (what lies behind it has no effect)
@@ -116,6 +140,12 @@ def set_trainable(
       projector is trained in full beside them and saved with them.
     """
     model.requires_grad_(False)
+    tower = model.model.vision_tower
+    layers = tower.encoder.layers
+    # hidden_states[0] is the embedding, hidden_states[i] what layer i - 1 gives
+    behind = layers[range(len(layers) + 1)[model.config.vision_feature_layer] :]
+    for layer in behind:
+        layer.forward = lambda hidden_states, *_, **__: hidden_states  # what it would compute is read by nothing
     if train_type == "lora":
         language_model = model.model.language_model
         linear = {name.rsplit(".", 1)[-1] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)}
@@ -123,6 +153,8 @@ def set_trainable(
             r=arguments.lora_r,
             lora_alpha=arguments.lora_alpha,
             lora_dropout=arguments.lora_dropout,
+            use_dora=arguments.use_dora,
+            use_rslora=arguments.use_rslora,
             # anchored: a bare name such as q_proj would match the vision tower's layers too
             target_modules=rf"model\.language_model\..*\.({'|'.join(sorted(linear))})",
             modules_to_save=["multi_modal_projector"],
@@ -134,23 +166,20 @@ def set_trainable(
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
     if train_type == "full":
-        tower = model.model.vision_tower
         tower.requires_grad_(True)
-        layers = tower.encoder.layers
-        # hidden_states[0] is the embedding, hidden_states[i] what layer i - 1 gives
-        behind = [layers[range(len(layers) + 1)[model.config.vision_feature_layer] :]]
-        behind += [module for name, module in tower.named_children() if name in ("post_layernorm", "head")]
-        for module in behind:
-            module.requires_grad_(False)
+        behind.requires_grad_(False)
+        for name, module in tower.named_children():
+            if name in ("post_layernorm", "head"):
+                module.requires_grad_(False)
     return model
 
 
-def describe_trainable(model: nn.Module) -> str:
-    """A table of what trains: each part's trainable parameters, and all it has."""
-    lines = [f"{'':<16}{'trainable':>16}{'of':>16}"]
-    lines += [
-        f"{part:<16}{trainable:>16,}{total:>16,}" for part, (trainable, total) in count_parameters(model).items()
-    ]
+def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> str:
+    """A table of what trains: each part's trainable parameters, all it has, and its learning rate."""
+    lines = [f"{'':<16}{'trainable':>16}{'of':>16}{'learning rate':>16}"]
+    for part, (trainable, total) in count_parameters(model).items():
+        rate = f"{learning_rates[part]:g}" if trainable else ""
+        lines.append(f"{part:<16}{trainable:>16,}{total:>16,}{rate:>16}".rstrip())
     return "\n".join(lines)
 
 
@@ -168,32 +197,9 @@ def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-class LlavaTrainer(Trainer):
-    """A `Trainer` that does two things its own way.
-
-    Conversations are grouped by their stored lengths: `Trainer` would open every picture first. And a whole model is
-    loaded from a checkpoint by `from_pretrained`: its parameters have other names in published files than in memory,
-    and `Trainer`, which looks for the latter, would find none and resume from the model as it is.
-    """
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if isinstance(self.model, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            saved, _ = load_checkpoint(resume_from_checkpoint)
-            self.model.load_state_dict(saved.state_dict())
-
-    def _load_best_model(self) -> None:
-        if isinstance(self.model, PeftModel) or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _get_train_sampler(self, train_dataset: CheckedDataset | None = None) -> Sampler | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch, lengths=self.train_dataset.dataset.lengths())
+def collate(items: list[dict[str, Any]], collator: LlavaCollator) -> dict[str, Any]:
+    """The collator's batch, and the records' `ids`, which the trainer names when a loss is not finite."""
+    return collator(items) | {"ids": [item["id"] for item in items]}
 
 
 def check_output_dir(output_dir: str, resume: bool) -> None:
@@ -236,13 +242,24 @@ def main() -> None:
     model_arguments, data_arguments, args = parse_arguments(ModelArguments, DataArguments, TrainArguments)
     resume = {"true": True, "false": False, None: False}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
     check_output_dir(args.output_dir, bool(resume))
+    checkpoint = finished_checkpoint(args.output_dir) if resume is True else resume or None
+    if checkpoint is not None:
+        check_resumable(Path(checkpoint), args.world_size)
+    learning_rates = {
+        "vision tower": args.vision_learning_rate,
+        "projector": args.projector_learning_rate,
+        "language model": args.learning_rate,
+    }
     if args.process_index == 0:
-        print(f"train_type {args.train_type}, learning rate {args.learning_rate:g}, bf16 {args.bf16}")
+        print(f"train_type {args.train_type}, bf16 {args.bf16}")
+        if resume:
+            print(f"resuming from {checkpoint or 'the start: no checkpoint was finished'}")
 
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    model, processor = load_checkpoint(model_arguments.model_name_or_path, dtype)
-    collator = LlavaCollator(processor, data_arguments.max_length)
+    model, processor = load_checkpoint(model_arguments.model_name_or_path, dtype, model_arguments.attn_implementation)
+    collator = LlavaCollator(processor, data_arguments.max_length, data_arguments.packing)
     train_dataset, eval_dataset = load_data(data_arguments, args, collator)
+    language_model = model.model.language_model
     model = set_trainable(model, args.train_type, model_arguments)
     model.config.text_config.use_cache = False  # the Trainer turns it off in `config` only
     if args.deepspeed is None:
@@ -251,17 +268,24 @@ def main() -> None:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     if args.process_index == 0:
-        print(describe_trainable(model))
+        print(describe_trainable(model, learning_rates))
+    if args.activation_checkpointing:
+        # of the language model alone: the Trainer would also recompute a frozen vision tower, and hook its inputs
+        language_model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
+        args.activation_checkpointing = False
 
     trainer = LlavaTrainer(
         model=model,
         args=args,
-        data_collator=collator,
+        data_collator=partial(collate, collator=collator),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
+        learning_rates=learning_rates,
     )
-    trainer.train(resume_from_checkpoint=resume)
+    if args.preflight:
+        preflight(trainer, model_arguments.model_name_or_path)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():

@@ -1,0 +1,177 @@
+"""A Hugging Face `Trainer` for LLaVA: learning rates by module, and nothing lost when a run ends as it should not.
+
+What differs from `Trainer`:
+
+- conversations are grouped by their stored lengths, where `Trainer` would open every picture first
+- the vision tower and the projector may have learning rates of their own
+- a whole model is loaded from a checkpoint by `from_pretrained`: its parameters have other names in files than
+  in memory, and `Trainer`, which looks for the latter, would find none and resume from the model as it is
+- a checkpoint that was being written when the run died is never resumed from, and never costs an older one
+- SIGTERM ends the run at the next step, with a checkpoint
+- a loss that is not finite stops the run, and says at which records
+"""
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import rotate_checkpoints
+
+from train_llava.build_model import count_parameters, load_checkpoint, part_of
+
+UNFINISHED = "unfinished"  # a file that a checkpoint holds while it is being written
+
+
+def is_finished(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    return (checkpoint / "trainer_state.json").exists() and not (checkpoint / UNFINISHED).exists()
+
+
+def finished_checkpoint(output_dir: str) -> str | None:
+    """The last checkpoint of a run that was written to its end; None if there is none."""
+    whole = [folder for folder in Path(output_dir).glob("checkpoint-*") if is_finished(folder)]
+    return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
+
+
+def check_resumable(checkpoint: Path, ranks: int) -> None:
+    """Refuses what a run of so many ranks cannot go on from.
+
+    Raises:
+        ValueError: the checkpoint is not whole, or was written by another number of ranks, each of which keeps a part
+            of the optimizer's state.
+    """
+    if not is_finished(checkpoint):
+        raise ValueError(f"{checkpoint} is no checkpoint that was written to its end")
+    written_by = len(list(checkpoint.glob("rng_state*.pth")))
+    if written_by == 0:
+        raise ValueError(f"{checkpoint} holds the model only (--save_only_model): a run cannot go on from it")
+    if written_by != ranks:
+        raise ValueError(f"{checkpoint} was written by {written_by} ranks and this run has {ranks}: take as many")
+
+
+def read_back(folder: Path, model: nn.Module) -> None:
+    """Looks at the weights just saved: as many numbers as the model has (an adapter: as many as train), none missing.
+
+    Raises:
+        ValueError: they are not all there.
+    """
+    counts = count_parameters(model).values()
+    expected = sum(trainable if isinstance(model, PeftModel) else total for trainable, total in counts)
+    numbers = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            numbers |= {name: torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys()}  # noqa: SIM118
+    empty = [name for name, number in numbers.items() if number == 0]
+    if empty or sum(numbers.values()) != expected or not any("multi_modal_projector" in name for name in numbers):
+        what = f"{empty[0]} is empty" if empty else f"{sum(numbers.values()):,} numbers in place of {expected:,}"
+        raise ValueError(f"{folder} was not saved whole: {what}")
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends the run at the end of a step, with a checkpoint, once any rank has got a SIGTERM."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        def handle(*_: Any) -> None:
+            self.received = True
+
+        signal.signal(signal.SIGTERM, handle)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        received = torch.tensor(float(self.received), device=args.device)
+        if args.world_size > 1:  # the signal may reach ranks in different steps, and they have to end in one
+            torch.distributed.all_reduce(received)
+        if received.item():
+            if state.is_world_process_zero:
+                print(f"SIGTERM: ending at step {state.global_step} with a checkpoint", flush=True)
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class LlavaTrainer(Trainer):
+    """See the head of this file. `learning_rates`: one for each part of the model, as `part_of` names it."""
+
+    def __init__(self, *args: Any, learning_rates: dict[str, float], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.learning_rates = learning_rates
+        self.add_callback(StopOnSignal())
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch, lengths=self.train_dataset.dataset.lengths())
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of the arguments, its two groups (with weight decay, and without) split by learning rate."""
+        optimizer = super().create_optimizer(model)
+        names = {parameter: name for name, parameter in (model or self.model).named_parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            by_rate: dict[float, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                by_rate.setdefault(self.learning_rates[part_of(names[parameter])], []).append(parameter)
+            groups += [group | {"params": found, "lr": rate} for rate, found in by_rate.items()]
+        optimizer.param_groups[:] = groups
+        return optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        ids = inputs.pop("ids", None)
+        outcome = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = outcome[0] if isinstance(outcome, tuple) else outcome
+        if model.training and not torch.isfinite(loss):
+            step = self.state.global_step + 1
+            raise ValueError(f"step {step}: the loss is {loss.item()} at the records {', '.join(map(repr, ids))}")
+        return outcome
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            saved, _ = load_checkpoint(resume_from_checkpoint)
+            self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel) or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            read_back(Path(output_dir or self.args.output_dir), self.model)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            if self.is_world_process_zero():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / UNFINISHED).touch()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                (folder / UNFINISHED).unlink()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise ValueError(f"{folder} could not be written ({error}); checkpoints before it are whole") from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:  # only now may an older one go
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(
+                output_dir=str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True
+            )
