@@ -25,4 +25,18 @@ elif [ "${DS_ACCELERATOR:-}" = cpu ]; then
 fi
 # hides what DeepSpeed and torch say to each other about deprecated names
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
-exec deepspeed "${launcher[@]}" --module train_llava.train --deepspeed ds_zero2_no_offload.json "$@"
+set -m # the launcher gets a process group of its own, so that signals reach it and its ranks through the lines below
+deepspeed "${launcher[@]}" --module train_llava.train --deepspeed ds_zero2_no_offload.json "$@" &
+run=$!
+# Told to stop, the launcher would die and leave its ranks running; the ranks themselves end with a checkpoint
+stop_ranks='import psutil, sys
+for launch in psutil.Process(int(sys.argv[1])).children():
+    for rank in launch.children():
+        rank.terminate()'
+trap 'python3 -c "$stop_ranks" $run' TERM
+trap 'kill -INT -- -$run' INT
+code=0
+while kill -0 $run 2>/dev/null; do
+  wait $run && code=0 || code=$?
+done
+exit $code

@@ -2,6 +2,9 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,7 +29,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from train_llava import train
 from train_llava.build_model import build_model
+
+ROOT = Path(__file__).parent.parent
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -134,3 +140,37 @@ def corpus(tmp_path_factory) -> Path:
     records[5] = {"id": "5", "conversations": turns("What is this?", "a red square", "这是什么?", "红色的方块")}
     (root / "chat.json").write_text(json.dumps(records, ensure_ascii=False))
     return root
+
+
+def run_train(monkeypatch, model: Path, data: Path, output: Path, *arguments: str) -> list[float]:
+    """Trains in this process; returns the loss of every step."""
+    command = ["train", "--model_name_or_path", model, "--data_path", data, "--output_dir", output, *arguments]
+    command += ["--logging_steps", "1", "--report_to", "none"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    train.main()
+    return logged(output)
+
+
+def logged(output: Path, key: str = "loss") -> list[float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history if key in entry]
+
+
+def zero2_command(
+    model: Path, data: Path, output: Path, *arguments: str, ranks: int = 2
+) -> tuple[list[str], dict[str, str]]:
+    """The command that trains through run_zero2.sh on CPU ranks, and its environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"CPU_RANKS": str(ranks), "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PATH": path}
+    command = ["bash", "run_zero2.sh", "--model_name_or_path", model, "--data_path", data, "--output_dir", output]
+    command += [*arguments, "--logging_steps", "1", "--report_to", "none"]
+    return [str(word) for word in command], environment
+
+
+def run_zero2(model: Path, data: Path, output: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
+    """Trains through run_zero2.sh on CPU ranks."""
+    command, environment = zero2_command(model, data, output, *arguments, ranks=ranks)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

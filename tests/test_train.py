@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import turns
+from conftest import logged, run_train, run_zero2, turns
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -78,32 +77,6 @@ def test_tutorial_names_and_learning_rates(given, meant, tmp_path):
     args = TrainArguments(output_dir=str(tmp_path), train_type=given)
     assert (args.train_type, args.learning_rate) == (meant, LEARNING_RATES[meant])
     assert TrainArguments(output_dir=str(tmp_path), train_type=given, learning_rate=0.5).learning_rate == 0.5
-
-
-def run_train(monkeypatch, model: Path, data: Path, output: Path, *arguments: str) -> list[float]:
-    """Trains in this process; returns the loss of every step."""
-    command = ["train", "--model_name_or_path", model, "--data_path", data, "--output_dir", output, *arguments]
-    command += ["--logging_steps", "1", "--report_to", "none"]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-    train.main()
-    return logged(output)
-
-
-def logged(output: Path, key: str = "loss") -> list[float]:
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry[key] for entry in history if key in entry]
-
-
-def run_zero2(model: Path, data: Path, output: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
-    """Trains through run_zero2.sh on CPU ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"CPU_RANKS": str(ranks), "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PATH": path}
-    command = ["bash", "run_zero2.sh", "--model_name_or_path", model, "--data_path", data, "--output_dir", output]
-    command += [*arguments, "--logging_steps", "1", "--report_to", "none"]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 STEPS = ["--train_type", "full", "--learning_rate", "1e-3", "--max_steps", "20", "--save_strategy", "no"]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train_llava.build_model import count_parameters, load_checkpoint
 from train_llava.data import CheckedDataset
@@ -49,8 +50,11 @@ def preflight(trainer: LlavaTrainer, model_name_or_path: str) -> None:
         ValueError: the loss or a gradient is missing or not finite, or the saved model is not the one in memory.
     """
     if trainer.is_world_process_zero():
-        with torch.random.fork_rng():
-            _try_once(trainer, model_name_or_path)
+        if is_deepspeed_zero3_enabled():
+            print("preflight left out: under ZeRO-3 no rank holds the whole model")
+        else:
+            with torch.random.fork_rng():
+                _try_once(trainer, model_name_or_path)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -18,7 +18,7 @@ from datasets import IterableDataset
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import LlavaForConditionalGeneration, TrainingArguments
+from transformers import LlavaForConditionalGeneration, TrainingArguments, set_seed
 
 from train_llava.build_model import count_parameters, load_checkpoint
 from train_llava.cli import parse_arguments, run_command
@@ -255,6 +255,7 @@ def main() -> None:
         if resume:
             print(f"resuming from {checkpoint or 'the start: no checkpoint was finished'}")
 
+    set_seed(args.seed)  # LoRA's matrices are drawn before there is a Trainer
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model, processor = load_checkpoint(model_arguments.model_name_or_path, dtype, model_arguments.attn_implementation)
     collator = LlavaCollator(processor, data_arguments.max_length, data_arguments.packing)

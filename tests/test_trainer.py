@@ -1,0 +1,329 @@
+"""Nothing is lost: runs that are killed, stopped, poisoned, or run out of disk; and what each switch leaves alone."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import logged, run_train, run_zero2, turns, zero2_command
+from safetensors.torch import load_file
+from test_data import ITEMS, gradients
+from transformers import LlavaForConditionalGeneration
+
+from train_llava.build_model import load_checkpoint
+from train_llava.data import LlavaCollator, LlavaDataset
+from train_llava.train import ModelArguments, TrainArguments, set_trainable
+from train_llava.trainer import UNFINISHED, LlavaTrainer, check_resumable, finished_checkpoint, is_finished
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--learning_rate", "1e-3", "--per_device_train_batch_size", "2"]
+
+
+def write_checkpoint(folder: Path, ranks: int = 1) -> None:
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    for rank in range(ranks):
+        (folder / f"rng_state_{rank}.pth").touch()
+
+
+def test_only_a_finished_checkpoint_of_as_many_ranks_is_resumed_from(tmp_path):
+    assert finished_checkpoint(str(tmp_path)) is None
+    for step in (8, 9, 10, 11):
+        write_checkpoint(tmp_path / f"checkpoint-{step}", ranks=2)
+    (tmp_path / "checkpoint-10" / UNFINISHED).touch()
+    (tmp_path / "checkpoint-11" / "trainer_state.json").unlink()
+    assert finished_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-9")
+    check_resumable(tmp_path / "checkpoint-9", 2)
+    with pytest.raises(ValueError, match="written by 2 ranks and this run has 4"):
+        check_resumable(tmp_path / "checkpoint-9", 4)
+    with pytest.raises(ValueError, match="no checkpoint that was written to its end"):
+        check_resumable(tmp_path / "checkpoint-10", 2)
+    write_checkpoint(tmp_path / "checkpoint-12", ranks=0)
+    with pytest.raises(ValueError, match="holds the model only"):
+        check_resumable(tmp_path / "checkpoint-12", 2)
+
+
+def start(command: list, environment: dict, output: Path, checkpoint: str) -> subprocess.Popen:
+    """Starts a run in a process group of its own, and comes back once it has written a checkpoint."""
+    run = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    folder = output / checkpoint
+    deadline = time.monotonic() + 240
+    while not ((folder / "trainer_state.json").exists() and not (folder / UNFINISHED).exists()):
+        assert run.poll() is None, run.stdout.read().decode()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return run
+
+
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_a_killed_run_goes_on_to_the_same_losses(llava, corpus, tmp_path, train_type):
+    arguments = [*FAST, "--train_type", train_type, "--max_steps", "60", "--save_steps", "5"]
+    done = run_zero2(llava, corpus, tmp_path / "whole", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    command, environment = zero2_command(llava, corpus, tmp_path / "run", *arguments)
+    run = start(command, environment, tmp_path / "run", "checkpoint-10")
+    for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
+        process.kill()
+    run.communicate()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    # as a kill in the middle of writing leaves it
+    last = finished_checkpoint(str(tmp_path / "run"))
+    torn = tmp_path / "run" / "checkpoint-59"
+    shutil.copytree(last, torn)
+    (torn / UNFINISHED).touch()
+    for file in torn.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    done = run_zero2(llava, corpus, tmp_path / "run", *arguments, "--resume_from_checkpoint", "true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"resuming from {last}" in done.stdout
+    assert logged(tmp_path / "run") == pytest.approx(logged(tmp_path / "whole"), abs=1e-6)
+    assert len(logged(tmp_path / "run")) == 60
+    weights = "adapter_model.safetensors" if train_type == "lora" else "model.safetensors"
+    ours, theirs = load_file(tmp_path / "run" / weights), load_file(tmp_path / "whole" / weights)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+
+
+def test_a_run_resumes_without_deepspeed(llava, corpus, tmp_path, monkeypatch):
+    arguments = [*FAST, "--train_type", "full", "--max_steps", "12", "--save_steps", "4"]
+    whole = run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-12")
+    again = run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments, "--resume_from_checkpoint", "true")
+    assert again == whole
+
+
+def test_a_killed_run_without_a_checkpoint_starts_anew(llava, corpus, tmp_path, monkeypatch, capsys):
+    arguments = [*FAST, "--train_type", "projector", "--max_steps", "2", "--resume_from_checkpoint", "true"]
+    assert len(run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments)) == 2
+    assert "resuming from the start: no checkpoint was finished" in capsys.readouterr().out
+
+
+def test_sigterm_ends_a_run_with_a_checkpoint(llava, corpus, tmp_path):
+    arguments = [*FAST, "--train_type", "projector", "--max_steps", "100000", "--save_steps", "5"]
+    arguments += ["--save_total_limit", "2"]
+    command, environment = zero2_command(llava, corpus, tmp_path / "run", *arguments)
+    run = start(command, environment, tmp_path / "run", "checkpoint-5")
+    run.send_signal(signal.SIGTERM)
+    output = run.communicate(timeout=120)[0].decode()
+    assert "SIGTERM: ending at step" in output, output[-3000:]
+    step = int(output.split("SIGTERM: ending at step ")[1].split()[0])
+    assert finished_checkpoint(str(tmp_path / "run")) == str(tmp_path / "run" / f"checkpoint-{step}")
+    check_resumable(tmp_path / "run" / f"checkpoint-{step}", 2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(llava, corpus, tmp_path, monkeypatch):
+    """One token, which one record alone has, is given an embedding that is not a number."""
+    model, processor = load_checkpoint(str(llava))
+    token_id = processor.tokenizer("Q")["input_ids"][0]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token_id] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    records = json.loads((corpus / "chat.json").read_text())
+    records[11] = records[11] | {"id": "poison", "conversations": turns("<image>\nQ?", "a red square")}
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    arguments = [*FAST, "--train_type", "projector", "--num_train_epochs", "1", "--save_steps", "1"]
+    arguments += ["--image_dir", corpus / "images_dl", "--preflight", "false"]
+    with pytest.raises(ValueError, match=r"step \d+: the loss is nan at the records .*'poison'") as error:
+        run_train(monkeypatch, tmp_path / "model", tmp_path, tmp_path / "run", *arguments)
+    step = int(str(error.value).split()[1].strip(":"))
+    assert finished_checkpoint(str(tmp_path / "run")) in (None, str(tmp_path / "run" / f"checkpoint-{step - 1}"))
+    command = [sys.executable, "-m", "train_llava.train", "--model_name_or_path", tmp_path / "model", "--data_path"]
+    command += [tmp_path, "--output_dir", tmp_path / "again", "--report_to", "none", *arguments[:-2]]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_costs_no_checkpoint_before_it(llava, corpus, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("a small disk to fill takes the right to mount one")
+    try:
+        arguments = [*FAST, "--train_type", "full", "--max_steps", "20", "--save_steps", "2", "--preflight", "false"]
+        with pytest.raises(ValueError, match=r"checkpoint-\d+ could not be written .* before it are whole"):
+            run_train(monkeypatch, llava, corpus, disk / "run", *arguments)
+        last = finished_checkpoint(str(disk / "run"))
+        check_resumable(Path(last), 1)
+        load_checkpoint(last)
+        assert all(is_finished(checkpoint) for checkpoint in (disk / "run").glob("checkpoint-*"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_preflight_finds_a_model_that_is_not_saved_as_it_is(llava, corpus, tmp_path, monkeypatch):
+    save = LlavaForConditionalGeneration.save_pretrained
+
+    def save_with_a_fault(self, *args, **kwargs):
+        weight = self.model.language_model.layers[0].mlp.up_proj.weight
+        with torch.no_grad():
+            weight.neg_()
+            save(self, *args, **kwargs)
+            weight.neg_()
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "save_pretrained", save_with_a_fault)
+    with pytest.raises(ValueError, match=r"preflight: the loss is .* once saved and read back"):
+        run_train(monkeypatch, llava, corpus, tmp_path / "run", *FAST, "--max_steps", "2", "--train_type", "full")
+    assert not list((tmp_path / "run").glob("preflight*"))
+
+
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_preflight_changes_nothing(llava, corpus, tmp_path, monkeypatch, capsys, train_type):
+    arguments = [*FAST, "--max_steps", "3", "--train_type", train_type, "--lora_dropout", "0.5"]
+    with_it = run_train(monkeypatch, llava, corpus, tmp_path / "with", *arguments)
+    assert (
+        "preflight: 2 of the longest records forward and backward, saved, read back alike" in capsys.readouterr().out
+    )
+    without = run_train(monkeypatch, llava, corpus, tmp_path / "without", *arguments, "--preflight", "false")
+    assert with_it == without
+
+
+def test_an_empty_tensor_in_a_saved_model_is_noticed(llava, corpus, tmp_path, monkeypatch):
+    save = LlavaForConditionalGeneration.save_pretrained
+
+    def save_without_the_projector(self, folder, *args, state_dict=None, **kwargs):
+        state_dict = {k: v for k, v in self.state_dict().items() if "linear_2.weight" not in k}
+        save(self, folder, *args, state_dict=state_dict, **kwargs)
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "save_pretrained", save_without_the_projector)
+    arguments = [*FAST, "--max_steps", "1", "--train_type", "projector", "--preflight", "false"]
+    with pytest.raises(ValueError, match="was not saved whole"):
+        run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments)
+
+
+def test_every_part_trains_at_its_own_rate(model, tmp_path):
+    rates = {"vision tower": 1e-6, "projector": 1e-3, "language model": 1e-5}
+    args = TrainArguments(output_dir=str(tmp_path), train_type="full", weight_decay=0.1)
+    trainer = LlavaTrainer(set_trainable(model, "full", ModelArguments("m")), args, learning_rates=rates)
+    groups = trainer.create_optimizer().param_groups
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[p]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, (rate, decay) in found.items():
+        part = "vision tower" if "vision" in name else "projector" if "projector" in name else "language model"
+        assert rate == rates[part], name
+        assert decay == (0.0 if "norm" in name or name.endswith("bias") else 0.1), name
+
+
+@pytest.mark.parametrize(
+    ("train_type", "given", "expected"),
+    [
+        ("lora", {}, (2e-5, 2e-4)),
+        ("full", {}, (2e-5, 2e-5)),
+        ("projector", {}, (1e-3, 1e-3)),
+        ("full", {"vision_learning_rate": 3e-6, "projector_learning_rate": 4e-4}, (4e-4, 2e-5)),
+    ],
+)
+def test_default_rates_are_those_of_the_recipes(tmp_path, train_type, given, expected):
+    args = TrainArguments(output_dir=str(tmp_path), train_type=train_type, **given)
+    assert (args.projector_learning_rate, args.learning_rate) == pytest.approx(expected)
+    assert args.vision_learning_rate == pytest.approx(given.get("vision_learning_rate", args.learning_rate / 10))
+
+
+def test_packing_gives_the_loss_and_gradients_of_padding(processor, model):
+    model.config.text_config.use_cache = False
+    loss, grads = gradients(model, **LlavaCollator(processor)(list(ITEMS.values())))
+    packed = LlavaCollator(processor, packing=True)(list(ITEMS.values()))
+    assert packed["input_ids"].shape[0] == 1
+    packed_loss, packed_grads = gradients(model, **packed)
+    assert abs(loss - packed_loss) <= 1e-6 * loss
+    for name, grad in grads.items():
+        assert (packed_grads[name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-10, name
+
+
+def test_packed_conversations_do_not_see_each_other(processor, model):
+    model.config.text_config.use_cache = False
+    collator = LlavaCollator(processor, packing=True)
+    alone = model(**collator([ITEMS["text alone"]])).logits
+    behind = model(**collator([ITEMS["several turns"], ITEMS["text alone"]])).logits[-len(alone) :]
+    assert torch.allclose(alone, behind, atol=1e-6)
+
+
+def test_packing_trains_to_the_same_losses(llava, corpus, tmp_path, monkeypatch):
+    arguments = [*FAST, "--max_steps", "5", "--train_type", "full"]
+    padded = run_train(monkeypatch, llava, corpus, tmp_path / "padded", *arguments)
+    packed = run_train(monkeypatch, llava, corpus, tmp_path / "packed", *arguments, "--packing", "true")
+    assert packed == pytest.approx(padded, abs=1e-5)
+
+
+def test_a_rank_with_pictures_and_one_without_stay_in_step(llava, corpus, tmp_path, monkeypatch):
+    """Of two ranks with one record each, one often has a text-only record."""
+    records = json.loads((corpus / "chat.json").read_text())
+    for record in records[::2]:
+        record.pop("image", None)
+        record["conversations"] = turns("What is this?", "a red square")
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    arguments = ["--learning_rate", "1e-3", "--train_type", "full", "--max_steps", "8"]
+    arguments += ["--image_dir", str(corpus / "images_dl")]
+    both = run_train(monkeypatch, llava, tmp_path, tmp_path / "one", *arguments, "--per_device_train_batch_size", "2")
+    done = run_zero2(llava, tmp_path, tmp_path / "two", *arguments, "--per_device_train_batch_size", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert logged(tmp_path / "two") == pytest.approx(both, abs=1e-4)
+
+
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_zero3_trains_to_the_same_losses_and_saves_one_whole_checkpoint(llava, corpus, tmp_path, train_type):
+    arguments = [*FAST, "--train_type", train_type, "--max_steps", "5", "--lora_dropout", "0"]
+    losses = {}
+    for config in ("ds_zero2_no_offload.json", "ds_zero3.json"):
+        output = tmp_path / config
+        done = run_zero2(llava, corpus, output, *arguments, "--deepspeed", config)
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses[config] = logged(output)
+    assert losses["ds_zero3.json"] == pytest.approx(losses["ds_zero2_no_offload.json"], abs=1e-5)
+    weights = "adapter_model.safetensors" if train_type == "lora" else "model.safetensors"
+    two, three = (load_file(tmp_path / config / weights) for config in losses)
+    assert two.keys() == three.keys()
+    assert all(torch.allclose(two[name], three[name], atol=1e-5) for name in two)
+
+
+def test_tower_layers_that_nothing_reads_are_not_run(model, processor, corpus):
+    dataset = LlavaDataset(str(corpus))
+    batch = LlavaCollator(processor)([dataset[i] for i in range(4)])
+    before = model(**batch).loss
+    set_trainable(model, "projector", ModelArguments("m"))
+    layers = model.model.vision_tower.encoder.layers
+    run = []
+    for i, layer in enumerate(layers):
+        layer.mlp.register_forward_hook(lambda *_, i=i: run.append(i))
+    assert torch.equal(model(**batch).loss, before)
+    assert run == [0, 1]
+
+
+TOWER = {"projector": "model.vision_tower", "lora": "base_model.model.model.vision_tower"}
+
+
+@pytest.mark.parametrize("train_type", TOWER)
+def test_activation_checkpointing_leaves_the_tower_and_the_losses_alone(
+    llava, corpus, tmp_path, monkeypatch, train_type
+):
+    arguments = [*FAST, "--max_steps", "3", "--train_type", train_type, "--lora_dropout", "0"]
+    plain = run_train(monkeypatch, llava, corpus, tmp_path / "plain", *arguments)
+    trainers = []
+    initialise = LlavaTrainer.__init__
+
+    def remember(self, *args, **kwargs):
+        initialise(self, *args, **kwargs)
+        trainers.append(self)
+
+    monkeypatch.setattr(LlavaTrainer, "__init__", remember)
+    saved = run_train(monkeypatch, llava, corpus, tmp_path / "saved", *arguments, "--activation_checkpointing", "true")
+    assert saved == pytest.approx(plain, abs=1e-6)
+    flags = {
+        name: module.gradient_checkpointing
+        for name, module in trainers[0].model.named_modules()
+        if "layers." in name and hasattr(module, "gradient_checkpointing")
+    }
+    assert {flag for name, flag in flags.items() if "language_model" in name} == {True}
+    assert {flag for name, flag in flags.items() if "vision_tower" in name} == {False}
+    features = trainers[0].model.get_submodule(TOWER[train_type])(torch.zeros(1, 3, 28, 28)).last_hidden_state
+    assert not features.requires_grad
