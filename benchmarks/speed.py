@@ -1,0 +1,253 @@
+"""Times a LoRA training step here, in plain transformers and in TRL: the same model, batch, loss and machine.
+
+    pip install -r benchmarks/requirements.txt
+    PYTHONPATH=. python benchmarks/speed.py --work_dir /tmp/speed --geometry small
+    PYTHONPATH=. python benchmarks/speed.py --work_dir /tmp/speed --geometry 0.5b
+
+One batch of two captioned 336-pixel pictures, fp32, random weights, LoRA of rank 8 on every linear layer of the
+language model, the projector in full. `small` takes minutes; `0.5b` has the shapes of CLIP-L/14-336 and Qwen1.5-0.5B.
+The contenders take turns, each time in a process of its own, so that one's memory is not another's. Their first losses
+have to agree. TRL stands there twice: with its defaults, and without the gradient checkpointing that is one of them.
+
+The last column is the floating-point operations of our own step a second, over those that a multiplication of two
+2048 x 2048 matrices reaches on this machine in the same run: what is left of the machine's speed.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from train_llava.build_model import build_model, load_checkpoint
+from train_llava.data import LlavaCollator
+from train_llava.train import ModelArguments, set_trainable
+
+EXAMPLE = Path(__file__).parent.parent / "examples/openmoji/parts/qwen2"  # a tokenizer
+GEOMETRIES = {  # layers and widths of the tower and of the language model, and the vocabulary
+    "small": ((6, 512), (6, 512), 32000),
+    "0.5b": ((24, 1024), (24, 1024), 151936),
+}
+CONTENDERS = ("ours", "plain transformers", "TRL", "TRL, no checkpointing")
+# the end of an answer is the end of the text: TRL would also learn the line break that ChatML writes there
+CHATML = (
+    "{% for message in messages %}{{ ('' if loop.first else '\n') + '<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)
+LORA = ModelArguments("", lora_r=8, lora_alpha=16, lora_dropout=0.0)
+TEXTS = [
+    ("What is in this picture?", "a small red square on a white wall, and beside it a window with a blue curtain"),
+    ("Describe the picture.", "two people on a bench in a park, one of them reading a newspaper to the other"),
+]
+
+
+def make_model(geometry: str, work_dir: Path) -> Path:
+    """A LLaVA of random weights, made once."""
+    folder = work_dir / geometry
+    if folder.exists():
+        return folder
+    (vision_layers, vision_width), (layers, width), vocabulary = GEOMETRIES[geometry]
+    vision = CLIPVisionConfig(
+        hidden_size=vision_width,
+        intermediate_size=4 * vision_width,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=vision_width // 64,
+        image_size=336,
+        patch_size=14,
+    )
+    heads = width // 64
+    text = Qwen2Config(
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+    parts = work_dir / f"{geometry}-parts"
+    CLIPVisionModel(vision).save_pretrained(parts / "clip")
+    size = {"height": 336, "width": 336}
+    CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=size).save_pretrained(parts / "clip")
+    Qwen2ForCausalLM(text).save_pretrained(parts / "qwen2")
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLE)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(parts / "qwen2")
+    build_model(str(parts / "clip"), str(parts / "qwen2"), str(folder), skip_checks=True)
+    return folder
+
+
+class Clock(TrainerCallback):
+    """The seconds of every step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_, **__) -> None:
+        self.start = time.monotonic()
+
+    def on_step_end(self, *_, **__) -> None:
+        self.seconds.append(time.monotonic() - self.start)
+
+
+def matmul_rate() -> float:
+    """Floating-point operations a second of a large matrix multiplication: the best of some."""
+    a = torch.randn(2048, 2048)
+    times = []
+    for _ in range(8):
+        start = time.monotonic()
+        a @ a
+        times.append(time.monotonic() - start)
+    return 2 * 2048**3 / min(times)
+
+
+def messages(question: str) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+
+
+def run(contender: str, folder: Path, output: Path, steps: int) -> dict:
+    """Trains for some steps; returns their seconds, the first loss and the peak memory."""
+    model, processor = load_checkpoint(str(folder), torch.float32)
+    pictures = [Image.effect_mandelbrot((336, 336), (-2, -1.5, 1, 1.5), 20 + i).convert("RGB") for i in range(2)]
+    clock, flops = Clock(), 0
+    settings = {
+        "output_dir": str(output),
+        "per_device_train_batch_size": 2,
+        "max_steps": steps,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "learning_rate": 2e-4,
+        "lr_scheduler_type": "constant",
+        "disable_tqdm": True,
+    }
+    items = [
+        {
+            "id": str(i),
+            "messages": [*messages(question), {"role": "assistant", "content": [{"type": "text", "text": answer}]}],
+            "images": [picture],
+        }
+        for i, ((question, answer), picture) in enumerate(zip(TEXTS, pictures, strict=True))
+    ]
+    lora = LoraConfig(
+        r=LORA.lora_r,
+        lora_alpha=LORA.lora_alpha,
+        target_modules=r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+        modules_to_save=["multi_modal_projector"],
+        task_type="CAUSAL_LM",
+    )
+    if contender == "ours":
+        model = set_trainable(model, "lora", LORA)
+        model.config.text_config.use_cache = False
+        collator = LlavaCollator(processor)
+        with FlopCounterMode(display=False) as counter:
+            model(**collator(items)).loss.backward()
+        model.zero_grad()
+        flops = counter.get_total_flops()
+        trainer = Trainer(model, TrainingArguments(**settings), data_collator=collator, train_dataset=items * steps)
+    elif contender == "plain transformers":
+        collator = LlavaCollator(processor)
+
+        def full(batch: list[dict]) -> dict:
+            keep = ("input_ids", "attention_mask", "pixel_values", "labels")
+            return {name: value for name, value in collator(batch).items() if name in keep}
+
+        model = get_peft_model(model, lora)
+        trainer = Trainer(model, TrainingArguments(**settings), data_collator=full, train_dataset=items * steps)
+    else:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        columns = {
+            "images": [[picture] for picture in pictures] * steps,
+            "prompt": [[{"role": "user", "content": question}] for question, _ in TEXTS] * steps,
+            "completion": [[{"role": "assistant", "content": answer}] for _, answer in TEXTS] * steps,
+        }
+        if contender != "TRL":
+            settings["gradient_checkpointing"] = False
+        config = SFTConfig(**settings, completion_only_loss=True, max_length=None, bf16=False)
+        trainer = SFTTrainer(
+            model, config, train_dataset=Dataset.from_dict(columns), processing_class=processor, peft_config=lora
+        )
+    trainer.add_callback(clock)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "seconds": clock.seconds[1:],
+        "loss": float(losses[0]),
+        "peak_gb": peak / 1e9,
+        "flops": flops,
+        "rate": matmul_rate(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, required=True, help="Where the models are written.")
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="small")
+    parser.add_argument("--rounds", type=int, default=3, help="How often each contender has its turn.")
+    parser.add_argument("--steps", type=int, default=3, help="Steps a turn; the first is not counted.")
+    parser.add_argument("--contender", choices=CONTENDERS, help="Run this one alone, and print its figures.")
+    arguments = parser.parse_args()
+    folder = make_model(arguments.geometry, arguments.work_dir)
+    if arguments.contender is not None:
+        print(json.dumps(run(arguments.contender, folder, arguments.work_dir / "output", arguments.steps)))
+        return
+
+    turns: dict[str, list[dict]] = {contender: [] for contender in CONTENDERS}
+    for number in range(arguments.rounds):
+        for contender in CONTENDERS[:: 1 if number % 2 == 0 else -1]:
+            command = [sys.executable, __file__, "--work_dir", arguments.work_dir, "--geometry", arguments.geometry]
+            command += ["--steps", str(arguments.steps), "--contender", contender]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            turns[contender].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {number + 1}: {contender} {turns[contender][-1]['seconds']}", file=sys.stderr, flush=True)
+    losses = {contender: found[0]["loss"] for contender, found in turns.items()}
+    if max(losses.values()) - min(losses.values()) > 1e-4 * min(losses.values()):
+        raise SystemExit(f"the contenders do not compute the same loss: {losses}")
+
+    ours = statistics.median(second for turn in turns["ours"] for second in turn["seconds"])
+    rate = statistics.median(turn["rate"] for found in turns.values() for turn in found)
+    flops = turns["ours"][0]["flops"]
+    print(
+        f"geometry {arguments.geometry}: {flops / 1e12:.2f} TFLOP a step of ours, matrix multiplication at "
+        f"{rate / 1e9:.0f} GFLOP/s"
+    )
+    print("| | s a step (range) | times ours | peak GB | first loss | of the multiplication rate |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for contender, found in turns.items():
+        seconds = [second for turn in found for second in turn["seconds"]]
+        middle = statistics.median(seconds)
+        peak = statistics.median(turn["peak_gb"] for turn in found)
+        print(
+            f"| {contender} | {middle:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {middle / ours:.2f} | "
+            f"{peak:.1f} | {losses[contender]:.5f} | {flops / middle / rate:.0%} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
