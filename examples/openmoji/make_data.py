@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import random
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 PICTURE_SIZE = 72
 # OpenMoji is designed on a grid of 72 x 72. A glyph of the font is 82.5/64 em wide, so 110 px type fits 144 px whole.
 DRAWN_SIZE, FONT_SIZE = 144, 110
+VIEWS = 6  # of each training picture
 LEAST_SIDE = 96  # of the 144 pixels; a drawing fills about 100
 
 QUESTIONS = {
@@ -118,24 +120,38 @@ def conversation(text: str, index: int, languages: tuple[str, ...]) -> list[dict
     return turns
 
 
-def write_split(pictures: dict[str, Image.Image], directory: Path, asked: list[tuple[str, ...]]) -> None:
+def moved(picture: Image.Image, rng: random.Random) -> Image.Image:
+    """The picture shifted by up to 2 pixels and scaled by up to 6 %, on white."""
+    scale = rng.uniform(0.94, 1.06)
+    x, y = (PICTURE_SIZE / 2 * (1 - scale) + rng.uniform(-2, 2) for _ in range(2))
+    return picture.transform(
+        picture.size, Image.Transform.AFFINE, (scale, 0, x, 0, scale, y), Image.Resampling.BICUBIC, fillcolor="white"
+    )
+
+
+def write_split(pictures: dict[str, Image.Image], directory: Path, asked: list[tuple[str, ...]], views: int) -> None:
     """Write images_dl/*.png, named by code points as OpenMoji's own files, and chat.json.
 
-    Each picture has one record for each entry of `asked`, the languages it is asked in, in that order. Two questions
-    about one picture cost little more than one: the picture and the system prompt are read once.
+    Each picture has `views`: as it is and, in files with a number behind an underscore, moved a little, so that no
+    model can know it by its pixels. Each view has one record, for `asked` in turn: the languages it is asked in, in
+    that order. Two questions about one picture cost little more than one: picture and system prompt are read once.
     """
     (directory / "images_dl").mkdir(parents=True, exist_ok=True)
-    records = []
+    records, rng = [], random.Random(0)
     for index, (text, picture) in enumerate(tqdm(pictures.items(), desc=f"writing {directory}")):
         name = "-".join(f"{ord(c):04X}" for c in text)
-        picture.save(directory / "images_dl" / f"{name}.png")
-        for languages in asked:
+        for number in range(max(views, len(asked))):
+            languages, view = asked[number % len(asked)], number % views
+            image = f"{name}_{view}.png" if view else f"{name}.png"
+            if number == view:
+                shown = moved(picture, rng) if view else picture
+                shown.save(directory / "images_dl" / image, compress_level=1)
             records.append(
                 {
-                    "id": "-".join([name, *languages]),
-                    "image": f"{name}.png",
+                    "id": "-".join([image.removesuffix(".png"), *languages]),
+                    "image": image,
                     "language": "-".join(languages),
-                    "conversations": conversation(text, index, languages),
+                    "conversations": conversation(text, index + number, languages),
                 }
             )
     (directory / "chat.json").write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -151,8 +167,8 @@ def main() -> None:
     train = {text: picture for text, picture in pictures.items() if not is_held_out(text)}
     heldout = {text: picture for text, picture in pictures.items() if is_held_out(text)}
     check_split(train, heldout)
-    write_split(train, args.output_dir / "train", [("en", "zh"), ("zh", "en")])
-    write_split(heldout, args.output_dir / "heldout", [("en",), ("zh",)])
+    write_split(train, args.output_dir / "train", [("en", "zh"), ("zh", "en")], VIEWS)
+    write_split(heldout, args.output_dir / "heldout", [("en",), ("zh",)], views=1)
     print(f"{len(train)} pictures to train on, {len(heldout)} held out, in {args.output_dir}")
 
 

@@ -71,6 +71,8 @@ def read_data(data_dir: Path) -> tuple[list[Path], dict[str, list[str]], dict[st
     captions: dict[str, dict[str, str]] = {language: {} for language in LANGUAGES}
     questions: dict[str, set[str]] = {language: set() for language in LANGUAGES}
     for record in json.loads(chat_file.read_text(encoding="utf-8")):
+        if "_" in record["image"]:  # a moved view of a picture that is there as it is
+            continue
         texts = [turn["value"] for turn in record["conversations"]]
         for language, question, answer in zip(record["language"].split("-"), texts[::2], texts[1::2], strict=True):
             captions[language][record["image"]] = answer
