@@ -6,6 +6,11 @@
 #   INCLUDE=localhost:4,5   the devices to use, as DeepSpeed's --include takes them
 #   CPU_RANKS=2             how many processes on a machine without a GPU
 #   MASTER_PORT=29500       another one for each run at the same time on one machine
+# Several nodes: the same command on each of them, with the same files in the same places, and
+#   HOSTFILE=hosts          a line for each node, "name slots=GPUS", as DeepSpeed's --hostfile takes it
+#   NODE_RANK=0             this node's number, from 0 in the order of that file; without it the first node starts the
+#                           others by ssh, and the command is given there alone
+#   MASTER_ADDR=10.0.0.1    the first node's address, which the others can reach
 set -euo pipefail
 cd "$(dirname "$0")"
 source env.sh requirements.txt
@@ -15,9 +20,14 @@ if [ $# -eq 0 ]; then
 fi
 
 launcher=(--master_port "${MASTER_PORT:-29500}" --log_level warning)
+if [ -n "${HOSTFILE:-}" ]; then
+  launcher+=(--hostfile "$HOSTFILE")
+  [ -z "${MASTER_ADDR:-}" ] || launcher+=(--master_addr "$MASTER_ADDR")
+  [ -z "${NODE_RANK:-}" ] || launcher+=(--no_ssh --node_rank "$NODE_RANK")
+fi
 if [ -n "${INCLUDE:-}" ]; then
   launcher+=(--include "$INCLUDE")
-elif [ "${DS_ACCELERATOR:-}" = cpu ]; then
+elif [ "${DS_ACCELERATOR:-}" = cpu ] && [ -z "${HOSTFILE:-}" ]; then
   ranks=${CPU_RANKS:-2}
   cores=$(python3 -c 'import os; print(os.cpu_count())')
   launcher+=(--num_accelerators "$ranks")
