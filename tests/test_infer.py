@@ -1,8 +1,12 @@
 """Asking, evaluating and merging: the right answers to the right questions, and one clear line for bad input."""
 
+import io
 import json
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -94,6 +98,81 @@ def test_infer_prints_the_answer_alone(merged, corpus):
     )
     model, processor = load_model(str(merged))
     assert done.stdout == generate(model, processor, QUESTIONS[:1], [infer.open_image(picture)], 8)[0] + "\n"
+
+
+def write_questions(corpus: Path, folder: Path) -> Path:
+    names = [f"{corpus}/images_dl/{i}.png" for i in range(3)]
+    lines = [
+        {"id": "one", "image": names[0], "prompt": "What is this?"},
+        {"prompt": "Where is Paris?"},
+        {"id": 7, "image": names[1:], "prompt": "这是?"},
+    ]
+    (folder / "questions.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return folder / "questions.jsonl"
+
+
+def test_a_file_of_questions_is_answered_and_gone_on_with(merged, corpus, tmp_path, monkeypatch):
+    questions, answers = write_questions(corpus, tmp_path), tmp_path / "answers.jsonl"
+    model, processor = load_model(str(merged))
+    infer.answer_file(model, processor, questions, answers, batch_size=2, max_new_tokens=8)
+    whole = answers.read_text()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert [line["id"] for line in lines] == ["one", "1", "7"]
+    images = [infer.open_image(corpus / "images_dl" / f"{i}.png") for i in range(3)]
+    assert [line["answer"] for line in lines] == generate(model, processor, QUESTIONS, images, 8)
+    answers.write_text(whole[: whole.index("\n") + 9])  # killed while it wrote the second answer
+    asked = []
+    monkeypatch.setattr(infer, "generate", lambda *args, **kw: asked.append(len(args[2])) or generate(*args, **kw))
+    infer.answer_file(model, processor, questions, answers, batch_size=16, max_new_tokens=8)
+    assert (answers.read_text(), asked) == (whole, [2])
+
+
+def test_a_chat_keeps_the_conversation_and_takes_pictures_on_the_way(merged, corpus, monkeypatch, capsys):
+    typed = iter(["What is this?", f"/image {corpus}/images_dl/1.png", "/image nothing.png", "And this?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    asked = []
+
+    def remember(model, processor, conversations, images, **options):
+        asked.append((json.dumps(conversations[0]), len(images)))
+        return generate(model, processor, conversations, images, **options)
+
+    monkeypatch.setattr(infer, "generate", remember)
+    model, processor = load_model(str(merged))
+    infer.chat(model, processor, [IMAGES[0]], max_new_tokens=8)
+    shown = capsys.readouterr()
+    (first, one), (second, two) = asked
+    assert (one, two) == (1, 2)
+    messages = json.loads(second)
+    assert messages[0] == json.loads(first)[0] == question("<image>", "What is this?")[0]
+    assert messages[2] == question("<image>", "And this?")[0]
+    assert messages[1]["content"][0]["text"] in shown.out
+    assert "nothing.png does not exist" in shown.err
+
+
+def test_a_picture_may_come_from_the_network_or_standard_input(merged, corpus, monkeypatch):
+    path = corpus / "images_dl" / "3.png"
+    expected = infer.open_image(path).tobytes()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(path.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/3.png"
+        assert infer.fetch_image(address).tobytes() == expected
+        monkeypatch.setattr(infer, "MOST_BYTES", 10)
+        with pytest.raises(ValueError, match="is larger than"):
+            infer.fetch_image(address)
+        with pytest.raises(OSError, match="404"):
+            infer.fetch_image(address.replace("3.png", "99.png"))
+        server.shutdown()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
+    assert infer.fetch_image("-").tobytes() == expected
+
+
+def test_sampling_draws_other_answers_and_is_off_by_default(merged):
+    model, processor = load_model(str(merged))
+    assert infer.sampling(0, 1) == {"do_sample": False}
+    greedy = generate(model, processor, QUESTIONS[:1], IMAGES[:1], 8)
+    drawn = {generate(model, processor, QUESTIONS[:1], IMAGES[:1], 8, **infer.sampling(5.0, 1.0))[0] for _ in range(4)}
+    assert len(drawn | set(greedy)) > 2
 
 
 def run_evaluate(monkeypatch, model: Path, corpus: Path, output: Path, *arguments: str) -> dict:
@@ -201,6 +280,9 @@ def test_an_adapter_of_another_model_is_refused(llava, tmp_path, kind, request):
         ("infer --model_name_or_path {llava} --prompt hi --image {corpus}/chat.json", "cannot be read as a picture"),
         ("infer --model_name_or_path {llava} --prompt hi --image nothing.png", "nothing.png does not exist"),
         ("infer --model_name_or_path {llava} --prompt hi --adapter_name_or_path {corpus}", "is no adapter folder"),
+        ("infer --model_name_or_path {llava}", "one of --prompt, --interactive true and --questions"),
+        ("infer --model_name_or_path {llava} --questions {corpus}/chat.json", "--questions and --answers go together"),
+        ("infer --model_name_or_path {llava} --questions no.jsonl --answers {tmp}/a.jsonl", "no.jsonl"),
         ("evaluate --model_name_or_path {llava} --data_path {llava} --output_dir {tmp}/out", "holds no chat.json"),
         ("evaluate --model_name_or_path nowhere --data_path {corpus} --output_dir {tmp}/out", "is no model folder"),
         ("evaluate --model_name_or_path {llava} --data_path {corpus} --output_dir {llava}", "exists already"),

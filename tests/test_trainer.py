@@ -286,6 +286,27 @@ def test_zero3_trains_to_the_same_losses_and_saves_one_whole_checkpoint(llava, c
     assert all(torch.allclose(two[name], three[name], atol=1e-5) for name in two)
 
 
+def test_two_nodes_train_as_two_ranks_of_one_do(llava, corpus, tmp_path):
+    """Two launchers that know of each other by a host file alone, as on two machines without ssh between them."""
+    (tmp_path / "hosts").write_text("first slots=1\nsecond slots=1\n")
+    arguments = [*FAST, "--train_type", "projector", "--max_steps", "5"]
+    command, environment = zero2_command(llava, corpus, tmp_path / "nodes", *arguments)
+    environment |= {"HOSTFILE": str(tmp_path / "hosts"), "MASTER_ADDR": "127.0.0.1"}
+    nodes = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment | {"NODE_RANK": str(rank)}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for node in nodes:
+        output = node.communicate(timeout=240)[0].decode()
+        assert node.returncode == 0, output[-3000:]
+    done = run_zero2(llava, corpus, tmp_path / "ranks", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert logged(tmp_path / "nodes") == pytest.approx(logged(tmp_path / "ranks"), abs=1e-6)
+
+
 def test_tower_layers_that_nothing_reads_are_not_run(model, processor, corpus):
     dataset = LlavaDataset(str(corpus))
     batch = LlavaCollator(processor)([dataset[i] for i in range(4)])
