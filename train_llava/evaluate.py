@@ -11,7 +11,9 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import sqrt
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import matplotlib
@@ -85,6 +87,15 @@ def is_exact(prediction: dict[str, Any]) -> bool:
     return prediction["prediction"].strip() == prediction["reference"].strip()
 
 
+def share(hits: list[bool]) -> dict[str, Any]:
+    """The share of hits, and the 95 % interval in which it lies by the number of questions (Wilson, 1927)."""
+    n, z = len(hits), NormalDist().inv_cdf(0.975)
+    p = sum(hits) / n
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    reach = z / (1 + z**2 / n) * sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return {"exact_match": p, "interval": [max(0.0, centre - reach), min(1.0, centre + reach)], "n": n}
+
+
 def exact_match(predictions: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The share of exact answers, over all and, where the records say theirs, by `language`."""
     predictions = list(predictions)
@@ -92,12 +103,9 @@ def exact_match(predictions: Iterable[dict[str, Any]]) -> dict[str, Any]:
     for p in predictions:
         by_language.setdefault(p["language"], []).append(is_exact(p))
     hits = [hit for group in by_language.values() for hit in group]
-    scores: dict[str, Any] = {"exact_match": sum(hits) / len(hits), "n": len(hits)}
+    scores = share(hits)
     if None not in by_language:
-        scores["by_language"] = {
-            language: {"exact_match": sum(group) / len(group), "n": len(group)}
-            for language, group in sorted(by_language.items())
-        }
+        scores["by_language"] = {language: share(group) for language, group in sorted(by_language.items())}
     return scores
 
 
@@ -113,12 +121,14 @@ def table(metrics: dict[str, Any]) -> str:
     """The exact match of the model and of each control, by language."""
     rows = {"this model": metrics} | {name.replace("_", " "): m for name, m in metrics["controls"].items()}
     languages = list(metrics.get("by_language", {}))
-    lines = [f"{'exact match':<24}" + "".join(f"{name:>10}" for name in [*languages, "all"])]
-    for name, scores in rows.items():
-        cells = [scores["by_language"][language] for language in languages] + [scores]
-        lines.append(f"{name:<24}" + "".join(f"{cell['exact_match']:>10.1%}" for cell in cells))
-    cells = [metrics["by_language"][language] for language in languages] + [metrics]
-    return "\n".join([*lines, f"{'questions':<24}" + "".join(f"{cell['n']:>10,}" for cell in cells)])
+    cells = {name: [m["by_language"][language] for language in languages] + [m] for name, m in rows.items()}
+    lines = {"exact match": [*languages, "all"]}
+    for name, row in cells.items():
+        lines[name] = [f"{cell['exact_match']:.1%}" for cell in row]
+        if name == "this model":
+            lines["  95 % interval"] = ["{:.1%}-{:.1%}".format(*cell["interval"]) for cell in row]
+    lines["questions"] = [f"{cell['n']:,}" for cell in cells["this model"]]
+    return "\n".join(f"{name:<22}" + "".join(f"{word:>14}" for word in words) for name, words in lines.items())
 
 
 def draw_sheet(dataset: LlavaDataset, predictions: list[dict[str, Any]], path: Path) -> None:
