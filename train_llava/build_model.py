@@ -32,7 +32,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from train_llava.cli import parse_arguments, run_command, written_whole
@@ -432,8 +431,8 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, parameter in model.named_parameters():
         if "original_module" in name:  # PEFT trains a copy of the projector and keeps this one beside it
             continue
-        # under ZeRO-3 a rank holds a piece of each parameter, and DeepSpeed keeps the size of the whole
-        size = parameter.ds_numel if is_deepspeed_zero3_enabled() else parameter.numel()
+        # where ZeRO-3 has shared a parameter out, a rank holds a piece of it, and DeepSpeed's note of its whole size
+        size = getattr(parameter, "ds_numel", parameter.numel())
         trainable, total = counts[part_of(name)]
         counts[part_of(name)] = trainable + size * parameter.requires_grad, total + size
     return counts

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlavaForConditionalGeneration, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train_llava.build_model import count_parameters, load_checkpoint
 from train_llava.cli import parse_arguments, run_command
@@ -255,6 +256,11 @@ def main() -> None:
         if resume:
             print(f"resuming from {checkpoint or 'the start: no checkpoint was finished'}")
 
+    if is_deepspeed_zero3_enabled():
+        # Weights are shared out while they are loaded, before a Trainer has told DeepSpeed of the other ranks
+        from deepspeed import init_distributed  # here, since it takes seconds and complains where it is not needed
+
+        init_distributed(verbose=False)
     set_seed(args.seed)  # LoRA's matrices are drawn before there is a Trainer
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model, processor = load_checkpoint(model_arguments.model_name_or_path, dtype, model_arguments.attn_implementation)
