@@ -261,12 +261,12 @@ def main() -> None:
         from deepspeed import init_distributed  # here, since it takes seconds and complains where it is not needed
 
         init_distributed(verbose=False)
-    set_seed(args.seed)  # LoRA's matrices are drawn before there is a Trainer
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model, processor = load_checkpoint(model_arguments.model_name_or_path, dtype, model_arguments.attn_implementation)
     collator = LlavaCollator(processor, data_arguments.max_length, data_arguments.packing)
     train_dataset, eval_dataset = load_data(data_arguments, args, collator)
     language_model = model.model.language_model
+    set_seed(args.seed)  # LoRA's matrices are drawn now, before there is a Trainer to do this
     model = set_trainable(model, args.train_type, model_arguments)
     model.config.text_config.use_cache = False  # the Trainer turns it off in `config` only
     if args.deepspeed is None:
