@@ -176,7 +176,11 @@ def test_grouping_by_length_opens_no_picture(llava, corpus, tmp_path, monkeypatc
     )
     monkeypatch.setattr(LlavaDataset, "__getitem__", None)
     trainer = train.LlavaTrainer(
-        load_checkpoint(str(llava))[0], args, collator, CheckedDataset(dataset, collator, tmp_path / "bad.jsonl")
+        load_checkpoint(str(llava))[0],
+        args,
+        collator,
+        CheckedDataset(dataset, collator, tmp_path / "bad.jsonl"),
+        learning_rates={},
     )
     order = list(trainer._get_train_sampler())
     assert sorted(order) == list(range(128))

@@ -252,7 +252,7 @@ def main() -> None:
         "language model": args.learning_rate,
     }
     if args.process_index == 0:
-        print(f"train_type {args.train_type}, bf16 {args.bf16}")
+        print(f"train_type {args.train_type}, learning rate {args.learning_rate:g}, bf16 {args.bf16}")
         if resume:
             print(f"resuming from {checkpoint or 'the start: no checkpoint was finished'}")
 
