@@ -230,7 +230,6 @@ def test_default_rates_are_those_of_the_recipes(tmp_path, train_type, given, exp
 
 
 def test_packing_gives_the_loss_and_gradients_of_padding(processor, model):
-    model.config.text_config.use_cache = False
     loss, grads = gradients(model, **LlavaCollator(processor)(list(ITEMS.values())))
     packed = LlavaCollator(processor, packing=True)(list(ITEMS.values()))
     assert packed["input_ids"].shape[0] == 1
@@ -241,15 +240,15 @@ def test_packing_gives_the_loss_and_gradients_of_padding(processor, model):
 
 
 def test_packed_conversations_do_not_see_each_other(processor, model):
-    model.config.text_config.use_cache = False
     collator = LlavaCollator(processor, packing=True)
     alone = model(**collator([ITEMS["text alone"]])).logits
     behind = model(**collator([ITEMS["several turns"], ITEMS["text alone"]])).logits[-len(alone) :]
     assert torch.allclose(alone, behind, atol=1e-6)
 
 
-def test_packing_trains_to_the_same_losses(llava, corpus, tmp_path, monkeypatch):
-    arguments = [*FAST, "--max_steps", "5", "--train_type", "full"]
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_packing_trains_to_the_same_losses(llava, corpus, tmp_path, monkeypatch, train_type):
+    arguments = [*FAST, "--max_steps", "5", "--train_type", train_type, "--lora_dropout", "0"]
     padded = run_train(monkeypatch, llava, corpus, tmp_path / "padded", *arguments)
     packed = run_train(monkeypatch, llava, corpus, tmp_path / "packed", *arguments, "--packing", "true")
     assert packed == pytest.approx(padded, abs=1e-5)

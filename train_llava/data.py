@@ -242,8 +242,8 @@ class LlavaCollator:
     With the last two the model computes logits at N positions instead of B x T, to the same loss and gradients.
 
     With `packing` the conversations stand in one row, (1, sum of their lengths), without padding. Then there is no
-    `attention_mask`, and `position_ids` count from 0 in each: by these the model keeps them apart, as long as it uses
-    no cache.
+    `attention_mask`, and `position_ids` count from 0 in each. By these a model keeps them apart as long as it uses no
+    cache, so the batch says `use_cache` False too.
     """
 
     def __init__(self, processor: LlavaProcessor, max_length: int | None = None, packing: bool = False):
@@ -298,7 +298,7 @@ class LlavaCollator:
             raise BadRecordError(item["id"], "no token to learn")
         return input_ids, labels
 
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         encoded = [item["encoded"] if "encoded" in item else self.encode(item) for item in items]
         rows = [(input_ids, np.ones_like(input_ids), labels) for input_ids, labels in encoded]
         images = [image for item in items for image in item["images"]]
@@ -310,9 +310,8 @@ class LlavaCollator:
             rows[0] = tuple(
                 np.append(row, [value] * self.picture_tokens) for row, value in zip(rows[0], blank, strict=True)
             )
-        batch = {}
         if self.packing:
-            batch["position_ids"] = torch.cat([torch.arange(len(input_ids)) for input_ids, _, _ in rows])[None]
+            position_ids = torch.cat([torch.arange(len(input_ids)) for input_ids, _, _ in rows])[None]
             rows = [tuple(np.concatenate(column) for column in zip(*rows, strict=True))]
         padding = (self.processor.tokenizer.pad_token_id, 0, IGNORE)
         input_ids, attention_mask, labels = (
@@ -321,9 +320,11 @@ class LlavaCollator:
         )
         logits_to_keep = torch.zeros_like(labels, dtype=torch.bool)
         logits_to_keep[:, :-1] = labels[:, 1:] != IGNORE
-        if not self.packing:
-            batch["attention_mask"] = attention_mask
-        return batch | {
+        if self.packing:
+            layout = {"position_ids": position_ids, "use_cache": False}
+        else:
+            layout = {"attention_mask": attention_mask}
+        return layout | {
             "input_ids": input_ids,
             "pixel_values": self.prepare(images),
             "labels": labels,

@@ -4,6 +4,7 @@ import resource
 import shutil
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from train_llava.data import CheckedDataset
 from train_llava.trainer import LlavaTrainer, read_back
 
 
-def longest_batch(trainer: LlavaTrainer) -> dict[str, torch.Tensor]:
+def longest_batch(trainer: LlavaTrainer) -> dict[str, Any]:
     """One rank's batch of the longest records of the data, or of a stream's first."""
     dataset, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
     if isinstance(dataset, CheckedDataset):
@@ -25,10 +26,10 @@ def longest_batch(trainer: LlavaTrainer) -> dict[str, torch.Tensor]:
         items = list(islice(dataset, size))
     batch = trainer.data_collator(items)
     del batch["ids"]
-    return {name: value.to(trainer.args.device) for name, value in batch.items()}
+    return trainer._prepare_inputs(batch)
 
 
-def loss_of(trainer: LlavaTrainer, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def loss_of(trainer: LlavaTrainer, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """The loss of a batch, in the precision that the run computes in."""
     with trainer.compute_loss_context_manager():
         return model(**batch).loss
