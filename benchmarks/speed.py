@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -40,7 +40,8 @@ from transformers import (
 
 from train_llava.build_model import build_model, load_checkpoint
 from train_llava.data import LlavaCollator
-from train_llava.train import ModelArguments, set_trainable
+from train_llava.infer import question
+from train_llava.train import ModelArguments, lora_config, set_trainable
 
 EXAMPLE = Path(__file__).parent.parent / "examples/openmoji/parts/qwen2"  # a tokenizer
 GEOMETRIES = {  # layers and widths of the tower and of the language model, and the vocabulary
@@ -121,10 +122,6 @@ def matmul_rate() -> float:
     return 2 * 2048**3 / min(times)
 
 
-def messages(question: str) -> list[dict]:
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-
-
 def run(contender: str, folder: Path, output: Path, steps: int) -> dict:
     """Trains for some steps; returns their seconds, the first loss and the peak memory."""
     model, processor = load_checkpoint(str(folder), torch.float32)
@@ -147,29 +144,21 @@ def run(contender: str, folder: Path, output: Path, steps: int) -> dict:
     items = [
         {
             "id": str(i),
-            "messages": [*messages(question), {"role": "assistant", "content": [{"type": "text", "text": answer}]}],
+            "messages": [question(text, 1), {"role": "assistant", "content": [{"type": "text", "text": answer}]}],
             "images": [picture],
         }
-        for i, ((question, answer), picture) in enumerate(zip(TEXTS, pictures, strict=True))
+        for i, ((text, answer), picture) in enumerate(zip(TEXTS, pictures, strict=True))
     ]
-    lora = LoraConfig(
-        r=LORA.lora_r,
-        lora_alpha=LORA.lora_alpha,
-        target_modules=r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
-        modules_to_save=["multi_modal_projector"],
-        task_type="CAUSAL_LM",
-    )
+    lora, collator = lora_config(model.model.language_model, LORA), LlavaCollator(processor)
     if contender == "ours":
         model = set_trainable(model, "lora", LORA)
         model.config.text_config.use_cache = False
-        collator = LlavaCollator(processor)
         with FlopCounterMode(display=False) as counter:
             model(**collator(items)).loss.backward()
         model.zero_grad()
         flops = counter.get_total_flops()
         trainer = Trainer(model, TrainingArguments(**settings), data_collator=collator, train_dataset=items * steps)
     elif contender == "plain transformers":
-        collator = LlavaCollator(processor)
 
         def full(batch: list[dict]) -> dict:
             keep = ("input_ids", "attention_mask", "pixel_values", "labels")
@@ -183,7 +172,7 @@ def run(contender: str, folder: Path, output: Path, steps: int) -> dict:
 
         columns = {
             "images": [[picture] for picture in pictures] * steps,
-            "prompt": [[{"role": "user", "content": question}] for question, _ in TEXTS] * steps,
+            "prompt": [[{"role": "user", "content": text}] for text, _ in TEXTS] * steps,
             "completion": [[{"role": "assistant", "content": answer}] for _, answer in TEXTS] * steps,
         }
         if contender != "TRL":

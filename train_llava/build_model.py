@@ -433,8 +433,9 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
             continue
         # where ZeRO-3 has shared a parameter out, a rank holds a piece of it, and DeepSpeed's note of its whole size
         size = getattr(parameter, "ds_numel", parameter.numel())
-        trainable, total = counts[part_of(name)]
-        counts[part_of(name)] = trainable + size * parameter.requires_grad, total + size
+        part = part_of(name)
+        trainable, total = counts[part]
+        counts[part] = trainable + size * parameter.requires_grad, total + size
     return counts
 
 

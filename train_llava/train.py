@@ -127,6 +127,22 @@ class TrainArguments(TrainingArguments):
         super().__post_init__()
 
 
+def lora_config(language_model: nn.Module, arguments: ModelArguments) -> LoraConfig:
+    """Low-rank adapters on every linear layer inside the language model, the projector in full beside them."""
+    linear = {name.rsplit(".", 1)[-1] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)}
+    return LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        use_dora=arguments.use_dora,
+        use_rslora=arguments.use_rslora,
+        # anchored: a bare name such as q_proj would match the vision tower's layers too
+        target_modules=rf"model\.language_model\..*\.({'|'.join(sorted(linear))})",
+        modules_to_save=["multi_modal_projector"],
+        task_type="CAUSAL_LM",
+    )
+
+
 def set_trainable(
     model: LlavaForConditionalGeneration, train_type: str, arguments: ModelArguments
 ) -> LlavaForConditionalGeneration | PeftModel:
@@ -148,20 +164,7 @@ def set_trainable(
     for layer in behind:
         layer.forward = lambda hidden_states, *_, **__: hidden_states  # what it would compute is read by nothing
     if train_type == "lora":
-        language_model = model.model.language_model
-        linear = {name.rsplit(".", 1)[-1] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)}
-        lora = LoraConfig(
-            r=arguments.lora_r,
-            lora_alpha=arguments.lora_alpha,
-            lora_dropout=arguments.lora_dropout,
-            use_dora=arguments.use_dora,
-            use_rslora=arguments.use_rslora,
-            # anchored: a bare name such as q_proj would match the vision tower's layers too
-            target_modules=rf"model\.language_model\..*\.({'|'.join(sorted(linear))})",
-            modules_to_save=["multi_modal_projector"],
-            task_type="CAUSAL_LM",
-        )
-        return get_peft_model(model, lora)
+        return get_peft_model(model, lora_config(model.model.language_model, arguments))
     model.model.multi_modal_projector.requires_grad_(True)
     if train_type in ("freeze_vision", "full"):
         model.model.language_model.requires_grad_(True)
