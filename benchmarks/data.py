@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
-from train_llava.build_model import IMAGE_TOKEN, with_structured_content
+from train_llava.checkpoint import IMAGE_TOKEN, with_structured_content
 from train_llava.data import LlavaCollator, LlavaDataset
 
 QWEN2 = Path(__file__).parent.parent / "examples/openmoji/parts/qwen2"

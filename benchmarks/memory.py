@@ -9,7 +9,7 @@ batch, the length of the conversations and activation checkpointing.
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
-from train_llava.build_model import count_parameters
+from train_llava.checkpoint import count_parameters
 from train_llava.train import LEARNING_RATES, ModelArguments, set_trainable
 
 # The published configurations of openai/clip-vit-large-patch14-336 and Qwen/Qwen1.5-4B-Chat

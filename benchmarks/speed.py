@@ -38,7 +38,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from train_llava.build_model import build_model, load_checkpoint
+from train_llava.build_model import build_model
+from train_llava.checkpoint import load_checkpoint
 from train_llava.data import LlavaCollator
 from train_llava.infer import question
 from train_llava.train import ModelArguments, lora_config, set_trainable

@@ -16,7 +16,8 @@ from transformers import (
     pipeline,
 )
 
-from train_llava.build_model import build_model, end_of_turn_token, load_checkpoint
+from train_llava.build_model import build_model
+from train_llava.checkpoint import end_of_turn_token, load_checkpoint
 
 PICTURE = Image.new("RGB", (50, 30), "red")
 

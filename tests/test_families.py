@@ -29,7 +29,8 @@ from transformers import (
     SiglipModel,
 )
 
-from train_llava.build_model import build_model, load_checkpoint
+from train_llava.build_model import build_model
+from train_llava.checkpoint import load_checkpoint
 from train_llava.data import LlavaCollator
 from train_llava.infer import generate
 from train_llava.records import to_messages

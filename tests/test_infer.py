@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from train_llava import evaluate, infer
-from train_llava.build_model import load_checkpoint
+from train_llava.checkpoint import load_checkpoint
 from train_llava.data import LlavaDataset, encode_prompts
 from train_llava.infer import generate, load_model
 from train_llava.merge_lora import merge_lora

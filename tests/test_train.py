@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from train_llava import train
-from train_llava.build_model import count_parameters, load_checkpoint
+from train_llava.checkpoint import count_parameters, load_checkpoint
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.infer import load_model
 from train_llava.train import LEARNING_RATES, ModelArguments, TrainArguments, set_trainable

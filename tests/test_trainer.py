@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_data import ITEMS, gradients
 from transformers import LlavaForConditionalGeneration
 
-from train_llava.build_model import load_checkpoint
+from train_llava.checkpoint import load_checkpoint
 from train_llava.data import LlavaCollator, LlavaDataset
 from train_llava.train import ModelArguments, TrainArguments, set_trainable
 from train_llava.trainer import UNFINISHED, LlavaTrainer, check_resumable, finished_checkpoint, is_finished

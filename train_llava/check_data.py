@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from train_llava.build_model import load_processor
+from train_llava.checkpoint import load_processor
 from train_llava.cli import parse_arguments, run_command
 from train_llava.data import IGNORE, BadRecordError, LlavaCollator, LlavaDataset
 

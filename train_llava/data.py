@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
-from train_llava.build_model import end_of_turn_token
+from train_llava.checkpoint import end_of_turn_token
 from train_llava.pictures import agrees, open_image, prepare_pictures
 from train_llava.records import find_records, load_records, read_picture, table_rows, text_of
 

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TextStreamer
 
-from train_llava.build_model import load_checkpoint
+from train_llava.checkpoint import load_checkpoint
 from train_llava.cli import parse_arguments, run_command
 from train_llava.data import encode_prompts
 from train_llava.pictures import open_image

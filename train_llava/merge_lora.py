@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from train_llava.build_model import load_checkpoint
+from train_llava.checkpoint import load_checkpoint
 from train_llava.cli import parse_arguments, run_command, written_whole
 from train_llava.infer import load_model
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from train_llava.build_model import count_parameters, load_checkpoint
+from train_llava.checkpoint import count_parameters, load_checkpoint
 from train_llava.data import CheckedDataset
 from train_llava.trainer import LlavaTrainer, read_back
 

@@ -43,7 +43,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from tqdm import tqdm
 
-from train_llava.build_model import IMAGE_TOKEN
+from train_llava.checkpoint import IMAGE_TOKEN
 from train_llava.cli import written_whole
 
 CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."

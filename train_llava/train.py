@@ -21,7 +21,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from train_llava.build_model import count_parameters, load_checkpoint
+from train_llava.checkpoint import count_parameters, load_checkpoint
 from train_llava.cli import parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset, stream_items
 from train_llava.preflight import preflight

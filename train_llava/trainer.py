@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 
-from train_llava.build_model import count_parameters, load_checkpoint, part_of
+from train_llava.checkpoint import count_parameters, load_checkpoint, part_of
 
 UNFINISHED = "unfinished"  # a file that a checkpoint holds while it is being written
 
