@@ -8,7 +8,10 @@ a second are of one thread, by processor time, in alternating rounds of one run.
 
 import json
 import multiprocessing
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -126,9 +129,14 @@ def scale(folder: Path) -> None:
     worker.start()
     grown = queue.get()
     worker.join()
+    start = time.monotonic()
+    command = [sys.executable, "-m", "train_llava.check_data", "--data_path", str(path), "--decode_pictures", "false"]
+    subprocess.run(command, check=True, env={**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")})
+    check = time.monotonic() - start
     print(f"\n| {RECORDS:,} records | |\n|---|---:|")
     print(f"| first opening | {first:.0f} s |\n| second opening | {second:.2f} s |")
     print(f"| the process grows by | {parent:.0f} MB |\n| a worker grows by, in a pass over all | {grown:.0f} MB |")
+    print(f"| `check_data`, pictures left out, first opening included | {check:.0f} s |")
 
 
 def main() -> None:
