@@ -1,6 +1,7 @@
 """Opens LLaVA checkpoints, older ones too, and knows what is in them: chat template, tokens, parts."""
 
 import sys
+from typing import Any
 
 import torch
 from jinja2.exceptions import UndefinedError
@@ -8,13 +9,16 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoProcessor,
+    BitsAndBytesConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_bitsandbytes_available
 
 IMAGE_TOKEN = "<image>"
+BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
 # Chat templates of language models expect each message's content to be a string. Pipelines and servers send a list of
 # parts. This prelude turns such a list into the string a LLaVA is trained on (the parts in order, one a line) and
@@ -122,17 +126,48 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor
     return config, processor
 
 
+def quantization(bits: int, dtype: torch.dtype) -> dict[str, Any]:
+    """How `from_pretrained` puts the language model's weights in 8 bits (Dettmers et al., 2022) or 4 (QLoRA, 2023).
+
+    What is small, or reads pictures, stays as it is: the vision tower, the projector and the output embedding.
+
+    Raises:
+        ValueError: bitsandbytes, which does it, is not installed.
+    """
+    if not is_bitsandbytes_available():
+        raise ValueError(f"--bits {bits} needs a package that is not installed: pip install bitsandbytes")
+    config = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    accelerator = torch.accelerator.current_accelerator()  # such weights are made where they stay
+    device = torch.accelerator.current_device_index() if accelerator else "cpu"
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
 def load_checkpoint(
-    model_name_or_path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None
+    model_name_or_path: str,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
+    bits: int | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Opens a LLaVA checkpoint, a folder or a hub id, with its processor.
+    """Opens a LLaVA checkpoint, a folder or a hub id, with its processor; `bits`: see `quantization`.
 
     Raises:
         ValueError: there is none of that name, or it is not a whole LLaVA; the message says which.
     """
-    _, processor = load_processor(model_name_or_path)
+    config, processor = load_processor(model_name_or_path)
+    quantized = quantization(bits, config.dtype if dtype == "auto" else dtype) if bits else {}
     model, loading = LlavaForConditionalGeneration.from_pretrained(
-        model_name_or_path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        model_name_or_path,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+        **quantized,
     )
     if loading["missing_keys"]:
         raise ValueError(f"{model_name_or_path} lacks weights, {min(loading['missing_keys'])} for one")
@@ -154,6 +189,8 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
             continue
         # where ZeRO-3 has shared a parameter out, a rank holds a piece of it, and DeepSpeed's note of its whole size
         size = getattr(parameter, "ds_numel", parameter.numel())
+        if type(parameter).__name__ == "Params4bit":  # two numbers in a byte
+            size = parameter.quant_state.shape.numel()
         part = part_of(name)
         trainable, total = counts[part]
         counts[part] = trainable + size * parameter.requires_grad, total + size

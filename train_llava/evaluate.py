@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import LlavaProcessor, PreTrainedModel
 
+from train_llava.checkpoint import BITS_HELP
 from train_llava.cli import parse_arguments, run_command, written_whole
 from train_llava.data import LlavaDataset
 from train_llava.infer import generate, load_model
@@ -44,6 +45,7 @@ class EvaluateArguments:
     blank_control: bool = field(
         default=False, metadata={"help": "Ask everything again with blank pictures, to see what the pictures give."}
     )
+    bits: Literal[4, 8] | None = field(default=None, metadata={"help": BITS_HELP})
     batch_size: int = field(default=16, metadata={"help": "Questions answered at once."})
     max_new_tokens: int = field(default=128, metadata={"help": "The longest answer, in tokens."})
 
@@ -160,7 +162,7 @@ def main() -> None:
     (arguments,) = parse_arguments(EvaluateArguments)
     dataset = LlavaDataset(arguments.data_path, arguments.image_dir)
     with written_whole(arguments.output_dir) as folder:
-        model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path)
+        model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
         predictions = predict(model, processor, dataset, arguments, blank=False)
         controls = {"most_frequent_answer": most_frequent_answer(predictions)}
         if arguments.blank_control:

@@ -13,7 +13,7 @@ import sys
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TextStreamer
 
-from train_llava.checkpoint import load_checkpoint
+from train_llava.checkpoint import BITS_HELP, load_checkpoint
 from train_llava.cli import parse_arguments, run_command
 from train_llava.data import encode_prompts
 from train_llava.pictures import open_image
@@ -46,6 +46,7 @@ class InferArguments:
     answers: str | None = field(default=None, metadata={"help": "The .jsonl file to write their answers to."})
     batch_size: int = field(default=16, metadata={"help": "Questions answered at once."})
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "A LoRA adapter trained on that model."})
+    bits: Literal[4, 8] | None = field(default=None, metadata={"help": BITS_HELP})
     max_new_tokens: int = field(default=128, metadata={"help": "The longest answer, in tokens."})
     temperature: float = field(default=0.0, metadata={"help": "0: the likeliest answer; above: draw one."})
     top_p: float = field(default=1.0, metadata={"help": "Draw among the likeliest tokens that sum up to this."})
@@ -58,18 +59,19 @@ class InferArguments:
 
 
 def load_model(
-    model_name_or_path: str, adapter_name_or_path: str | None = None
+    model_name_or_path: str, adapter_name_or_path: str | None = None, bits: int | None = None
 ) -> tuple[LlavaForConditionalGeneration | PeftModel, LlavaProcessor]:
     """Opens a checkpoint, and an adapter on top of it, on the accelerator where there is one.
 
     Raises:
         ValueError: either cannot be opened, or the adapter is not one of this model's.
     """
-    model, processor = load_checkpoint(model_name_or_path)
+    model, processor = load_checkpoint(model_name_or_path, bits=bits)
     if adapter_name_or_path is not None:
         model = load_adapter(model, adapter_name_or_path, model_name_or_path)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    return model.to(device).eval(), processor
+    if not bits:
+        model = model.to(torch.accelerator.current_accelerator() or "cpu")
+    return model.eval(), processor
 
 
 def load_adapter(model: LlavaForConditionalGeneration, adapter_name_or_path: str, model_name: str) -> PeftModel:
@@ -206,7 +208,7 @@ def answer_file(
 def main() -> None:
     (arguments,) = parse_arguments(InferArguments)
     images = [fetch_image(name) for name in arguments.image]
-    model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path)
+    model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
     options = sampling(arguments.temperature, arguments.top_p) | {"max_new_tokens": arguments.max_new_tokens}
     if arguments.interactive:
         chat(model, processor, images, **options)

@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,11 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def preflight(trainer: LlavaTrainer, model_name_or_path: str) -> None:
+def preflight(trainer: LlavaTrainer, load_base: Callable[[], tuple[nn.Module, Any]]) -> None:
     """Tries forward, backward, saving and reading back on one rank, and says what memory the run will take.
 
-    The model's weights, and the random numbers that the run will draw, stay as they are.
+    The model's weights, and the random numbers that the run will draw, stay as they are. `load_base` opens, once more,
+    the checkpoint that the run starts from: a saved adapter is read back on top of it.
 
     Raises:
         ValueError: the loss or a gradient is missing or not finite, or the saved model is not the one in memory.
@@ -55,11 +57,11 @@ def preflight(trainer: LlavaTrainer, model_name_or_path: str) -> None:
             print("preflight left out: under ZeRO-3 no rank holds the whole model")
         else:
             with torch.random.fork_rng():
-                _try_once(trainer, model_name_or_path)
+                _try_once(trainer, load_base)
     trainer.accelerator.wait_for_everyone()
 
 
-def _try_once(trainer: LlavaTrainer, model_name_or_path: str) -> None:
+def _try_once(trainer: LlavaTrainer, load_base: Callable[[], tuple[nn.Module, Any]]) -> None:
     args = trainer.args
     model = trainer.model.to(args.device).train()
     batch = longest_batch(trainer)
@@ -80,7 +82,7 @@ def _try_once(trainer: LlavaTrainer, model_name_or_path: str) -> None:
         with torch.no_grad():
             expected = loss_of(trainer, model.eval(), batch).item()
             if isinstance(model, PeftModel):
-                base, _ = load_checkpoint(model_name_or_path, model.dtype)
+                base, _ = load_base()
                 again = PeftModel.from_pretrained(base, folder)
             else:
                 again, _ = load_checkpoint(str(folder), "auto")

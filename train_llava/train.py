@@ -21,7 +21,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from train_llava.checkpoint import count_parameters, load_checkpoint
+from train_llava.checkpoint import BITS_HELP, count_parameters, load_checkpoint
 from train_llava.cli import parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset, stream_items
 from train_llava.preflight import preflight
@@ -43,6 +43,7 @@ class ModelArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices."})
     use_dora: bool = field(default=False, metadata={"help": "DoRA (Liu et al., 2024): directions and lengths apart."})
     use_rslora: bool = field(default=False, metadata={"help": "rsLoRA: lora_alpha / sqrt(lora_r) times instead."})
+    bits: Literal[4, 8] | None = field(default=None, metadata={"help": f"With lora alone. {BITS_HELP}"})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager, or what is installed: flash_attention_2, kernels of the hub."}
     )
@@ -244,6 +245,8 @@ def load_data(
 
 def main() -> None:
     model_arguments, data_arguments, args = parse_arguments(ModelArguments, DataArguments, TrainArguments)
+    if model_arguments.bits and (args.train_type != "lora" or is_deepspeed_zero3_enabled()):
+        raise ValueError("--bits goes with --train_type lora, and not with ZeRO-3: weights in few bits cannot train")
     resume = {"true": True, "false": False, None: False}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
     check_output_dir(args.output_dir, bool(resume))
     checkpoint = finished_checkpoint(args.output_dir) if resume is True else resume or None
@@ -265,7 +268,14 @@ def main() -> None:
 
         init_distributed(verbose=False)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    model, processor = load_checkpoint(model_arguments.model_name_or_path, dtype, model_arguments.attn_implementation)
+    load_base = partial(
+        load_checkpoint,
+        model_arguments.model_name_or_path,
+        dtype,
+        model_arguments.attn_implementation,
+        model_arguments.bits,
+    )
+    model, processor = load_base()
     collator = LlavaCollator(processor, data_arguments.max_length, data_arguments.packing)
     train_dataset, eval_dataset = load_data(data_arguments, args, collator)
     language_model = model.model.language_model
@@ -294,7 +304,7 @@ def main() -> None:
         learning_rates=learning_rates,
     )
     if args.preflight:
-        preflight(trainer, model_arguments.model_name_or_path)
+        preflight(trainer, load_base)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
