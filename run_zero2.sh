@@ -49,4 +49,6 @@ code=0
 while kill -0 $run 2>/dev/null; do
   wait $run && code=0 || code=$?
 done
+# CPU ranks leave the shared memory that they talk through, 64 MB each
+rm -f /dev/shm/deepspeed_allreduce_buffer_"$(id -u)"_*_"${MASTER_PORT:-29500}"_*
 exit $code

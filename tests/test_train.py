@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import logged, run_train, run_zero2, turns
+from conftest import logged, run_train, run_zero2, turns, zero2_command
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -101,9 +101,12 @@ def test_accumulation_does_not_change_the_loss(
 
 
 def test_two_zero2_ranks_do_not_change_the_loss(llava, corpus, tmp_path, one_rank_losses):
-    done = run_zero2(llava, corpus, tmp_path / "run", *STEPS, "--per_device_train_batch_size", "2")
+    batch = ["--per_device_train_batch_size", "2"]
+    command, environment = zero2_command(llava, corpus, tmp_path / "run", *STEPS, *batch)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert logged(tmp_path / "run") == pytest.approx(one_rank_losses, abs=1e-4)
+    assert not list(Path("/dev/shm").glob(f"*{environment['MASTER_PORT']}*"))  # nothing is left behind
 
 
 @pytest.mark.parametrize("train_type", LEARNING_RATES)

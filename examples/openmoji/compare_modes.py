@@ -1,0 +1,128 @@
+"""Trains the example's LLaVA in every mode, on the same data for as many steps, and scores each on held-out pictures.
+
+    python examples/openmoji/compare_modes.py                      all modes, three seeds: about an hour on two cores
+    python examples/openmoji/compare_modes.py --modes "full at 4e-4" "full, rates by module" --seeds 0
+
+It starts from what `bash run_zero2.sh` left in output/openmoji: the assembled model and the data. Each run is one
+process of one thread, two at a time. A mode is one stage or two; where it is two, the first trains the projector alone
+and takes a quarter of the steps. What was measured goes into modes.json beside this file as each run ends: exact match
+on the held-out pictures with the interval it lies in, the minutes and the memory training took, and the loss curve.
+A run that modes.json holds already is not made again.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+EXAMPLE = Path("output/openmoji")
+STEPS, BATCH = 600, 32
+RATE = 1.5e-3  # the example's parts are small; the real pair takes 2e-5
+ALIGN = ["--train_type", "projector", "--learning_rate", "5e-3"]
+LORA = ["--train_type", "lora", "--lora_r", "16", "--lora_alpha", "32", "--learning_rate", f"{2 * RATE}"]
+FREEZE_VISION = ["--train_type", "freeze_vision", "--learning_rate", f"{RATE}"]
+FULL = ["--train_type", "full", "--learning_rate"]
+MODES = {
+    "full at 4e-4": [[*FULL, "4e-4", "--projector_learning_rate", "4e-4", "--vision_learning_rate", "4e-4"]],
+    "full, rates by module": [ALIGN, [*FULL, f"{RATE}"]],
+    "freeze_vision, one stage": [FREEZE_VISION],
+    "freeze_vision, two stages": [ALIGN, FREEZE_VISION],
+    "LoRA, one stage": [[*LORA, "--projector_learning_rate", f"{RATE}"]],
+    "LoRA, two stages": [ALIGN, [*LORA, "--projector_learning_rate", f"{RATE}"]],
+    "LoRA, projector left random": [[*LORA, "--projector_learning_rate", "0"]],
+    "projector alone": [ALIGN],
+}
+
+
+def run(module: str, *arguments: str) -> float:
+    """Runs a command of the package in one thread; returns its peak resident memory in GB."""
+    command = [sys.executable, "-m", f"train_llava.{module}", *arguments]
+    with tempfile.TemporaryFile() as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status != 0:
+            log.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed:\n{log.read().decode()[-2000:]}")
+    return usage.ru_maxrss * 1024 / 1e9
+
+
+def measure(mode: str, seed: int, folder: Path) -> dict:
+    """Trains and scores one mode with one seed."""
+    base, adapter, seconds, memory, curve = EXAMPLE / "llava", [], 0.0, 0.0, []
+    stages = MODES[mode]
+    for number, stage in enumerate(stages):
+        share = 1.0 if len(stages) == 1 else (0.25, 0.75)[number]
+        output = folder / f"stage{number + 1}"
+        arguments = [*stage, "--model_name_or_path", str(base), "--data_path", str(EXAMPLE / "data/train")]
+        arguments += ["--output_dir", str(output), "--per_device_train_batch_size", str(BATCH), "--seed", str(seed)]
+        arguments += ["--max_steps", str(round(STEPS * share)), "--save_strategy", "no", "--preflight", "false"]
+        memory = max(memory, run("train", *arguments, "--disable_tqdm", "true"))
+        history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        seconds += history[-1]["train_runtime"]
+        before = curve[-1][0] if curve else 0
+        curve += [[before + entry["step"], entry["loss"]] for entry in history if "loss" in entry]
+        if "lora" in stage:
+            adapter = ["--adapter_name_or_path", str(output)]
+        else:
+            base = output
+    scored = ["--model_name_or_path", str(base), *adapter, "--data_path", str(EXAMPLE / "data/heldout")]
+    run("evaluate", *scored, "--output_dir", str(folder / "scores"), "--batch_size", "64", "--max_new_tokens", "32")
+    metrics = json.loads((folder / "scores/metrics.json").read_text())
+    english = metrics["by_language"]["en"]
+    return {
+        "mode": mode,
+        "seed": seed,
+        "exact_match": english["exact_match"],
+        "interval": english["interval"],
+        "exact_match_zh": metrics["by_language"]["zh"]["exact_match"],
+        "n": english["n"],
+        "minutes": seconds / 60,
+        "peak_gb": memory,
+        "loss": curve,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="Default: all.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, default=HERE / "modes.json", help="The file to write.")
+    args = parser.parse_args()
+    if not (EXAMPLE / "llava").is_dir():
+        raise SystemExit(f"compare_modes: no {EXAMPLE}/llava: run `bash run_zero2.sh` first")
+
+    results = json.loads(args.results.read_text()) if args.results.exists() else []
+    done = {(result["mode"], result["seed"]) for result in results}
+    left = [(mode, seed) for seed in args.seeds for mode in args.modes if (mode, seed) not in done]
+    work = Path(tempfile.mkdtemp(dir=EXAMPLE, prefix="modes-"))
+    try:
+        with ThreadPoolExecutor(max_workers=2) as pool, tqdm(total=len(left), desc="runs") as bar:
+            running = [pool.submit(measure, mode, seed, work / f"{i}") for i, (mode, seed) in enumerate(left)]
+            for finished in as_completed(running):
+                results.append(finished.result())
+                results.sort(key=lambda result: (list(MODES).index(result["mode"]), result["seed"]))
+                args.results.write_text(json.dumps(results, indent=1) + "\n")
+                bar.update()
+    finally:
+        shutil.rmtree(work)
+
+    print(f"{'held-out exact match, English':<30}{'seeds':>6}{'median':>8}{'range':>14}{'minutes':>9}{'GB':>6}")
+    for mode in args.modes:
+        runs = sorted((r for r in results if r["mode"] == mode), key=lambda r: r["exact_match"])
+        middle = runs[len(runs) // 2]
+        spread = f"{runs[0]['exact_match']:.1%}-{runs[-1]['exact_match']:.1%}"
+        print(f"{mode:<30}{len(runs):>6}{middle['exact_match']:>8.1%}{spread:>14}", end="")
+        print(f"{middle['minutes']:>9.1f}{middle['peak_gb']:>6.1f}")
+
+
+if __name__ == "__main__":
+    main()
