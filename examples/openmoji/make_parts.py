@@ -14,6 +14,7 @@ import math
 import random
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,14 +37,14 @@ from transformers import (
     Qwen2Tokenizer,
     get_cosine_schedule_with_warmup,
 )
-from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 LANGUAGES = ("en", "zh")
 PICTURE_SIZE = 72  # pixels a side, as make_data.py draws them
 TEXT_LENGTH = 32  # tokens, of which the longest caption takes 21
 VOCABULARY = 2560  # tokens per tokenizer: the commoner words, English and Chinese, are one token each
 
-CLIP_EPOCHS, CLIP_BATCH, CLIP_LR = 60, 128, 2e-3
+CLIP_EPOCHS, CLIP_BATCH, CLIP_LR = 120, 128, 2e-3
+TONES_ALONE = 0.4  # of the captions with a skin tone that are not without it are it alone
 QWEN2_EPOCHS, QWEN2_BATCH, QWEN2_LR = 25, 16, 2e-3
 
 # Words that tell apart the pictures of one motif: "man farmer dark skin tone" and "woman farmer" are both a "farmer".
@@ -114,11 +115,27 @@ def take_step(
     schedule.step()
 
 
-def contrastive_batches(captions: list[str]) -> list[list[int]]:
+def is_tone(word: str) -> bool:
+    """Whether a word of a caption, English or Chinese, says something of skin tones."""
+    return word in TONES or "肤色" in word
+
+
+def tones_of(caption: str) -> str:
+    """ "woman farmer dark skin tone" -> "dark skin tone"."""
+    return " ".join(filter(is_tone, caption.split()))
+
+
+def without_tones(caption: str) -> str:
+    """ "woman farmer dark skin tone" -> "woman farmer"."""
+    return " ".join(word for word in caption.split() if not is_tone(word))
+
+
+def contrastive_batches(captions: list[str], alike: Callable[[str], str]) -> list[list[int]]:
     """One epoch of picture indices, each batch made of up to 3 pictures of one motif, then of the next, and so on.
 
     These are the hard negatives: only skin tone, gender and hair tell a motif's pictures apart, so the features have
-    to hold them. Drawn at random from the whole split, such pictures would hardly ever meet in one batch.
+    to hold them. Drawn at random from the whole split, such pictures would hardly ever meet in one batch. A motif's
+    pictures come in the order of what `alike` leaves of their captions, so that the 3 mostly have that in common.
     """
     motifs = defaultdict(list)
     for index, caption in enumerate(captions):
@@ -126,10 +143,22 @@ def contrastive_batches(captions: list[str]) -> list[list[int]]:
     runs = []
     for members in motifs.values():
         random.shuffle(members)
+        members.sort(key=lambda index: alike(captions[index]))
         runs += [members[start : start + 3] for start in range(0, len(members), 3)]
     random.shuffle(runs)
     order = [index for run in runs for index in run]
     return [order[start : start + CLIP_BATCH] for start in range(0, len(order) - CLIP_BATCH + 1, CLIP_BATCH)]
+
+
+def recoloured(pictures: torch.Tensor) -> torch.Tensor:
+    """RGB pictures [b, 3, h, w] from 0 to 1 in other colours, drawn anew for each; black stays black, white white.
+
+    The channels are mixed, by weights that sum to one, and each is made stronger or weaker by an exponent.
+    """
+    ink = 1 - pictures
+    weights = torch.softmax(3 * torch.randn(len(pictures), 3, 3), dim=-1)
+    exponents = torch.exp(0.5 * torch.randn(len(pictures), 3, 1, 1))
+    return 1 - torch.einsum("bij,bjhw->bihw", weights, ink).clamp(1e-6, 1) ** exponents
 
 
 def train_clip(files: list[Path], captions: dict[str, list[str]], output_dir: Path) -> None:
@@ -144,7 +173,8 @@ def train_clip(files: list[Path], captions: dict[str, list[str]], output_dir: Pa
     pictures = [Image.open(file) for file in tqdm(files, desc="reading pictures")]
     # Pictures are not turned or shifted at random: the font draws a motif at the same place in every skin tone, and in
     # short trials that made learning several times slower.
-    pixels = processor(pictures, return_tensors="pt").pixel_values  # [n, 3, 72, 72]
+    rgb = processor(pictures, do_normalize=False, return_tensors="pt").pixel_values  # [n, 3, 72, 72], from 0 to 1
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
 
     text_config = {
         "vocab_size": len(tokenizer),
@@ -169,21 +199,37 @@ def train_clip(files: list[Path], captions: dict[str, list[str]], output_dir: Pa
     model = CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=128))
     print(f"CLIP: {model.num_parameters() / 1e6:.2f} M parameters, {len(files)} pictures, {CLIP_EPOCHS} epochs")
     optimizer, schedule = make_optimizer(model, CLIP_LR, CLIP_EPOCHS * (len(files) // CLIP_BATCH))
-    for _ in (progress := tqdm(range(CLIP_EPOCHS), desc="CLIP epochs", position=0)):
+    for epoch in (progress := tqdm(range(CLIP_EPOCHS), desc="CLIP epochs", position=0)):
+        # Every other epoch, pictures are recoloured and captions say nothing of skin tones: what a picture shows has
+        # to be told by its lines alone, and so it will be in a tone that it was never seen in. In the other epochs
+        # the captions are whole, or are reduced to their tones, which the lines do not tell.
+        recolour = epoch % 2 == 1
         losses = []
-        for batch in contrastive_batches(captions["en"]):
+        for batch in contrastive_batches(captions["en"], alike=tones_of if recolour else without_tones):
+            names, pixels = [captions["en"][index] for index in batch], rgb[batch]
+            if recolour:
+                kept, pixels = [without_tones] * len(batch), recoloured(pixels)
+            else:
+                kept = [tones_of if tones_of(name) and random.random() < TONES_ALONE else str for name in names]
             # A picture meets its caption in one language, drawn anew each time.
-            texts = [captions[random.choice(LANGUAGES)][index] for index in batch]
+            texts = [keep(captions[random.choice(LANGUAGES)][index]) for keep, index in zip(kept, batch, strict=True)]
+            # A text belongs to every picture whose caption is the same once it is reduced as that text was.
+            reduced = {keep: [keep(name) for name in names] for keep in set(kept)}
+            belongs = torch.tensor(
+                [[float(other == reduced[keep][i]) for other in reduced[keep]] for i, keep in enumerate(kept)]
+            )
             inputs = tokenizer(texts, padding=True, return_tensors="pt")
             text = F.normalize(model.text_projection(model.text_model(**inputs).pooler_output), dim=-1)
-            vision = model.vision_model(pixel_values=pixels[batch], output_hidden_states=True)
+            vision = model.vision_model(pixel_values=(pixels - mean) / std, output_hidden_states=True)
             # A LLaVA drops the class token and reads the patches one layer below the top, so their mean is matched to
             # the caption as well. Otherwise the class token alone may gather what the picture as a whole shows.
             patches = model.vision_model.post_layernorm(vision.hidden_states[-2][:, 1:].mean(dim=1))
             loss = torch.zeros(())
             for pooled in (vision.pooler_output, patches):
                 picture = F.normalize(model.visual_projection(pooled), dim=-1)
-                loss = loss + image_text_contrastive_loss(model.logit_scale.exp() * text @ picture.T) / 2
+                logits = model.logit_scale.exp() * text @ picture.T
+                for scores, targets in ((logits, belongs), (logits.T, belongs.T)):
+                    loss = loss + F.cross_entropy(scores, targets / targets.sum(dim=1, keepdim=True)) / 4
             take_step(model, loss, optimizer, schedule)
             losses.append(loss.item())
         progress.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
