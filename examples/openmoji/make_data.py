@@ -106,36 +106,32 @@ def check_split(train: dict[str, Image.Image], heldout: dict[str, Image.Image]) 
             raise SystemExit(f"make_data: held-out '{name}': training has the same caption")
 
 
-def conversation(text: str, index: int, languages: tuple[str, ...]) -> list[dict[str, str]]:
-    """A question and the caption in each language, one after the other; the picture goes with the first question."""
-    turns = []
-    for language in languages:
-        question = QUESTIONS[language][index % len(QUESTIONS[language])]
-        if not turns:
-            tag_first = index // len(QUESTIONS[language]) % 2 == 0
-            question = f"<image>\n{question}" if tag_first else f"{question}\n<image>"
-        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": caption(text, language)}]
-    return turns
+def conversation(text: str, index: int, language: str) -> list[dict[str, str]]:
+    """A question about the picture, its tag now before and now after the text, and the caption."""
+    question = QUESTIONS[language][index % len(QUESTIONS[language])]
+    tag_first = index // len(QUESTIONS[language]) % 2 == 0
+    question = f"<image>\n{question}" if tag_first else f"{question}\n<image>"
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": caption(text, language)}]
 
 
-def write_split(pictures: dict[str, Image.Image], directory: Path, asked: list[tuple[str, ...]]) -> None:
+def write_split(pictures: dict[str, Image.Image], directory: Path) -> None:
     """Write images_dl/*.png, named by code points as OpenMoji's own files, and chat.json.
 
-    Each picture has one record for each entry of `asked`, the languages it is asked in, in that order. Two questions
-    about one picture cost little more than one: the picture and the system prompt are read once.
+    Each picture is asked about once in each language. The two are records apart: an answer that stood behind the same
+    one in another language would be learnt as its translation, without a look at the picture.
     """
     (directory / "images_dl").mkdir(parents=True, exist_ok=True)
     records = []
     for index, (text, picture) in enumerate(tqdm(pictures.items(), desc=f"writing {directory}")):
         name = "-".join(f"{ord(c):04X}" for c in text)
         picture.save(directory / "images_dl" / f"{name}.png")
-        for languages in asked:
+        for language in QUESTIONS:
             records.append(
                 {
-                    "id": "-".join([name, *languages]),
+                    "id": f"{name}-{language}",
                     "image": f"{name}.png",
-                    "language": "-".join(languages),
-                    "conversations": conversation(text, index, languages),
+                    "language": language,
+                    "conversations": conversation(text, index, language),
                 }
             )
     (directory / "chat.json").write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -151,8 +147,8 @@ def main() -> None:
     train = {text: picture for text, picture in pictures.items() if not is_held_out(text)}
     heldout = {text: picture for text, picture in pictures.items() if is_held_out(text)}
     check_split(train, heldout)
-    write_split(train, args.output_dir / "train", [("en", "zh"), ("zh", "en")])
-    write_split(heldout, args.output_dir / "heldout", [("en",), ("zh",)])
+    write_split(train, args.output_dir / "train")
+    write_split(heldout, args.output_dir / "heldout")
     print(f"{len(train)} pictures to train on, {len(heldout)} held out, in {args.output_dir}")
 
 

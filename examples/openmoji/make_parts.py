@@ -71,11 +71,9 @@ def read_data(data_dir: Path) -> tuple[list[Path], dict[str, list[str]], dict[st
     captions: dict[str, dict[str, str]] = {language: {} for language in LANGUAGES}
     questions: dict[str, set[str]] = {language: set() for language in LANGUAGES}
     for record in json.loads(chat_file.read_text(encoding="utf-8")):
-        texts = [turn["value"] for turn in record["conversations"]]
-        for language, question, answer in zip(record["language"].split("-"), texts[::2], texts[1::2], strict=True):
-            captions[language][record["image"]] = answer
-            if "<image>" in question:
-                questions[language].add(question)
+        question, answer = (turn["value"] for turn in record["conversations"])
+        captions[record["language"]][record["image"]] = answer
+        questions[record["language"]].add(question)
     images = list(captions["en"])
     return (
         [data_dir / "images_dl" / image for image in images],
