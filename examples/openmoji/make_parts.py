@@ -137,7 +137,7 @@ def contrastive_batches(captions: list[str], alike: Callable[[str], str]) -> lis
     """
     motifs = defaultdict(list)
     for index, caption in enumerate(captions):
-        motifs[" ".join(word for word in caption.split() if word not in GENDERS | TONES)].append(index)
+        motifs[" ".join(word for word in without_tones(caption).split() if word not in GENDERS)].append(index)
     runs = []
     for members in motifs.values():
         random.shuffle(members)
