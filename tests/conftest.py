@@ -174,3 +174,15 @@ def run_zero2(model: Path, data: Path, output: Path, *arguments: str, ranks: int
     """Trains through run_zero2.sh on CPU ranks."""
     command, environment = zero2_command(model, data, output, *arguments, ranks=ranks)
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def default_run() -> Path:
+    """`bash run_zero2.sh` without arguments, in the environment of the tests."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.pop("OMP_NUM_THREADS", None)
+    done = subprocess.run(
+        ["bash", "run_zero2.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return ROOT / "output" / "openmoji"

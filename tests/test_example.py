@@ -1,9 +1,6 @@
 """The embedded example from end to end, and the notebooks on what it leaves behind."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
@@ -12,18 +9,6 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.name for path in ROOT.glob("code*.ipynb"))
-
-
-@pytest.fixture(scope="module")
-def default_run() -> Path:
-    """`bash run_zero2.sh` without arguments, in the environment of the tests."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment.pop("OMP_NUM_THREADS", None)
-    done = subprocess.run(
-        ["bash", "run_zero2.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return ROOT / "output" / "openmoji"
 
 
 @pytest.mark.slow

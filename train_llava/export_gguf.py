@@ -1,0 +1,273 @@
+"""Writes a LLaVA checkpoint as the two files that llama.cpp, Ollama and LM Studio load.
+
+    python -m train_llava.export_gguf --model_name_or_path output/run --output_dir output/gguf
+
+`model-f16.gguf` is the language model with its tokenizer and chat template, `mmproj-f16.gguf` the vision tower and the
+projector, `Modelfile` what `ollama create` takes. Names of tensors and fields are those of the gguf package; what the
+engines compute with them was read in llama.cpp (tools/mtmd, src/models). An adapter is merged first: `merge_lora`.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase
+from transformers.utils import is_gguf_available
+
+from train_llava.checkpoint import end_of_turn_token, load_checkpoint
+from train_llava.cli import parse_arguments, run_command, written_whole
+
+if is_gguf_available():
+    import gguf
+
+# llama.cpp knows a byte-level BPE by the name of its pre-tokenizer: here, the patterns that texts are split by first
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS = {WORDS + r"\p{N}" + REST: "qwen2", WORDS + r"\p{N}{1,3}" + REST: "llama-bpe"}
+QUESTION, ANSWER = "QUESTION1", "ANSWER1"  # stand for texts in a rendered conversation
+
+
+@dataclass
+class ExportArguments:
+    model_name_or_path: str = field(metadata={"help": "A LLaVA checkpoint, a folder or a hub id."})
+    output_dir: str = field(metadata={"help": "The folder to write; it must not exist yet."})
+
+
+def check_exportable(config: LlavaConfig) -> None:
+    """Makes sure that llama.cpp would compute what transformers computes.
+
+    Raises:
+        ValueError: it would not; the message names what it has no means for.
+    """
+    text, vision, layer = config.text_config, config.vision_config, config.vision_feature_layer
+    if text.model_type not in ("qwen2", "llama") or vision.model_type != "clip_vision_model":
+        kinds = f"{vision.model_type} and {text.model_type}"
+        raise ValueError(f"only CLIP with a Qwen2 or Llama language model can be exported to GGUF, not {kinds}")
+    hindrances = {
+        f"the activation {text.hidden_act} in the language model": text.hidden_act != "silu",
+        f"the activation {vision.hidden_act} in the vision tower": vision.hidden_act not in ("quick_gelu", "gelu"),
+        f"the activation {config.projector_hidden_act} in the projector": config.projector_hidden_act != "gelu",
+        "a projector without bias": not config.multimodal_projector_bias,
+        f"features of more than one layer ({layer})": not isinstance(layer, int),
+        "the class token among the features": config.vision_feature_select_strategy != "default",
+        f"rope scaling ({text.rope_parameters['rope_type']})": text.rope_parameters["rope_type"] != "default",
+        "sliding windows": text.model_type == "qwen2" and text.use_sliding_window,
+    }
+    for what, found in hindrances.items():
+        if found:
+            raise ValueError(f"{what} cannot be exported to GGUF")
+
+
+def pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The name by which llama.cpp knows how a byte-level BPE splits a text before it merges.
+
+    Raises:
+        ValueError: it is none that llama.cpp is known to split alike.
+    """
+    written = json.loads(tokenizer.backend_tokenizer.to_str())
+    steps = written["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    kinds = [step.get("type") for step in steps]
+    if written["model"]["type"] == "BPE" and not steps[-1].get("add_prefix_space"):
+        if kinds == ["Split", "ByteLevel"] and not steps[1]["use_regex"]:
+            pattern = steps[0]["pattern"].get("Regex")
+            if pattern in PRE_TOKENIZERS:
+                return PRE_TOKENIZERS[pattern]
+        if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]:
+            return "smollm"
+    raise ValueError("a tokenizer that is no byte-level BPE of Qwen's, Llama 3's, SmolLM's or GPT-2's kind cannot be "
+                     "exported to GGUF")  # fmt: skip
+
+
+def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Writes tokens, merges, special tokens and the chat template, for `vocab_size` rows of the embedding."""
+    names = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    kinds = []
+    for token_id in range(vocab_size):
+        if token_id in added:
+            kinds.append(gguf.TokenType.CONTROL if added[token_id].special else gguf.TokenType.USER_DEFINED)
+        else:
+            kinds.append(gguf.TokenType.NORMAL if token_id in names else gguf.TokenType.UNUSED)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer(tokenizer))
+    writer.add_token_list([names.get(token_id, f"[PAD{token_id}]") for token_id in range(vocab_size)])
+    writer.add_token_types(kinds)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.convert_tokens_to_ids(end_of_turn_token(tokenizer)))
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    # The model was trained on what the template writes; engines that add this token do not write it twice
+    text = render(tokenizer, [("user", "?")])
+    writer.add_add_bos_token(tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token))
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def text_tensors(model: LlavaForConditionalGeneration) -> Iterator[tuple[str, torch.Tensor]]:
+    """The language model's tensors by the names they have in a checkpoint of its own."""
+    config = model.config.text_config
+    for name, tensor in model.model.language_model.state_dict().items():
+        # llama.cpp turns neighbouring numbers of a head where transformers turns those half a head apart
+        if config.model_type == "llama" and ".self_attn.q_proj." in name:
+            tensor = interleave(tensor, config.num_attention_heads)
+        if config.model_type == "llama" and ".self_attn.k_proj." in name:
+            tensor = interleave(tensor, config.num_key_value_heads)
+        yield f"model.{name}", tensor
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", model.lm_head.weight
+
+
+def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a query or key projection, `(heads x size, ...)`, with the two halves of each head interleaved."""
+    halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+    return halves.swapaxes(1, 2).reshape(tensor.shape)
+
+
+def picture_tensors(model: LlavaForConditionalGeneration) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of tower and projector by the names they have in a LLaVA's checkpoint.
+
+    The layer norm behind the last layer is left out: llama.cpp would apply it, a LLaVA reads features before it.
+    """
+    for name, tensor in model.model.vision_tower.state_dict().items():
+        if not name.startswith("post_layernorm."):
+            yield f"vision_tower.vision_model.{name}", tensor
+    # llama.cpp counts the projector's layers as LLaVA's authors did: 0, an activation, 2
+    for name, tensor in model.model.multi_modal_projector.state_dict().items():
+        yield f"multi_modal_projector.{name.replace('linear_1', 'linear_0')}", tensor
+
+
+def write(writer: "gguf.GGUFWriter", names: "gguf.TensorNameMap", tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Writes a file: fields set before, then tensors, matrices in float16 and the small rest in float32.
+
+    Raises:
+        ValueError: a tensor has no place in the format, or a number too large for float16.
+    """
+    for name, tensor in tensors:
+        written = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if written is None:
+            raise ValueError(f"{name} has no place in a GGUF file")
+        numbers = tensor.detach().float().cpu().numpy()
+        if numbers.ndim > 1 and "position_embd" not in written:
+            if np.abs(numbers).max() > np.finfo(np.float16).max:
+                raise ValueError(f"{name} holds numbers too large for float16")
+            numbers = numbers.astype(np.float16)
+        writer.add_tensor(written, numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file(progress=True)
+    writer.close()
+
+
+def export_text(model: LlavaForConditionalGeneration, processor: LlavaProcessor, path: Path) -> None:
+    """Writes the language model's file."""
+    config = model.config.text_config
+    arch = {"qwen2": gguf.MODEL_ARCH.QWEN2, "llama": gguf.MODEL_ARCH.LLAMA}[config.model_type]
+    head_dim = model.model.language_model.layers[0].self_attn.head_dim
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    add_tokenizer(writer, processor.tokenizer, config.vocab_size)
+    write(writer, gguf.get_tensor_name_map(arch, config.num_hidden_layers), text_tensors(model))
+
+
+def export_pictures(model: LlavaForConditionalGeneration, processor: LlavaProcessor, path: Path) -> None:
+    """Writes the vision tower's and the projector's file."""
+    config, prepare = model.config.vision_config, processor.image_processor
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.MMPROJ])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("mlp")
+    writer.add_vision_projection_dim(model.config.text_config.hidden_size)
+    writer.add_vision_image_size(config.image_size)
+    writer.add_vision_patch_size(config.patch_size)
+    writer.add_vision_embedding_length(config.hidden_size)
+    writer.add_vision_feed_forward_length(config.intermediate_size)
+    writer.add_vision_block_count(config.num_hidden_layers)
+    writer.add_vision_head_count(config.num_attention_heads)
+    writer.add_vision_attention_layernorm_eps(config.layer_norm_eps)
+    writer.add_vision_image_mean(prepare.image_mean)
+    writer.add_vision_image_std(prepare.image_std)
+    writer.add_vision_use_gelu(config.hidden_act == "gelu")
+    # counted as hidden states are, 0 being what goes into the first layer; unsaid, it is the last layer but one
+    layer = range(config.num_hidden_layers + 1)[model.config.vision_feature_layer]
+    if layer != config.num_hidden_layers - 1:
+        writer.add_array("clip.vision.feature_layer", [layer])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, max(3, config.num_hidden_layers))
+    write(writer, names, picture_tensors(model))
+
+
+def render(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]]) -> str:
+    """Turns of (role, text), and the handing over to the assistant, as the chat template writes them."""
+    messages: list[dict[str, Any]] = [
+        {"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns
+    ]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Ollama's description of the model. Its template is Go's, put together from what the chat template writes."""
+    talk = render(tokenizer, [("user", QUESTION), ("assistant", ANSWER), ("user", QUESTION)])
+    before_first, handed_over, before_second, _ = re.split(f"{QUESTION}|{ANSWER}", talk)
+    # in front of every question stands the same; in front of the first there may be a default system message as well
+    opening = next(before_first[i:] for i in range(len(before_first) + 1) if before_second.endswith(before_first[i:]))
+    told = render(tokenizer, [("system", ANSWER), ("user", QUESTION)])
+    system, after_system, _ = re.split(f"{QUESTION}|{ANSWER}", told)
+    template = (
+        "{{ range $i, $m := .Messages }}"
+        '{{ if eq $m.Role "system" }}' + system + "{{ $m.Content }}" + after_system.removesuffix(opening) + "{{ end }}"
+        '{{ if eq $m.Role "user" }}{{ if eq $i 0 }}' + before_first.removesuffix(opening) + "{{ end }}"
+        + opening + "{{ $m.Content }}" + handed_over + "{{ end }}"
+        '{{ if eq $m.Role "assistant" }}{{ $m.Content }}' + before_second.removesuffix(opening) + "{{ end }}"
+        "{{ end }}"
+    )  # fmt: skip
+    return (
+        f'FROM ./model-f16.gguf\nFROM ./mmproj-f16.gguf\nTEMPLATE """{template}"""\n'
+        f'PARAMETER stop "{end_of_turn_token(tokenizer)}"\nPARAMETER temperature 0\n'
+    )
+
+
+def export_gguf(model_name_or_path: str, output_dir: str) -> None:
+    """Writes `model-f16.gguf`, `mmproj-f16.gguf` and `Modelfile` to a new folder.
+
+    Raises:
+        ValueError: there is no such checkpoint, or llama.cpp would compute something else with it; nothing is left
+            behind.
+    """
+    if not is_gguf_available():
+        raise ValueError("this needs a package that is not installed: pip install gguf")
+    model, processor = load_checkpoint(model_name_or_path)
+    check_exportable(model.config)
+    with written_whole(output_dir) as folder:
+        export_text(model, processor, folder / "model-f16.gguf")
+        export_pictures(model, processor, folder / "mmproj-f16.gguf")
+        (folder / "Modelfile").write_text(modelfile(processor.tokenizer), encoding="utf-8")
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(ExportArguments)
+    export_gguf(**vars(arguments))
+    print(f"written to {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    run_command(main)
