@@ -10,18 +10,22 @@ from transformers import HfArgumentParser
 from train_llava.build_model import BuildArguments
 from train_llava.check_data import CheckArguments
 from train_llava.evaluate import EvaluateArguments
+from train_llava.export_gguf import ExportArguments
 from train_llava.infer import InferArguments
 from train_llava.merge_lora import MergeArguments
 from train_llava.train import DataArguments, ModelArguments, TrainArguments
+from train_llava.web_demo import WebDemoArguments
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = {
     "build_model": (BuildArguments,),
     "check_data": (CheckArguments,),
     "evaluate": (EvaluateArguments,),
+    "export_gguf": (ExportArguments,),
     "infer": (InferArguments,),
     "merge_lora": (MergeArguments,),
     "train": (ModelArguments, DataArguments, TrainArguments),
+    "web_demo": (WebDemoArguments,),
 }
 
 

@@ -1,0 +1,421 @@
+"""The chat page: it says what `infer` says, ends when told to, keeps people apart, and needs nobody's network."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+
+from train_llava import web_demo
+from train_llava.checkpoint import load_checkpoint
+from train_llava.infer import generate, load_model, question
+from train_llava.pictures import open_image
+from train_llava.train import ModelArguments, set_trainable
+from train_llava.web_demo import Turn
+
+# pages that share a folder of uploads would delete each other's when they close
+os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="gradio-")
+pytest.importorskip("gradio", reason="the page needs gradio")
+from gradio_client import Client, handle_file
+
+ROOT = Path(__file__).parent.parent
+LONG = {"max_new_tokens": 300, "min_new_tokens": 300}  # long enough to be stopped
+
+
+@pytest.fixture(scope="module")
+def adapter(llava, tmp_path_factory) -> Path:
+    """A LoRA adapter of random matrices, which changes every answer, and with this seed has spaces in its own."""
+    folder = tmp_path_factory.mktemp("adapter") / "run"
+    model, _ = load_checkpoint(str(llava))
+    adapted = set_trainable(model, "lora", ModelArguments("m", lora_r=4, lora_alpha=8))
+    torch.manual_seed(4)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(corpus) -> list[str]:
+    return [str(corpus / "images_dl" / f"{i}.png") for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def impostors(tmp_path_factory) -> tuple[Path, Path]:
+    """A text file under its own name and under that of a picture."""
+    folder = tmp_path_factory.mktemp("impostors")
+    for name in ("notes.txt", "notes.png"):
+        (folder / name).write_text("no picture")
+    return folder / "notes.txt", folder / "notes.png"
+
+
+def replies(model: Any, processor: Any, asked: list[tuple[str, list[str]]], **options: Any) -> list[str]:
+    """What `infer` answers to one question after another."""
+    messages, images, found = [], [], []
+    for text, files in asked:
+        images += [open_image(file) for file in files]
+        messages.append(question(text, len(files)))
+        (said,) = generate(model, processor, [messages], images, **options)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
+        found.append(said)
+    return found
+
+
+def finish(model: Any, processor: Any, turns: list[Turn], **options: Any) -> list[str]:
+    """Answers the last turn; returns all that could be read of the first chat meanwhile."""
+    seen = []
+    for _ in web_demo.answer(model, processor, turns, Event(), Lock(), **options):
+        seen.append(turns[-1].answers[0])
+    return seen
+
+
+def is_beginning(part: str, whole: str) -> bool:
+    """Whether an answer is the beginning of another, but for a character that was not written to its end."""
+    return 0 < len(part) < len(whole) and whole.startswith(part.rstrip("\N{REPLACEMENT CHARACTER}"))
+
+
+def test_the_answers_are_those_of_infer_with_the_adapter_and_without(llava, adapter, pictures):
+    base, processor = load_model(str(llava))
+    adapted, _ = load_model(str(llava), str(adapter))
+    asked = [("What is this?", pictures[:1]), ("And these?", pictures[1:]), ("Where is Paris?", [])]
+    ours, theirs = (replies(model, processor, asked, max_new_tokens=60) for model in (adapted, base))
+    assert len({*ours, *theirs}) == 6
+    turns, alone, seen = [], [], []
+    for i, (text, files) in enumerate(asked):
+        turns.append(Turn(text, files, ["", ""]))
+        seen += finish(adapted, processor, turns, max_new_tokens=60)
+        assert turns[-1].answers == [ours[i], theirs[i]]
+        alone.append(Turn(text, files, [""]))
+        finish(base, processor, alone, max_new_tokens=60)
+        assert alone[-1].answers == [theirs[i]]
+    assert len(set(seen)) > 2 * len(asked)  # they came word by word
+
+
+def test_stop_ends_an_answer_and_the_next_question_works(llava, adapter, pictures):
+    model, processor = load_model(str(llava), str(adapter))
+    (whole,) = replies(model, processor, [("What is this?", pictures[:1])], **LONG)
+    turns, stop, lock = [Turn("What is this?", pictures[:1], ["", ""])], Event(), Lock()
+    growing = web_demo.answer(model, processor, turns, stop, lock, **LONG)
+    while not turns[0].answers[0]:
+        next(growing)
+    stop.set()
+    assert sum(1 for _ in growing) < 290
+    assert is_beginning(turns[0].answers[0], whole)
+    assert turns[0].answers[1] == ""
+    assert not lock.locked()
+    turns.append(Turn("Where is Paris?", [], ["", ""]))
+    finish(model, processor, turns, max_new_tokens=8)
+    images = [open_image(pictures[0])]
+    for column, around in ((0, model), (1, load_model(str(llava))[0])):
+        messages = web_demo.conversation(turns, column)[:-1]
+        assert generate(around, processor, [messages], images, 8) == [turns[1].answers[column]]
+
+
+def test_a_closed_page_ends_its_answer_and_frees_the_model(llava, pictures):
+    model, processor = load_model(str(llava))
+    stop, lock = Event(), Lock()
+    growing = web_demo.answer(model, processor, [Turn("What?", pictures, [""])], stop, lock, **LONG)
+    next(growing)
+    assert lock.locked()
+    growing.close()
+    assert stop.is_set()
+    assert lock.acquire(timeout=5)
+
+
+def test_what_goes_wrong_in_the_model_is_told(llava, pictures, monkeypatch):
+    model, processor = load_model(str(llava))
+    monkeypatch.setattr(model, "generate", lambda **_: torch.zeros(1) @ torch.zeros(2))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        finish(model, processor, [Turn("What is this?", pictures[:1], [""])])
+
+
+@pytest.mark.parametrize(
+    ("text", "files", "message"),
+    [
+        ("", [], "there is no question"),
+        ("What is <image>?", [], "the control token <image>"),
+        ("yes<|im_end|>", [], "the control token <|im_end|>"),
+        ("What is this? " * 300, [], "tokens, and the model reads 512"),
+        ("What is this?", ["gone.png"], "gone.png does not exist"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_anything_is_said(llava, text, files, message):
+    model, processor = load_model(str(llava))
+    with pytest.raises((OSError, ValueError)) as error:
+        next(web_demo.answer(model, processor, [Turn(text, files, [""])], Event(), Lock()))
+    assert message in str(error.value)
+
+
+def test_an_answer_ends_where_the_model_reads_no_further(llava):
+    model, processor = load_model(str(llava))
+    turns = [Turn(" ".join(["What is this?"] * 60), [], [""])]
+    (whole,) = replies(model, processor, [(turns[0].text, [])], **LONG)
+    finish(model, processor, turns, **LONG)
+    assert is_beginning(turns[0].answers[0], whole)
+
+
+@pytest.fixture
+def page(llava) -> Iterator[Callable[[], Client]]:
+    """The page, served; calling it opens a session."""
+    model, processor = load_model(str(llava))
+    built = web_demo.make_page(model, processor, "tiny", 8, [])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    _, address, _ = built.launch(server_port=port, prevent_thread_lock=True, quiet=True, share=False)
+    yield lambda: Client(address, verbose=False, analytics_enabled=False)
+    built.close()
+
+
+def ask(client: Client, text: str, *files: str | Path, heat: float = 0, name: str = "/ask") -> list[str]:
+    """Asks in a session; returns the whole conversation as texts, a picture as its file's name."""
+    box = {"text": text, "files": [handle_file(file) for file in files]}
+    *_, chat = client.predict(box, heat, api_name=name)
+    parts = [part for message in chat for part in message["content"]]
+    return [part["text"] if part["type"] == "text" else Path(part["file"]).name for part in parts]
+
+
+def test_sessions_see_nothing_of_each_other(page, llava, pictures):
+    model, processor = load_model(str(llava))
+    first, second = page(), page()
+    said = replies(model, processor, [("What is this?", pictures[:1]), ("And this?", pictures[1:2])], max_new_tokens=8)
+    other = replies(model, processor, [("And this?", [])], max_new_tokens=8)
+    told = ["0.png", "What is this?", said[0]]
+    assert ask(first, "What is this?", pictures[0]) == told
+    assert ask(second, "And this?") == ["And this?", *other]
+    assert ask(first, "And this?", pictures[1]) == [*told, "1.png", "And this?", said[1]]
+    first.predict(api_name="/clear")
+    assert ask(first, "And this?") == ["And this?", *other]
+
+
+def test_a_bad_picture_leaves_the_conversation_as_it_was(page, pictures, impostors, monkeypatch):
+    client, told = page(), []
+    monkeypatch.setattr(web_demo.gr, "Warning", told.append)
+    before = ask(client, "What is this?", pictures[0])
+    assert ask(client, "And this?", impostors[1]) == before
+    (line,) = told
+    assert line == "notes.png cannot be read as a picture: cannot identify image file 'notes.png'"
+    assert ask(client, "And this?", pictures[1])[:4] == [*before, "1.png"]
+
+
+def test_retry_asks_the_last_question_again_and_may_draw(page, pictures):
+    client = page()
+    ask(client, "What is this?", pictures[0])
+    greedy = ask(client, "And this?", pictures[1])
+    assert ask(client, "", name="/retry") == greedy
+    drawn = [ask(client, "", heat=2, name="/retry") for _ in range(3)]
+    assert all(told[:-1] == greedy[:-1] for told in drawn)
+    assert len({told[-1] for told in drawn}) > 1
+    assert ask(client, "", name="/retry") == greedy
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "train_llava.web_demo", *map(str, arguments)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--port {taken}", "Address already in use"),
+        ("--port 70000", "there are ports 1 to 65535"),
+        ("--examples {corpus}", "--examples {corpus} has no picture in it"),
+        ("--examples nowhere", "No such file or directory"),
+    ],
+)
+def test_a_bad_start_is_told(llava, corpus, monkeypatch, arguments, message):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        names = {"taken": server.getsockname()[1], "corpus": corpus}
+        words = f"--model_name_or_path {llava} {arguments}".format(**names).split()
+        monkeypatch.setattr(sys, "argv", ["web_demo", *words])
+        with pytest.raises((OSError, ValueError), match=re.escape(message.format(**names))):
+            web_demo.main()
+
+
+def test_a_port_in_use_ends_the_command_in_one_line(llava):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = command("--model_name_or_path", llava, "--port", taken.getsockname()[1])
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: [Errno 98] Address already in use")
+
+
+def test_without_gradio_the_remedy_is_named(monkeypatch):
+    monkeypatch.setattr(web_demo, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["web_demo", "--model_name_or_path", "m"])
+    with pytest.raises(ValueError, match="pip install gradio"):
+        web_demo.main()
+
+
+@contextmanager
+def served(*arguments: str | Path) -> Iterator[str]:
+    """The command, running; gives the page's address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = command(*arguments, "--port", port)
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline().strip()
+        try:
+            for _ in range(600):  # it is printed a moment before it is served
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                time.sleep(0.1)
+            yield address
+        finally:
+            process.terminate()
+    assert address == f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def browser(address: str) -> Iterator[Any]:
+    """A browser of one's own that has the page open."""
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
+        pytest.skip("there is no Chromium here: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="there is no Selenium here: pip install selenium")
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1100,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        driver.get(address)
+        until(lambda: find(driver, "textarea"))
+        yield driver
+    finally:
+        driver.quit()
+
+
+def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    """Waits for something to be true; returns it."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def find(driver: Any, selector: str) -> list[Any]:
+    return driver.find_elements("css selector", selector)
+
+
+def button(driver: Any, name: str) -> Any:
+    (found,) = driver.find_elements("xpath", f"//button[normalize-space()='{name}']")
+    return found
+
+
+def told(driver: Any, role: str, column: int = 0) -> list[str]:
+    """The texts of one side of a chat on the page, letter by letter."""
+    script = """
+        const chat = document.querySelectorAll('[role=log]')[arguments[1]];
+        const texts = chat ? chat.querySelectorAll(`[data-testid=${arguments[0]}] .message-content`) : [];
+        return [...texts].map(text => text.textContent)"""
+    return driver.execute_script(script, role, column)
+
+
+def type_in(driver: Any, text: str, *files: str | Path) -> None:
+    """Uploads pictures, types a question and sends it."""
+    if files:
+        (chooser,) = find(driver, "input[type=file]")
+        driver.execute_script("arguments[0].value = ''", chooser)  # or those of the last time are sent again
+        chooser.send_keys("\n".join(map(str, files)))
+        until(lambda: len(find(driver, ".thumbnail-item")) == len(files))
+    (box,) = find(driver, "textarea")
+    box.send_keys(text)
+    find(driver, "[data-testid=submit-button]")[0].click()
+
+
+def warnings(driver: Any) -> list[str]:
+    return [line for toast in find(driver, "[data-testid=toast-body]") for line in toast.text.splitlines()[-1:]]
+
+
+def hosts(driver: Any) -> set[str]:
+    """Where the page has asked for anything."""
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    return {urlsplit(url).hostname for url in sent if not url.startswith(("data:", "blob:"))}
+
+
+def idle(driver: Any, answers: int) -> bool:
+    """Whether so many answers have been given to their end."""
+    return len(told(driver, "bot")) == answers and button(driver, "Retry").is_enabled()
+
+
+def test_a_browser_chats_stops_and_is_told_what_is_wrong(llava, pictures, impostors):
+    model, processor = load_model(str(llava))
+    asked = [("What is this?", pictures[:1]), ("And these?", pictures[1:]), ("Where is Paris?", [])]
+    said = replies(model, processor, asked, max_new_tokens=12)
+    with served("--model_name_or_path", llava, "--max_new_tokens", "12") as address, browser(address) as driver:
+        for i, (text, files) in enumerate(asked[:2]):
+            type_in(driver, text, *files)
+            until(lambda i=i: idle(driver, i + 1))
+            assert told(driver, "bot") == said[: i + 1]
+        assert told(driver, "user") == ["What is this?", "And these?"]
+        assert len(find(driver, "[role=log] img")) == 3
+        button(driver, "Retry").click()
+        until(lambda: idle(driver, 2))
+        assert told(driver, "bot") == said[:2]
+        with browser(address) as other:
+            assert told(other, "user") == []
+            assert "0.png" not in other.page_source
+            type_in(other, "Where is Paris?")
+            until(lambda: idle(other, 1))
+            assert told(other, "bot") == replies(model, processor, asked[2:], max_new_tokens=12)
+        find(driver, "input[type=file]")[0].send_keys(str(impostors[0]))
+        until(lambda: warnings(driver) == ["Invalid file type: notes.txt. Only image allowed."])
+        driver.refresh()  # which begins a conversation
+        until(lambda: find(driver, "textarea"))
+        type_in(driver, *asked[2][:1])
+        until(lambda: idle(driver, 1))
+        type_in(driver, "What is this?", impostors[1])
+        line = "notes.png cannot be read as a picture: cannot identify image file 'notes.png'"
+        until(lambda: warnings(driver) == [line])
+        until(lambda: idle(driver, 1))
+        assert told(driver, "bot") == replies(model, processor, asked[2:], max_new_tokens=12)
+        button(driver, "Clear").click()
+        until(lambda: told(driver, "user") == [] and not find(driver, ".thumbnail-item"))
+        type_in(driver, *asked[0][:1], *pictures[:1])
+        until(lambda: idle(driver, 1))
+        assert told(driver, "bot") == said[:1]
+        assert hosts(driver) == {"127.0.0.1"}
+
+
+def test_a_browser_shows_both_chats_and_stops_them(llava, adapter, pictures):
+    adapted, processor = load_model(str(llava), str(adapter))
+    base, _ = load_model(str(llava))
+    ours, theirs = (replies(m, processor, [("Where is Paris?", [])], max_new_tokens=300)[0] for m in (adapted, base))
+    arguments = ["--model_name_or_path", llava, "--adapter_name_or_path", adapter, "--max_new_tokens", "300"]
+    examples = Path(pictures[0]).parent
+    with served(*arguments, "--examples", examples) as address, browser(address) as driver:
+        type_in(driver, "Where is Paris?")
+        until(lambda: idle(driver, 1))
+        assert [told(driver, "bot", column) for column in (0, 1)] == [[ours], [theirs]]
+        button(driver, "Retry").click()
+        until(lambda: "".join(told(driver, "bot")) not in ("", ours))
+        button(driver, "Stop").click()
+        until(lambda: idle(driver, 1))
+        (part,) = told(driver, "bot")
+        assert is_beginning(part, ours)
+        assert "".join(told(driver, "bot", 1)) == ""
+        button(driver, "Clear").click()
+        until(lambda: told(driver, "user") == [])
+        find(driver, ".gallery-item")[0].click()  # an example joins the question
+        until(lambda: find(driver, ".thumbnail-item"))
+        type_in(driver, "Where is Paris?")
+        until(lambda: idle(driver, 1))
+        expected = [
+            replies(m, processor, [("Where is Paris?", pictures[:1])], max_new_tokens=300) for m in (adapted, base)
+        ]
+        assert [told(driver, "bot", column) for column in (0, 1)] == expected

@@ -1,0 +1,293 @@
+"""A chat page for a LLaVA checkpoint, made with Gradio: pictures, questions, follow-ups, answers as they come.
+
+    python -m train_llava.web_demo --model_name_or_path output/run
+    python -m train_llava.web_demo --model_name_or_path output/llava --adapter_name_or_path output/run --port 7861
+
+With an adapter the page shows two chats side by side: the model with it, and the same model without it. The page is
+served to this machine alone, unless --host says otherwise, and takes nothing from the network.
+"""
+
+import socket
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Event, Lock, Thread
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, StoppingCriteriaList, TextIteratorStreamer
+
+from train_llava.checkpoint import BITS_HELP
+from train_llava.cli import parse_arguments, run_command
+from train_llava.data import encode_prompts
+from train_llava.infer import load_model, question, sampling
+from train_llava.pictures import open_image
+
+if find_spec("gradio"):
+    import gradio as gr
+
+MOST_BYTES = 20 << 20  # of an uploaded picture
+MOST_EXAMPLES = 10
+# Gradio's own buttons that would send a picture to the hub, or empty a chat without the conversation behind it
+CSS = """
+[aria-label="Share"], [aria-label="Clear"] { display: none !important }
+.message img { max-height: 240px }
+"""
+
+
+@dataclass
+class WebDemoArguments:
+    model_name_or_path: str = field(metadata={"help": "A LLaVA checkpoint, a folder or a hub id."})
+    adapter_name_or_path: str | None = field(default=None, metadata={"help": "A LoRA adapter trained on that model."})
+    host: str = field(default="127.0.0.1", metadata={"help": "0.0.0.0 serves the page to other machines, too."})
+    port: int = field(default=7860, metadata={"help": "The port of the page."})
+    max_new_tokens: int = field(default=256, metadata={"help": "The longest answer, in tokens."})
+    bits: Literal[4, 8] | None = field(default=None, metadata={"help": BITS_HELP})
+    examples: str | None = field(
+        default=None, metadata={"help": f"A folder of pictures to choose from; its first {MOST_EXAMPLES} are shown."}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 65536:
+            raise ValueError(f"--port {self.port}: there are ports 1 to 65535")
+
+
+@dataclass
+class Turn:
+    """A question with its pictures, and the answer of each chat on the page."""
+
+    text: str
+    files: list[str]
+    answers: list[str]
+
+
+def conversation(turns: list[Turn], column: int) -> list[dict[str, Any]]:
+    """The messages of one chat, each question followed by that chat's answer."""
+    messages = []
+    for turn in turns:
+        said = {"role": "assistant", "content": [{"type": "text", "text": turn.answers[column]}]}
+        messages += [question(turn.text, len(turn.files)), said]
+    return messages
+
+
+def shown(turns: list[Turn], column: int) -> list[dict[str, Any]]:
+    """The same as Gradio's Chatbot takes it, which names the pictures."""
+    files = iter([{"path": file} for turn in turns for file in turn.files])
+    return [
+        message | {"content": [next(files) if part["type"] == "image" else part for part in message["content"]]}
+        for message in conversation(turns, column)
+    ]
+
+
+def stream(
+    model: LlavaForConditionalGeneration | PeftModel,
+    processor: LlavaProcessor,
+    messages: list[dict[str, Any]],
+    images: list[Image.Image],
+    stop: Event,
+    lock: Lock,
+    with_adapter: bool = True,
+    max_new_tokens: int = 256,
+    **options: Any,
+) -> Iterator[str]:
+    """The answer to a conversation as it grows, and at last as `infer.generate` would give it; `stop` ends it.
+
+    Raises:
+        ValueError: the conversation is longer than what the model can read.
+    """
+    inputs = encode_prompts(processor, [messages], images).to(model.device)
+    length, most = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
+    if length >= most:
+        raise ValueError(f"the conversation has {length} tokens, and the model reads {most}: clear it")
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    options["max_new_tokens"] = min(max_new_tokens, most - length)
+    options["stopping_criteria"] = StoppingCriteriaList(
+        [lambda ids, scores, **_: torch.full((len(ids),), stop.is_set(), device=ids.device)]
+    )
+    output = Future()
+
+    def run() -> None:
+        try:
+            # an adapter is switched off for the whole model, so nobody else may generate meanwhile
+            with lock, torch.inference_mode(), nullcontext() if with_adapter else model.disable_adapter():
+                output.set_result(model.generate(**inputs, streamer=streamer, **options))
+        except Exception as error:  # whatever it is, it must not leave the page waiting
+            output.set_exception(error)
+            streamer.end()
+
+    Thread(target=run, daemon=True).start()
+    said = ""
+    yield said  # there is something to stop
+    for piece in streamer:
+        said += piece
+        if streamer.text_queue.empty():  # a page takes longer to show a word than a fast model to write it
+            yield said.strip()
+    # what the streamer decodes piece by piece can differ from the whole in a space or a character of several tokens
+    yield processor.decode(output.result()[0, length:], skip_special_tokens=True).strip()
+
+
+def answer(
+    model: LlavaForConditionalGeneration | PeftModel,
+    processor: LlavaProcessor,
+    turns: list[Turn],
+    stop: Event,
+    lock: Lock,
+    **options: Any,
+) -> Iterator[None]:
+    """Answers the last turn in one chat after the other; yields whenever there is more to read.
+
+    Raises:
+        OSError, ValueError: a picture or the question cannot be read.
+    """
+    turn, images = turns[-1], []
+    if not turn.text:
+        raise ValueError("there is no question yet")
+    for token in (
+        processor.image_token,
+        *processor.tokenizer.all_special_tokens,
+    ):  # it would end the turn, or stand for a picture
+        if token in turn.text:
+            raise ValueError(f"a question cannot have the control token {token} in it")
+    for file in [file for turn in turns for file in turn.files]:
+        try:
+            images.append(open_image(file))
+        except (OSError, ValueError) as error:  # named as the user knows it, without the folder of uploads
+            raise ValueError(str(error).replace(file, Path(file).name)) from error
+    try:
+        for column in range(len(turn.answers)):
+            if stop.is_set():
+                break
+            asked = conversation(turns, column)[:-1]
+            for said in stream(model, processor, asked, images, stop, lock, with_adapter=column == 0, **options):
+                turn.answers[column] = said
+                yield
+    finally:
+        stop.set()  # who has closed the page needs no answer
+
+
+def example_pictures(folder: str) -> list[str]:
+    """The first pictures of a folder, by name.
+
+    Raises:
+        OSError, ValueError: there is no such folder, or no picture in it.
+    """
+    kinds = Image.registered_extensions()
+    found = sorted(str(path) for path in Path(folder).absolute().iterdir() if path.suffix.lower() in kinds)
+    if not found:
+        raise ValueError(f"--examples {folder} has no picture in it")
+    return found[:MOST_EXAMPLES]
+
+
+def make_page(
+    model: LlavaForConditionalGeneration | PeftModel,
+    processor: LlavaProcessor,
+    title: str,
+    max_new_tokens: int,
+    examples: list[str],
+) -> "gr.Blocks":
+    """The page. A conversation lives in its session's state; the sessions share the model, one answer at a time."""
+    lock = Lock()
+    labels = ["with the adapter", "without it"] if isinstance(model, PeftModel) else ["chat"]
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        turns, running = gr.State([]), gr.State(None)
+        gr.Markdown(f"### `{title}`")
+        with gr.Row():
+            look = {"height": f"calc(100dvh - {380 if examples else 240}px)", "min_height": 240, "buttons": ["copy"]}
+            chats = [gr.Chatbot(label=label, render_markdown=False, **look) for label in labels]
+        box = gr.MultimodalTextbox(
+            placeholder="Drop pictures here and ask about them",
+            file_count="multiple",
+            file_types=["image"],
+            show_label=False,
+            autofocus=True,
+        )
+        with gr.Row():
+            stop = gr.Button("Stop", interactive=False, size="md")
+            retry = gr.Button("Retry", size="md")
+            clear = gr.Button("Clear", size="md")
+            temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", scale=2)
+
+        def switch(idle: bool) -> list[Any]:
+            return [gr.update(interactive=idle)] * 3 + [gr.update(interactive=False)]
+
+        def show(history: list[Turn]) -> dict[Any, Any]:
+            return {chat: shown(history, column) for column, chat in enumerate(chats)}
+
+        def ask(history: list[Turn], asked: dict[str, Any], heat: float, again: bool = False) -> Iterator[dict]:
+            """Answers what is in the box, or the last question again; where that fails, nothing has changed."""
+            if again and not history:
+                return
+            before, turn = (history[:-1], history[-1]) if again else (history, Turn(asked["text"], asked["files"], []))
+            grown, event = [*before, Turn(turn.text.strip(), turn.files, [""] * len(chats))], Event()
+            # the slider gives whole numbers as such, which generation refuses
+            options = sampling(float(heat), 1.0) | {"max_new_tokens": max_new_tokens}
+            taken = {running: event, stop: gr.update(interactive=True)} | ({} if again else {box: None})
+            try:
+                for _ in answer(model, processor, grown, event, lock, **options):
+                    yield show(grown) | taken
+                yield show(grown) | {turns: grown}
+            except (OSError, ValueError, RuntimeError) as error:
+                gr.Warning(escape(str(error), quote=False))
+                yield show(history)
+
+        everything = [turns, running, box, stop, *chats]
+        quick = {"outputs": [box, retry, clear, stop], "queue": False, "show_progress": "hidden"}
+        queued = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
+        for trigger, name, function in ((box.submit, "ask", ask), (retry.click, "retry", partial(ask, again=True))):
+            asked = trigger(partial(switch, False), **quick, api_visibility="private").then(
+                function, [turns, box, temperature], everything, **queued, api_name=name
+            )
+            asked.then(partial(switch, True), **quick, api_visibility="private")
+        stop.click(lambda event: event and event.set(), running, queue=False, api_name="stop")
+        clear.click(lambda: {turns: [], box: None} | show([]), None, everything, queue=False, api_name="clear")
+        if examples:
+            pictures = gr.Dataset(
+                components=["image"],
+                samples=[[path] for path in examples],
+                type="index",
+                label="Examples",
+            )
+            pictures.click(
+                lambda i, asked: asked | {"files": [*asked["files"], examples[i]]},
+                [pictures, box],
+                box,
+                queue=False,
+                api_visibility="private",
+            )
+    return page
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(WebDemoArguments)
+    if find_spec("gradio") is None:
+        raise ValueError("the page needs a package that is not installed: pip install gradio")
+    # a port in use is told before a large model has been opened for nothing
+    socket.create_server((arguments.host, arguments.port)).close()
+    examples = example_pictures(arguments.examples) if arguments.examples is not None else []
+    model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
+    page = make_page(model, processor, arguments.model_name_or_path, arguments.max_new_tokens, examples)
+    print(f"http://{arguments.host}:{arguments.port}", flush=True)
+    page.launch(
+        server_name=arguments.host,
+        server_port=arguments.port,
+        share=False,
+        quiet=True,
+        ssr_mode=False,
+        enable_monitoring=False,
+        max_file_size=MOST_BYTES,
+        allowed_paths=examples,
+        footer_links=[],
+        css=CSS,
+        theme=gr.themes.Default(font=[gr.themes.Font("sans-serif")], font_mono=[gr.themes.Font("monospace")]),
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
