@@ -213,6 +213,7 @@ def test_a_bad_picture_leaves_the_conversation_as_it_was(page, pictures, imposto
 
 def test_retry_asks_the_last_question_again_and_may_draw(page, pictures):
     client = page()
+    assert ask(client, "", name="/retry") == []  # there is none yet
     ask(client, "What is this?", pictures[0])
     greedy = ask(client, "And this?", pictures[1])
     assert ask(client, "", name="/retry") == greedy
@@ -395,8 +396,8 @@ def test_a_browser_chats_stops_and_is_told_what_is_wrong(llava, pictures, impost
 def test_a_browser_shows_both_chats_and_stops_them(llava, adapter, pictures):
     adapted, processor = load_model(str(llava), str(adapter))
     base, _ = load_model(str(llava))
-    ours, theirs = (replies(m, processor, [("Where is Paris?", [])], max_new_tokens=300)[0] for m in (adapted, base))
-    arguments = ["--model_name_or_path", llava, "--adapter_name_or_path", adapter, "--max_new_tokens", "300"]
+    ours, theirs = (replies(m, processor, [("Where is Paris?", [])], max_new_tokens=200)[0] for m in (adapted, base))
+    arguments = ["--model_name_or_path", llava, "--adapter_name_or_path", adapter, "--max_new_tokens", "200"]
     examples = Path(pictures[0]).parent
     with served(*arguments, "--examples", examples) as address, browser(address) as driver:
         type_in(driver, "Where is Paris?")
@@ -416,6 +417,6 @@ def test_a_browser_shows_both_chats_and_stops_them(llava, adapter, pictures):
         type_in(driver, "Where is Paris?")
         until(lambda: idle(driver, 1))
         expected = [
-            replies(m, processor, [("Where is Paris?", pictures[:1])], max_new_tokens=300) for m in (adapted, base)
+            replies(m, processor, [("Where is Paris?", pictures[:1])], max_new_tokens=200) for m in (adapted, base)
         ]
         assert [told(driver, "bot", column) for column in (0, 1)] == expected

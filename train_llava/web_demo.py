@@ -127,7 +127,7 @@ def stream(
     yield said  # there is something to stop
     for piece in streamer:
         said += piece
-        if streamer.text_queue.empty():  # a page takes longer to show a word than a fast model to write it
+        if piece and streamer.text_queue.empty():  # a page takes longer to show a word than a fast model to write it
             yield said.strip()
     # what the streamer decodes piece by piece can differ from the whole in a space or a character of several tokens
     yield processor.decode(output.result()[0, length:], skip_special_tokens=True).strip()
@@ -221,9 +221,8 @@ def make_page(
             return {chat: shown(history, column) for column, chat in enumerate(chats)}
 
         def ask(history: list[Turn], asked: dict[str, Any], heat: float, again: bool = False) -> Iterator[dict]:
-            """Answers what is in the box, or the last question again; where that fails, nothing has changed."""
-            if again and not history:
-                return
+            """Answers what is in the box, or the last question, if any, again; a failure leaves all as it was."""
+            again = again and bool(history)
             before, turn = (history[:-1], history[-1]) if again else (history, Turn(asked["text"], asked["files"], []))
             grown, event = [*before, Turn(turn.text.strip(), turn.files, [""] * len(chats))], Event()
             # the slider gives whole numbers as such, which generation refuses
