@@ -31,6 +31,7 @@ from transformers import (
 
 from train_llava import train
 from train_llava.build_model import build_model
+from train_llava.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -174,6 +175,19 @@ def run_zero2(model: Path, data: Path, output: Path, *arguments: str, ranks: int
     """Trains through run_zero2.sh on CPU ranks."""
     command, environment = zero2_command(model, data, output, *arguments, ranks=ranks)
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def random_adapter(llava: Path, folder: Path, seed: int) -> Path:
+    """Writes a LoRA adapter for a LLaVA whose matrices and projector are random, so that it changes every answer."""
+    model, processor = load_checkpoint(str(llava))
+    adapted = train.set_trainable(model, "lora", train.ModelArguments("m", lora_r=4, lora_alpha=8))
+    torch.manual_seed(seed)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -11,15 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_adapter
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from train_llava import evaluate, infer
-from train_llava.checkpoint import load_checkpoint
 from train_llava.data import LlavaDataset, encode_prompts
 from train_llava.infer import generate, load_model
 from train_llava.merge_lora import merge_lora
-from train_llava.train import ModelArguments, set_trainable
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,16 +26,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def adapter(llava, tmp_path_factory) -> Path:
     """A LoRA adapter for the tiny LLaVA whose matrices and projector are random, so that it changes every answer."""
-    folder = tmp_path_factory.mktemp("adapter") / "run"
-    model, processor = load_checkpoint(str(llava))
-    adapted = set_trainable(model, "lora", ModelArguments("m", lora_r=4, lora_alpha=8))
-    torch.manual_seed(1)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
-    adapted.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return random_adapter(llava, tmp_path_factory.mktemp("adapter") / "run", seed=1)
 
 
 @pytest.fixture(scope="module")

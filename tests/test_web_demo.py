@@ -18,12 +18,11 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from conftest import random_adapter
 
 from train_llava import web_demo
-from train_llava.checkpoint import load_checkpoint
-from train_llava.infer import generate, load_model, question
+from train_llava.infer import generate, load_model, question, reply
 from train_llava.pictures import open_image
-from train_llava.train import ModelArguments, set_trainable
 from train_llava.web_demo import Turn
 
 # pages that share a folder of uploads would delete each other's when they close
@@ -38,15 +37,7 @@ LONG = {"max_new_tokens": 300, "min_new_tokens": 300}  # long enough to be stopp
 @pytest.fixture(scope="module")
 def adapter(llava, tmp_path_factory) -> Path:
     """A LoRA adapter of random matrices, which changes every answer, and with this seed has spaces in its own."""
-    folder = tmp_path_factory.mktemp("adapter") / "run"
-    model, _ = load_checkpoint(str(llava))
-    adapted = set_trainable(model, "lora", ModelArguments("m", lora_r=4, lora_alpha=8))
-    torch.manual_seed(4)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
-    adapted.save_pretrained(folder)
-    return folder
+    return random_adapter(llava, tmp_path_factory.mktemp("adapter") / "run", seed=4)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +61,7 @@ def replies(model: Any, processor: Any, asked: list[tuple[str, list[str]]], **op
         images += [open_image(file) for file in files]
         messages.append(question(text, len(files)))
         (said,) = generate(model, processor, [messages], images, **options)
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
+        messages.append(reply(said))
         found.append(said)
     return found
 

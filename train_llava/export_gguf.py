@@ -63,13 +63,12 @@ def check_exportable(config: LlavaConfig) -> None:
             raise ValueError(f"{what} cannot be exported to GGUF")
 
 
-def pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The name by which llama.cpp knows how a byte-level BPE splits a text before it merges.
+def pre_tokenizer(written: dict[str, Any]) -> str:
+    """The name by which llama.cpp knows how a byte-level BPE splits a text before it merges, from its tokenizer.json.
 
     Raises:
         ValueError: it is none that llama.cpp is known to split alike.
     """
-    written = json.loads(tokenizer.backend_tokenizer.to_str())
     steps = written["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
     kinds = [step.get("type") for step in steps]
@@ -88,6 +87,7 @@ def pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Writes tokens, merges, special tokens and the chat template, for `vocab_size` rows of the embedding."""
+    written = json.loads(tokenizer.backend_tokenizer.to_str())
     names = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     kinds = []
@@ -97,11 +97,10 @@ def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase,
         else:
             kinds.append(gguf.TokenType.NORMAL if token_id in names else gguf.TokenType.UNUSED)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer(tokenizer))
+    writer.add_tokenizer_pre(pre_tokenizer(written))
     writer.add_token_list([names.get(token_id, f"[PAD{token_id}]") for token_id in range(vocab_size)])
     writer.add_token_types(kinds)
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_token_merges([" ".join(pair) for pair in written["model"]["merges"]])
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.convert_tokens_to_ids(end_of_turn_token(tokenizer)))

@@ -138,6 +138,11 @@ def question(text: str, pictures: int) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}
 
 
+def reply(text: str) -> dict[str, Any]:
+    """The model's message."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
 def chat(
     model: LlavaForConditionalGeneration | PeftModel,
     processor: LlavaProcessor,
@@ -164,7 +169,7 @@ def chat(
         messages.append(question(text, new))
         new = 0
         (answer,) = generate(model, processor, [messages], images, streamer=streamer, **options)
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        messages.append(reply(answer))
 
 
 def answer_file(

@@ -27,7 +27,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, Stopping
 from train_llava.checkpoint import BITS_HELP
 from train_llava.cli import parse_arguments, run_command
 from train_llava.data import encode_prompts
-from train_llava.infer import load_model, question, sampling
+from train_llava.infer import load_model, question, reply, sampling
 from train_llava.pictures import open_image
 
 if find_spec("gradio"):
@@ -72,8 +72,7 @@ def conversation(turns: list[Turn], column: int) -> list[dict[str, Any]]:
     """The messages of one chat, each question followed by that chat's answer."""
     messages = []
     for turn in turns:
-        said = {"role": "assistant", "content": [{"type": "text", "text": turn.answers[column]}]}
-        messages += [question(turn.text, len(turn.files)), said]
+        messages += [question(turn.text, len(turn.files)), reply(turn.answers[column])]
     return messages
 
 
@@ -149,10 +148,8 @@ def answer(
     turn, images = turns[-1], []
     if not turn.text:
         raise ValueError("there is no question yet")
-    for token in (
-        processor.image_token,
-        *processor.tokenizer.all_special_tokens,
-    ):  # it would end the turn, or stand for a picture
+    # one of these would end the turn, or stand for a picture
+    for token in (processor.image_token, *processor.tokenizer.all_special_tokens):
         if token in turn.text:
             raise ValueError(f"a question cannot have the control token {token} in it")
     for file in [file for turn in turns for file in turn.files]:
