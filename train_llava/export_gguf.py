@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +36,13 @@ QUESTION, ANSWER = "QUESTION1", "ANSWER1"  # stand for texts in a rendered conve
 class ExportArguments:
     model_name_or_path: str = field(metadata={"help": "A LLaVA checkpoint, a folder or a hub id."})
     output_dir: str = field(metadata={"help": "The folder to write; it must not exist yet."})
+    class_token: Literal["last", "first"] = field(
+        default="last",
+        metadata={
+            "help": "Where the engine puts CLIP's class token: llama.cpp puts it behind the patches since May 2025 "
+            "(its issue 25814), in front of them where that is mended."
+        },
+    )
 
 
 def check_exportable(config: LlavaConfig) -> None:
@@ -131,12 +138,18 @@ def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.swapaxes(1, 2).reshape(tensor.shape)
 
 
-def picture_tensors(model: LlavaForConditionalGeneration) -> Iterator[tuple[str, torch.Tensor]]:
+def picture_tensors(model: LlavaForConditionalGeneration, class_token: str) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of tower and projector by the names they have in a LLaVA's checkpoint.
 
     The layer norm behind the last layer is left out: llama.cpp would apply it, a LLaVA reads features before it.
+
+    An engine with the class token last gives position 0 to the first patch. The rows of the position table are moved
+    along, so that each patch meets its own and the tower computes what it was trained to. What such an engine hands on
+    is then still one row off: it leaves out the first patch and ends with the class token.
     """
     for name, tensor in model.model.vision_tower.state_dict().items():
+        if class_token == "last" and name == "embeddings.position_embedding.weight":
+            tensor = tensor.roll(-1, dims=0)
         if not name.startswith("post_layernorm."):
             yield f"vision_tower.vision_model.{name}", tensor
     # llama.cpp counts the projector's layers as LLaVA's authors did: 0, an activation, 2
@@ -189,7 +202,9 @@ def export_text(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
     write(writer, gguf.get_tensor_name_map(arch, config.num_hidden_layers), text_tensors(model))
 
 
-def export_pictures(model: LlavaForConditionalGeneration, processor: LlavaProcessor, path: Path) -> None:
+def export_pictures(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, class_token: str, path: Path
+) -> None:
     """Writes the vision tower's and the projector's file."""
     config, prepare = model.config.vision_config, processor.image_processor
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.MMPROJ])
@@ -212,7 +227,7 @@ def export_pictures(model: LlavaForConditionalGeneration, processor: LlavaProces
     if layer != config.num_hidden_layers - 1:
         writer.add_array("clip.vision.feature_layer", [layer])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, max(3, config.num_hidden_layers))
-    write(writer, names, picture_tensors(model))
+    write(writer, names, picture_tensors(model, class_token))
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]]) -> str:
@@ -245,7 +260,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
-def export_gguf(model_name_or_path: str, output_dir: str) -> None:
+def export_gguf(model_name_or_path: str, output_dir: str, class_token: str = "last") -> None:
     """Writes `model-f16.gguf`, `mmproj-f16.gguf` and `Modelfile` to a new folder.
 
     Raises:
@@ -258,7 +273,7 @@ def export_gguf(model_name_or_path: str, output_dir: str) -> None:
     check_exportable(model.config)
     with written_whole(output_dir) as folder:
         export_text(model, processor, folder / "model-f16.gguf")
-        export_pictures(model, processor, folder / "mmproj-f16.gguf")
+        export_pictures(model, processor, class_token, folder / "mmproj-f16.gguf")
         (folder / "Modelfile").write_text(modelfile(processor.tokenizer), encoding="utf-8")
 
 
