@@ -207,21 +207,11 @@ def test_evaluate_asks_every_question_and_counts_the_exact_answers(merged, corpu
     assert Image.open(tmp_path / "out" / "captions.png").size[0] > 1000
 
 
-def test_scores_by_language():
-    rows = [("en", "a", "a"), ("en", "b", "c"), ("zh", "好", "好"), ("zh", "好", "好 "), ("zh", "不", "好")]
-    predictions = [{"language": lang, "reference": ref, "prediction": said} for lang, ref, said in rows]
-    scores = evaluate.exact_match(predictions)
-    found = {name: (s["exact_match"], s["n"]) for name, s in {"all": scores, **scores["by_language"]}.items()}
-    assert found == {"all": (0.6, 5), "en": (0.5, 2), "zh": (2 / 3, 3)}
-    # of 3 in 5
-    assert scores["interval"] == pytest.approx([0.2307, 0.8824], abs=1e-4)
-    constant = evaluate.most_frequent_answer(predictions)["by_language"]
-    assert (constant["en"]["exact_match"], constant["zh"]["exact_match"]) == (0.5, 2 / 3)
-
-
 def test_evaluate_runs_a_real_model(merged, corpus, tmp_path, monkeypatch, capsys):
     metrics = run_evaluate(monkeypatch, merged, corpus, tmp_path / "out", "--max_new_tokens", "4")
     assert metrics["n"] == 17
+    low, high = metrics["intervals"]["token_f1"]
+    assert 0 <= low <= metrics["token_f1"] <= high <= 1
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     model, processor = load_model(str(merged))
     item = LlavaDataset(str(corpus))[3]
@@ -275,6 +265,8 @@ def test_an_adapter_of_another_model_is_refused(llava, tmp_path, kind, request):
         ("evaluate --model_name_or_path {llava} --data_path {llava} --output_dir {tmp}/out", "holds no chat.json"),
         ("evaluate --model_name_or_path nowhere --data_path {corpus} --output_dir {tmp}/out", "is no model folder"),
         ("evaluate --model_name_or_path {llava} --data_path {corpus} --output_dir {llava}", "exists already"),
+        ("evaluate --model_name_or_path {llava} --output_dir {tmp}/out", "pass --model_name_or_path with --data_path"),
+        ("evaluate --compare {corpus} --output_dir {tmp}/out", "{corpus} holds no metrics.json"),
         ("merge_lora --model_name_or_path {llava} --adapter_name_or_path no --output_dir {tmp}/out", "no adapter"),
         ("build_model --vision_model_name_or_path {corpus} --language_model_name_or_path {qwen2} "
          "--output_dir {tmp}/out", "{corpus}"),

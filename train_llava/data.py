@@ -45,11 +45,12 @@ def to_item(
             images = [open_image(source, name, at_least) for source, name in sources]
     except (OSError, ValueError) as error:
         raise BadRecordError(row["id"], str(error)) from error
-    return {"id": row["id"], "messages": json.loads(row["messages"]), "images": images, "language": row["language"]}
+    said = {"messages": json.loads(row["messages"]), "images": images}
+    return {"id": row["id"], **said, "language": row["language"], "answers": row["answers"]}
 
 
 class LlavaDataset(torch.utils.data.Dataset):
-    """The records of one or several data sets; `[i]` gives `{"id", "messages", "images", "language"}`.
+    """The records of one or several data sets; `[i]` gives `id`, `messages`, `images`, `language` and `answers`.
 
     The records lie in Arrow files on disk and are mapped into memory, so that neither this process nor a data-loader
     worker holds them; pictures are opened when their record is asked for. `data_weights` says how often a pass goes

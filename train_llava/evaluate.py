@@ -1,19 +1,17 @@
 """Asks a model every question of a data set and compares its answers with the reference ones.
 
     python -m train_llava.evaluate --model_name_or_path output/run --data_path heldout --output_dir output/evaluation
+    python -m train_llava.evaluate --compare output/evaluation other/evaluation --output_dir output/comparison
 
-Writes `metrics.json`, `predictions.jsonl` (id, prompt, reference, prediction) and `captions.png`, a sheet of pictures
-with the reference and the model's answer under each.
+The first writes `metrics.json`, `predictions.jsonl` (id, prompt, reference, prediction) and `captions.png`, a sheet of
+pictures with the reference and the model's answer under each. The second puts such folders side by side, in
+`comparison.md` and `comparison.png`.
 """
 
 import json
 import textwrap
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import sqrt
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, Literal
 
 import matplotlib
@@ -27,17 +25,31 @@ from train_llava.checkpoint import BITS_HELP
 from train_llava.cli import parse_arguments, run_command, written_whole
 from train_llava.data import LlavaDataset
 from train_llava.infer import generate, load_model
+from train_llava.metrics import by_language, difference, is_exact, most_frequent_answer, score_group
 from train_llava.records import text_of
 
 SHEET = (4, 6)  # rows and columns of captions.png
+METRICS = {
+    "exact_match": "exact match",
+    "token_f1": "token F1",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU-4",
+    "cider": "CIDEr-D",
+    "vqa_accuracy": "VQA accuracy",
+}
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"]
 
 
 @dataclass
 class EvaluateArguments:
-    model_name_or_path: str = field(metadata={"help": "A LLaVA checkpoint, a folder or a hub id."})
-    data_path: str = field(metadata={"help": "A folder with chat.json, or a .json file of records."})
     output_dir: str = field(metadata={"help": "The folder to write; it must not exist yet."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A LLaVA checkpoint, a folder or a hub id."}
+    )
+    data_path: str | None = field(default=None, metadata={"help": "Questions and answers, in any layout of training."})
+    compare: list[str] = field(
+        default_factory=list, metadata={"help": "Folders that this command wrote, to be compared; no model is asked."}
+    )
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "A LoRA adapter trained on that model."})
     image_dir: str | None = field(
         default=None, metadata={"help": "The pictures' folder; default: images_dl/ or images/ beside the records."}
@@ -61,7 +73,9 @@ def questions(item: dict[str, Any]) -> list[dict[str, Any]]:
             before = item["messages"][:i]
             shown = sum(part["type"] == "image" for m in before for part in m["content"])
             question = {"messages": before, "images": item["images"][:shown], "pictures": shown}
-            asked.append(item | question | {"prompt": text_of(before[-1]), "reference": text_of(message)})
+            question |= {"prompt": text_of(before[-1]), "reference": text_of(message)}
+            question["answers"] = item["answers"] if i == len(item["messages"]) - 1 else []
+            asked.append(item | question)
     return asked
 
 
@@ -79,58 +93,38 @@ def predict(
             images = [Image.new("RGB", image.size, "white") for image in images]
         answers = generate(model, processor, [q["messages"] for q in asked], images, arguments.max_new_tokens)
         for question, answer in zip(asked, answers, strict=True):
-            kept = {key: question[key] for key in ("id", "prompt", "reference", "language", "index", "pictures")}
+            kept = {
+                key: question[key] for key in ("id", "prompt", "reference", "language", "answers", "index", "pictures")
+            }
             predictions.append(kept | {"prediction": answer})
     return predictions
 
 
-def is_exact(prediction: dict[str, Any]) -> bool:
-    """Whether an answer equals its reference letter by letter."""
-    return prediction["prediction"].strip() == prediction["reference"].strip()
-
-
-def share(hits: list[bool]) -> dict[str, Any]:
-    """The share of hits, and the 95 % interval in which it lies by the number of questions (Wilson, 1927)."""
-    n, z = len(hits), NormalDist().inv_cdf(0.975)
-    p = sum(hits) / n
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    reach = z / (1 + z**2 / n) * sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return {"exact_match": p, "interval": [max(0.0, centre - reach), min(1.0, centre + reach)], "n": n}
-
-
-def exact_match(predictions: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The share of exact answers, over all and, where the records say theirs, by `language`."""
-    predictions = list(predictions)
-    by_language: dict[str, list[bool]] = {}
-    for p in predictions:
-        by_language.setdefault(p["language"], []).append(is_exact(p))
-    hits = [hit for group in by_language.values() for hit in group]
-    scores = share(hits)
-    if None not in by_language:
-        scores["by_language"] = {language: share(group) for language, group in sorted(by_language.items())}
-    return scores
-
-
-def most_frequent_answer(predictions: list[dict[str, Any]]) -> dict[str, Any]:
-    """What one constant answer per language could score at most: the references' own most frequent one."""
-    counts: dict[str, Counter] = {}
-    for p in predictions:
-        counts.setdefault(p["language"], Counter())[p["reference"]] += 1
-    return exact_match(p | {"prediction": counts[p["language"]].most_common(1)[0][0]} for p in predictions)
+def cell(scores: dict[str, Any], metric: str) -> str:
+    """A metric as people write it: in percent, but for CIDEr."""
+    return f"{scores[metric]:.2f}" if metric == "cider" else f"{scores[metric]:.1%}"
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """The exact match of the model and of each control, by language."""
-    rows = {"this model": metrics} | {name.replace("_", " "): m for name, m in metrics["controls"].items()}
-    languages = list(metrics.get("by_language", {}))
-    cells = {name: [m["by_language"][language] for language in languages] + [m] for name, m in rows.items()}
-    lines = {"exact match": [*languages, "all"]}
-    for name, row in cells.items():
-        lines[name] = [f"{cell['exact_match']:.1%}" for cell in row]
-        if name == "this model":
-            lines["  95 % interval"] = ["{:.1%}-{:.1%}".format(*cell["interval"]) for cell in row]
-    lines["questions"] = [f"{cell['n']:,}" for cell in cells["this model"]]
-    return "\n".join(f"{name:<22}" + "".join(f"{word:>14}" for word in words) for name, words in lines.items())
+    """The exact match of the model and of each control, then the model's other metrics, by language."""
+
+    def line(name: str, words: list[str]) -> str:
+        return f"{name:<22}" + "".join(f"{word:>14}" for word in words)
+
+    def columns(scores: dict[str, Any]) -> list[dict[str, Any]]:
+        return [*scores.get("by_language", {}).values(), scores]
+
+    ours = columns(metrics)
+    lines = [line("exact match", [*metrics.get("by_language", {}), "all"])]
+    lines.append(line("this model", [cell(scores, "exact_match") for scores in ours]))
+    bounds = [scores["intervals"]["exact_match"] for scores in ours]
+    lines.append(line("  95 % interval", [f"{low:.1%}-{high:.1%}" for low, high in bounds]))
+    for name, control in metrics["controls"].items():
+        lines.append(line(name.replace("_", " "), [cell(scores, "exact_match") for scores in columns(control)]))
+    lines.append("this model's")
+    for metric in [name for name in METRICS if name in metrics and name != "exact_match"]:
+        lines.append(line(f"  {METRICS[metric]}", [cell(scores, metric) for scores in ours]))
+    return "\n".join([*lines, line("questions", [f"{scores['n']:,}" for scores in ours])])
 
 
 def draw_sheet(dataset: LlavaDataset, predictions: list[dict[str, Any]], path: Path) -> None:
@@ -158,24 +152,88 @@ def draw_sheet(dataset: LlavaDataset, predictions: list[dict[str, Any]], path: P
         figure.savefig(path, dpi=110)
 
 
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The metrics and predictions that an evaluation wrote.
+
+    Raises:
+        OSError, ValueError: the folder has none.
+    """
+    if not (folder / "metrics.json").exists():
+        raise ValueError(f"--compare {folder} holds no metrics.json: name folders that this command wrote")
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return json.loads((folder / "metrics.json").read_text()), [json.loads(line) for line in lines]
+
+
+def compare(folders: list[Path], output_dir: Path) -> str:
+    """Writes `comparison.md` and `comparison.png` into `output_dir` and gives back the table.
+
+    The first run is what the others are compared with, on the same questions one by one, which says more than two
+    intervals side by side.
+
+    Raises:
+        OSError, ValueError: a folder is no evaluation, or was asked other questions than the first.
+    """
+    runs = {str(folder): read_run(folder) for folder in folders}
+    (first, (_, ours)), *_ = runs.items()
+    metrics = [name for name in METRICS if all(name in scores for scores, _ in runs.values())]
+    head = ["run", *(METRICS[name] for name in metrics), f"exact match, less that of {first}"]
+    rows = [head, ["---"] * len(head)]
+    for name, (scores, predictions) in runs.items():
+        if [(p["id"], p["prompt"]) for p in predictions] != [(p["id"], p["prompt"]) for p in ours]:
+            raise ValueError(f"{name} and {first} were asked different questions")
+        more, (low, high) = difference(predictions, ours)
+        beside = "" if name == first else f"{more:+.1%} ({low:+.1%} to {high:+.1%})"
+        rows.append([name, *(cell(scores, metric) for metric in metrics), beside])
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    (output_dir / "comparison.md").write_text(
+        f"{text}\n\n{len(ours):,} questions; intervals: 95 %.\n", encoding="utf-8"
+    )
+
+    figure = Figure(figsize=(2.4 * len(metrics), 1.2 + 0.4 * len(runs)), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True), metrics, strict=True):
+        for i, (scores, _) in enumerate(runs.values()):
+            axes.barh(i, scores[metric], color=f"C{i % 10}")
+            if metric in scores["intervals"]:
+                axes.plot(scores["intervals"][metric], [i, i], color="black", linewidth=1.5)
+            axes.text(0, i, f" {cell(scores, metric)}", va="center", color="white", fontweight="bold")
+        axes.set_title(METRICS[metric])
+        axes.set_xlim(0, None if metric == "cider" else 1)
+        axes.set_yticks(range(len(runs)), runs)
+    figure.axes[0].invert_yaxis()
+    figure.savefig(output_dir / "comparison.png", dpi=110)
+    return text
+
+
+def evaluate(arguments: EvaluateArguments, folder: Path) -> dict[str, Any]:
+    """Asks every question, writes everything into `folder`, and gives back the metrics."""
+    dataset = LlavaDataset(arguments.data_path, arguments.image_dir)
+    model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
+    predictions = predict(model, processor, dataset, arguments, blank=False)
+    controls = {"most_frequent_answer": most_frequent_answer(predictions)}
+    if arguments.blank_control:
+        controls["blank_pictures"] = predict(model, processor, dataset, arguments, blank=True)
+    metrics = by_language(predictions, score_group)
+    metrics["controls"] = {name: by_language(control, score_group) for name, control in controls.items()}
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
+        for prediction in predictions:
+            kept = {key: prediction[key] for key in ("id", "prompt", "reference", "prediction")}
+            file.write(json.dumps(kept, ensure_ascii=False) + "\n")
+    draw_sheet(dataset, predictions, folder / "captions.png")
+    return metrics
+
+
 def main() -> None:
     (arguments,) = parse_arguments(EvaluateArguments)
-    dataset = LlavaDataset(arguments.data_path, arguments.image_dir)
+    if bool(arguments.compare) == bool(arguments.model_name_or_path and arguments.data_path):
+        raise ValueError("pass --model_name_or_path with --data_path to ask a model, or --compare with finished runs")
     with written_whole(arguments.output_dir) as folder:
-        model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
-        predictions = predict(model, processor, dataset, arguments, blank=False)
-        controls = {"most_frequent_answer": most_frequent_answer(predictions)}
-        if arguments.blank_control:
-            controls["blank_pictures"] = exact_match(predict(model, processor, dataset, arguments, blank=True))
-        metrics = exact_match(predictions) | {"controls": controls}
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
-            for prediction in predictions:
-                kept = {key: prediction[key] for key in ("id", "prompt", "reference", "prediction")}
-                file.write(json.dumps(kept, ensure_ascii=False) + "\n")
-        draw_sheet(dataset, predictions, folder / "captions.png")
-    print(table(metrics))
-    print(f"pictures and answers: {Path(arguments.output_dir) / 'captions.png'}")
+        if arguments.compare:
+            text, picture = compare([Path(run) for run in arguments.compare], folder), "comparison.png"
+        else:
+            text, picture = table(evaluate(arguments, folder)), "captions.png"
+    print(text)
+    print(f"pictures and answers: {Path(arguments.output_dir) / picture}")
 
 
 if __name__ == "__main__":

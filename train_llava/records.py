@@ -12,7 +12,8 @@ What `--data_path` names, and what one record of it and its pictures are:
 `image_dir` is, where it is not given, `images_dl/`, `images/` or an unextracted `images.zip` beside the records, or
 the records' own folder.
 
-A record says what was said in one of three ways, and may name its language:
+A record says what was said in one of three ways, and may name its `language` and, for evaluation, `answers`: what
+several people said to its last question:
 
 - `conversations`: `[{"from": "human" | "gpt" | "system", "value": "<image>\\nWhat is this?"}, …]`, as LLaVA
 - `messages`: `[{"role": "user" | "assistant" | "system", "content": …}, …]`, as OpenAI and TRL; `content` is a text
@@ -50,7 +51,7 @@ CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."
 LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 ROLES = ("user", "assistant", "system")
 LARGE = 64 << 20  # bytes
-LAYOUT = 1  # of the table below; another number makes every data set be read anew
+LAYOUT = 2  # of the table below; another number makes every data set be read anew
 
 FEATURES = datasets.Features(
     {
@@ -59,6 +60,7 @@ FEATURES = datasets.Features(
         "images": datasets.List(datasets.Value("string")),  # where each picture is: see `read_picture`
         "image_bytes": datasets.List(datasets.Value("binary")),  # or the picture itself
         "language": datasets.Value("string"),
+        "answers": datasets.List(datasets.Value("string")),
         "length": datasets.Value("int32"),  # characters, to group conversations of like length
         "fault": datasets.Value("string"),  # why the record cannot be used
     }
@@ -324,6 +326,8 @@ def table_row(record: Any, number: int, members: dict[str, str] | None) -> dict[
         return row | {"fault": "it is not an object"}
     row["id"] = str(record.get("id", number))
     row["language"] = record["language"] if isinstance(record.get("language"), str) else None
+    answers = record.get("answers")
+    row["answers"] = [answer for answer in answers if isinstance(answer, str)] if isinstance(answers, list) else []
     try:
         messages = to_messages(record)
         for picture in pictures_of(record):

@@ -82,7 +82,7 @@ def measure(mode: str, seed: int, folder: Path) -> dict:
         "mode": mode,
         "seed": seed,
         "exact_match": english["exact_match"],
-        "interval": english["interval"],
+        "interval": english["intervals"]["exact_match"],
         "exact_match_zh": metrics["by_language"]["zh"]["exact_match"],
         "n": english["n"],
         "minutes": seconds / 60,

@@ -1,0 +1,111 @@
+"""What each metric gives, worked out by hand or by the program that defined it, and runs compared by them."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from train_llava import evaluate, metrics
+
+
+def said(prediction: str, reference: str, language: str | None = None, answers: tuple[str, ...] = ()) -> dict:
+    return {"prediction": prediction, "reference": reference, "language": language, "answers": list(answers)}
+
+
+CAPTIONS = [
+    said("a man riding a horse", "a man rides a brown horse"),
+    said("two dogs", "Two dogs."),
+    said("the cat sleeps on a red sofa", "a cat sleeps on the sofa"),
+]
+
+
+def test_words_are_what_is_written_between_spaces_or_one_chinese_character():
+    assert metrics.words("It's a Bird, 2 of them! 鸟儿well_done") == ["it's", "a", "bird", "2", "of", "them", *"鸟儿",
+                                                                      "well", "done"]  # fmt: skip
+
+
+def test_token_f1_counts_shared_words():
+    # 3 shared of 5 and 5, where "a" stands twice on both sides; all; 6 shared of 7 and 6
+    assert [metrics.token_f1(p) for p in CAPTIONS] == pytest.approx([2 * 4 / 11, 1, 2 * 6 / 13])
+    assert metrics.token_f1(said("", "a dog")) == metrics.token_f1(said("", "")) == 0
+
+
+def test_rouge_l_is_the_f_score_of_the_longest_common_subsequence():
+    # "a man … a … horse", 4 of 5 and 6; all; "cat sleeps on … sofa", 4 of 7 and 6
+    assert [metrics.rouge_l(p) for p in CAPTIONS] == pytest.approx([8 / 11, 1, 8 / 13])
+    assert metrics.rouge_l(said("红色的圆", "红色的方块")) == pytest.approx(2 * 3 / 9)
+
+
+def test_cider_is_that_of_its_authors():
+    # pycocoevalcap 1.2, Cider().compute_score on the same words
+    assert metrics.cider(CAPTIONS) == pytest.approx([2.11449632, 5.0, 3.70727648])
+
+
+def test_bleu_counts_runs_of_words_over_all_answers():
+    assert metrics.bleu([said("the cat sat on the mat", "the cat sat on the mat")]) == pytest.approx(1)
+    # pycocoevalcap 1.2 has the same precisions 12/14, 4/11 and 1/8; of runs of four, none in 6, sacrebleu takes a half
+    assert metrics.bleu(CAPTIONS) == pytest.approx((12 / 14 * 4 / 11 * 1 / 8 * 0.5 / 6) ** 0.25, abs=1e-6)
+
+
+def test_vqa_accuracy_asks_three_of_ten_people():
+    def accuracy(prediction, *answers):
+        return metrics.vqa_accuracy(said(prediction, answers[0], answers=answers))
+
+    assert accuracy("2", *["two"] * 10) == 1
+    # with one of the two left out the other is a third; with someone else left out both are two thirds
+    assert accuracy("A dog.", *["dog"] * 2, *["cat"] * 8) == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    assert accuracy("dog", *["cat"] * 10) == 0
+    assert (accuracy("dog", "The dog"), accuracy("dog", "cat")) == (1, 0)
+
+
+def test_scores_by_language():
+    rows = [("en", "a", "a"), ("en", "b", "c"), ("zh", "好", "好"), ("zh", "好", "好 "), ("zh", "不", "好")]
+    predictions = [said(answer, reference, language) for language, reference, answer in rows]
+    scores = metrics.by_language(predictions, metrics.score_group)
+    found = {name: (s["exact_match"], s["n"]) for name, s in {"all": scores, **scores["by_language"]}.items()}
+    assert found == {"all": (0.6, 5), "en": (0.5, 2), "zh": (2 / 3, 3)}
+    # of 3 in 5
+    assert scores["intervals"]["exact_match"] == pytest.approx([0.2307, 0.8824], abs=1e-4)
+    assert "vqa_accuracy" not in scores
+    constant = metrics.by_language(metrics.most_frequent_answer(predictions), metrics.score_group)["by_language"]
+    assert (constant["en"]["exact_match"], constant["zh"]["exact_match"]) == (0.5, 2 / 3)
+
+
+def test_a_bootstrap_interval_holds_the_mean_and_narrows_with_more_questions():
+    low, high = metrics.bootstrap([0.0, 1.0] * 200)
+    # two standard errors of a half in 400
+    assert (low, high) == pytest.approx((0.451, 0.549), abs=0.01)
+    assert metrics.bootstrap([0.5] * 10) == [0.5, 0.5]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two evaluations of the same 40 questions, and one of others."""
+    for name, hits, questions in (("first", 20, 40), ("second", 30, 40), ("other", 3, 5)):
+        predictions = [
+            said("yes" if i < hits else "no", "yes") | {"id": str(i), "prompt": "?"} for i in range(questions)
+        ]
+        (tmp_path / name).mkdir()
+        scores = metrics.by_language(predictions, metrics.score_group)
+        (tmp_path / name / "metrics.json").write_text(json.dumps(scores))
+        lines = [json.dumps({key: p[key] for key in ("id", "prompt", "reference", "prediction")}) for p in predictions]
+        (tmp_path / name / "predictions.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_runs_are_compared_question_by_question(runs):
+    out = runs / "comparison"
+    out.mkdir()
+    lines = evaluate.compare([runs / "first", runs / "second"], out).splitlines()
+    assert len(lines) == 4
+    assert "exact match, less that of" in lines[0]
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["50.0%", "75.0%"]
+    # ten of forty more: two standard errors are 14 in a hundred
+    assert "+25.0% (+12.5% to +40.0%)" in lines[3] or "+25.0% (+12.5% to +37.5%)" in lines[3]
+    assert (out / "comparison.md").read_text().startswith(lines[0])
+    assert Image.open(out / "comparison.png").size[0] > 600
+
+
+def test_runs_over_different_questions_are_not_compared(runs):
+    with pytest.raises(ValueError, match="were asked different questions"):
+        evaluate.compare([runs / "first", runs / "other"], runs)
