@@ -184,6 +184,7 @@ def test_grouping_by_length_opens_no_picture(llava, corpus, tmp_path, monkeypatc
         collator,
         CheckedDataset(dataset, collator, tmp_path / "bad.jsonl"),
         learning_rates={},
+        write_card=print,
     )
     order = list(trainer._get_train_sampler())
     assert sorted(order) == list(range(128))

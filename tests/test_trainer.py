@@ -203,7 +203,8 @@ def test_an_empty_tensor_in_a_saved_model_is_noticed(llava, corpus, tmp_path, mo
 def test_every_part_trains_at_its_own_rate(model, tmp_path):
     rates = {"vision tower": 1e-6, "projector": 1e-3, "language model": 1e-5}
     args = TrainArguments(output_dir=str(tmp_path), train_type="full", weight_decay=0.1)
-    trainer = LlavaTrainer(set_trainable(model, "full", ModelArguments("m")), args, learning_rates=rates)
+    whole = set_trainable(model, "full", ModelArguments("m"))
+    trainer = LlavaTrainer(whole, args, learning_rates=rates, write_card=print)
     groups = trainer.create_optimizer().param_groups
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {names[p]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}

@@ -37,6 +37,7 @@ from train_llava.checkpoint import (
     with_structured_content,
 )
 from train_llava.cli import parse_arguments, run_command, written_whole
+from train_llava.model_card import write_card
 
 
 @dataclass
@@ -289,6 +290,9 @@ def build_model(
         model = assemble(vision_tower, language_model, tokenizer, vision_feature_layer, vision_feature_select_strategy)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        parts = [vision_model_name_or_path, language_model_name_or_path]
+        note = "Put together and not trained yet: the projector is random."
+        write_card(folder, Path(output_dir).name, parts, [], [note])
         sizes = [(part, f"{total:,} parameters") for part, (_, total) in count_parameters(model).items()]
         del model, vision_tower, language_model  # the checks load the saved model: never two in memory
         checks = [] if skip_checks else check_checkpoint(folder, *references)

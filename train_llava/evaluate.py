@@ -25,18 +25,10 @@ from train_llava.checkpoint import BITS_HELP
 from train_llava.cli import parse_arguments, run_command, written_whole
 from train_llava.data import LlavaDataset
 from train_llava.infer import generate, load_model
-from train_llava.metrics import by_language, difference, is_exact, most_frequent_answer, score_group
+from train_llava.metrics import METRICS, by_language, cell, difference, is_exact, most_frequent_answer, score_group
 from train_llava.records import text_of
 
 SHEET = (4, 6)  # rows and columns of captions.png
-METRICS = {
-    "exact_match": "exact match",
-    "token_f1": "token F1",
-    "rouge_l": "ROUGE-L",
-    "bleu": "BLEU-4",
-    "cider": "CIDEr-D",
-    "vqa_accuracy": "VQA accuracy",
-}
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"]
 
 
@@ -98,11 +90,6 @@ def predict(
             }
             predictions.append(kept | {"prediction": answer})
     return predictions
-
-
-def cell(scores: dict[str, Any], metric: str) -> str:
-    """A metric as people write it: in percent, but for CIDEr."""
-    return f"{scores[metric]:.2f}" if metric == "cider" else f"{scores[metric]:.1%}"
 
 
 def table(metrics: dict[str, Any]) -> str:

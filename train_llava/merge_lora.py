@@ -5,12 +5,14 @@
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from train_llava.checkpoint import load_checkpoint
 from train_llava.cli import parse_arguments, run_command, written_whole
 from train_llava.infer import load_model
+from train_llava.model_card import carry_card
 
 
 @dataclass
@@ -31,6 +33,7 @@ def merge_lora(model_name_or_path: str, adapter_name_or_path: str, output_dir: s
         merged = model.merge_and_unload()
         merged.save_pretrained(folder)
         processor.save_pretrained(folder)
+        carry_card(Path(adapter_name_or_path), folder)
         saved, _ = load_checkpoint(str(folder))
         for (name, ours), theirs in zip(saved.named_parameters(), merged.parameters(), strict=True):
             if not torch.equal(ours, theirs.to("cpu")):

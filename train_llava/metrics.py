@@ -7,14 +7,21 @@ several people said, for visual question answering, or nothing.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from math import log, sqrt
 from statistics import NormalDist, mean
 from typing import Any
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU
 
+METRICS = {
+    "exact_match": "exact match",
+    "token_f1": "token F1",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU-4",
+    "cider": "CIDEr-D",
+    "vqa_accuracy": "VQA accuracy",
+}
 # A word is a run of letters and digits; Chinese and Japanese characters, which nothing separates, are words each
 IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{IDEOGRAPH}]|[^\W_{IDEOGRAPH}]+(?:['’][^\W_{IDEOGRAPH}]+)*")
@@ -31,13 +38,9 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-class Words:
-    """`words` as the `tokenizer` of rouge_score."""
-
-    tokenize = staticmethod(words)
-
-
-ROUGE_L = RougeScorer(["rougeL"], tokenizer=Words())
+def cell(scores: dict[str, Any], metric: str) -> str:
+    """A metric as people write it: in percent, but for CIDEr."""
+    return f"{scores[metric]:.2f}" if metric == "cider" else f"{scores[metric]:.1%}"
 
 
 def is_exact(prediction: Prediction) -> bool:
@@ -52,9 +55,22 @@ def token_f1(prediction: Prediction) -> float:
     return 2 * (answer & reference).total() / max(1, answer.total() + reference.total())
 
 
+class Words:
+    """`words` as the tokenizer of rouge_score."""
+
+    tokenize = staticmethod(words)
+
+
+@lru_cache
+def rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # here, since it takes a second, and the model card needs none
+
+    return RougeScorer(["rougeL"], tokenizer=Words())
+
+
 def rouge_l(prediction: Prediction) -> float:
     """ROUGE-L (Lin, 2004): the F score of the longest common subsequence of words."""
-    return ROUGE_L.score(prediction["reference"], prediction["prediction"])["rougeL"].fmeasure
+    return rouge_scorer().score(prediction["reference"], prediction["prediction"])["rougeL"].fmeasure
 
 
 def vqa_accuracy(prediction: Prediction) -> float:
@@ -99,6 +115,8 @@ def _ngrams(tokens: list[str]) -> Counter:
 
 def bleu(predictions: list[Prediction]) -> float:
     """BLEU-4 over all answers (Papineni et al., 2002), from 0 to 1, counts of zero smoothed as sacrebleu does."""
+    from sacrebleu.metrics import BLEU  # here, as above
+
     answers, references = ([" ".join(words(p[side])) for p in predictions] for side in ("prediction", "reference"))
     return BLEU(tokenize="none", force=True).corpus_score(answers, [references]).score / 100
 

@@ -24,6 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from train_llava.checkpoint import BITS_HELP, count_parameters, load_checkpoint
 from train_llava.cli import parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset, stream_items
+from train_llava.model_card import ancestors, markdown, write_card
 from train_llava.preflight import preflight
 from train_llava.trainer import LlavaTrainer, check_resumable, finished_checkpoint
 
@@ -202,6 +203,43 @@ def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def write_run_card(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    args: TrainArguments,
+    records: int | None,
+    learning_rates: dict[str, float],
+    log_history: list[dict[str, Any]],
+) -> None:
+    """Writes the loss curve and the model card: what was trained on what, by which settings, and the losses."""
+    folder, lora = Path(args.output_dir), args.train_type == "lora"
+    plot_loss(log_history, folder / "loss.png")
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings = {
+        "what trained": f"`{args.train_type}`",
+        "learning rates": ", ".join(f"{part} {rate:g}" for part, rate in learning_rates.items()),
+        "schedule": f"{args.lr_scheduler_type}, warm-up {args.warmup_steps:g}, weight decay {args.weight_decay:g}",
+        "records": "streamed" if records is None else f"{records:,}",
+        "batch": f"{batch} ({args.train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} ranks)",
+        "length": f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
+        "longest conversation": f"{data_arguments.max_length} tokens",
+        "optimizer": args.optim,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "seed": args.seed,
+    }
+    if lora:
+        names = ("lora_r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "bits")
+        settings["LoRA"] = ", ".join(f"{name} {getattr(model_arguments, name)}" for name in names)
+    losses = {"loss": "training loss, last", "train_loss": "training loss, mean", "eval_loss": "held-out loss, last"}
+    for key, name in losses.items():
+        values = [entry[key] for entry in log_history if key in entry]
+        if values:
+            settings[name] = f"{values[-1]:.4f}"
+    sections = [f"## Training\n\n{markdown(settings)}\n\n![Loss](loss.png)"]
+    base, data = model_arguments.model_name_or_path, data_arguments.data_path
+    write_card(folder, folder.absolute().name, ancestors(base), data, sections, adapter_of=base if lora else None)
+
+
 def collate(items: list[dict[str, Any]], collator: LlavaCollator) -> dict[str, Any]:
     """The collator's batch, and the records' `ids`, which the trainer names when a loss is not finite."""
     return collator(items) | {"ids": [item["id"] for item in items]}
@@ -294,6 +332,7 @@ def main() -> None:
         language_model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
         args.activation_checkpointing = False
 
+    records = None if data_arguments.streaming else len(train_dataset)
     trainer = LlavaTrainer(
         model=model,
         args=args,
@@ -302,14 +341,15 @@ def main() -> None:
         eval_dataset=eval_dataset,
         processing_class=processor,
         learning_rates=learning_rates,
+        write_card=partial(write_run_card, model_arguments, data_arguments, args, records, learning_rates),
     )
     if args.preflight:
         preflight(trainer, load_base)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
+    trainer.create_model_card()
     if trainer.is_world_process_zero():
-        plot_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png")
         print(f"written to {args.output_dir}")
     trainer.accelerator.end_training()  # ranks that leave without parting from each other may abort at exit
 

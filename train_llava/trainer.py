@@ -9,10 +9,12 @@ What differs from `Trainer`:
 - a checkpoint that was being written when the run died is never resumed from, and never costs an older one
 - SIGTERM ends the run at the next step, with a checkpoint
 - a loss that is not finite stops the run, and says at which records
+- the model card, which `Trainer` writes before it pushes to the hub, is this repo's own
 """
 
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +105,21 @@ class StopOnSignal(TrainerCallback):
 
 
 class LlavaTrainer(Trainer):
-    """See the head of this file. `learning_rates`: one for each part of the model, as `part_of` names it."""
+    """See the head of this file. `learning_rates`: one for each part of the model, as `part_of` names it.
 
-    def __init__(self, *args: Any, learning_rates: dict[str, float], **kwargs: Any):
+    `write_card` writes the model card, given what was logged.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        learning_rates: dict[str, float],
+        write_card: Callable[[list[dict[str, Any]]], None],
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.learning_rates = learning_rates
+        self.write_card = write_card
         self.add_callback(StopOnSignal())
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -155,6 +167,10 @@ class LlavaTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             read_back(Path(output_dir or self.args.output_dir), self.model)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        if self.is_world_process_zero():
+            self.write_card(self.state.log_history)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
