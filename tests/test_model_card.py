@@ -25,16 +25,17 @@ def adapter(llava, corpus, tmp_path_factory):
 
 def test_a_card_says_what_a_model_was_made_of_and_how(llava, parts, corpus, adapter, tmp_path):
     base, card = ModelCard.load(llava / "README.md"), ModelCard.load(adapter / "README.md")
-    made_of = [str(parts["clip"]), str(parts["qwen2"])]
+    made_of = [parts["clip"].name, parts["qwen2"].name]
     assert base.data.made_of == made_of
-    assert card.data.made_of == [*made_of, str(llava)]
+    assert card.data.made_of == [*made_of, llava.name]
+    assert str(llava.parent) not in (adapter / "README.md").read_text()
     assert card.data.library_name == "peft"
     for said in (
         *made_of,
-        str(corpus),
+        corpus.name,
         "lora_r 4",
         "| records | 16 |",
-        "language model 0.0002",
+        "| learning rates | projector 2e-05, language model 0.0002 |",
         "loss, last",
         "LoRA ada",
     ):
@@ -103,4 +104,4 @@ def test_a_push_takes_the_card_along(llava, corpus, tmp_path, monkeypatch):
     ((name, files, made_of),) = pushed
     assert name == "me/llava"
     assert {"README.md", "loss.png", "model.safetensors", "processor_config.json"} <= files
-    assert made_of[-1] == str(llava)
+    assert made_of[-1] == llava.name

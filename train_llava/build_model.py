@@ -193,6 +193,14 @@ def example_inputs(processor: LlavaProcessor) -> tuple[torch.Tensor, torch.Tenso
 
 
 @torch.inference_mode()
+def published(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A LLaVA's weights with the tower's named as in published checkpoints, which is what other engines look for.
+
+    transformers renames the rest itself, and writes a checkpoint that it has read under the names it had.
+    """
+    return {name.replace(".vision_tower.", ".vision_tower.vision_model."): tensor for name, tensor in weights.items()}
+
+
 def reference_outputs(
     vision_tower: PreTrainedModel, language_model: PreTrainedModel, processor: LlavaProcessor, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -288,7 +296,7 @@ def build_model(
         if not skip_checks:
             references = reference_outputs(vision_tower, language_model, processor, vision_feature_layer)
         model = assemble(vision_tower, language_model, tokenizer, vision_feature_layer, vision_feature_select_strategy)
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=published(model.state_dict()))
         processor.save_pretrained(folder)
         parts = [vision_model_name_or_path, language_model_name_or_path]
         note = "Put together and not trained yet: the projector is random."

@@ -40,8 +40,13 @@ def is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
+def shown(name: str) -> str:
+    """A name as strangers may see it: a hub id, or the last part of a path on this machine."""
+    return name if is_hub_id(name) else Path(name).absolute().name
+
+
 def ancestors(model_name_or_path: str) -> list[str]:
-    """What a model was made of, by its card: the names that were given, the oldest first; itself at the end."""
+    """What a model was made of, by its card, the oldest first; itself at the end."""
     card = Path(model_name_or_path) / FILE
     known = ModelCard.load(card).data.get("made_of", []) if card.exists() else []
     return [*known, model_name_or_path]
@@ -61,15 +66,16 @@ def write_card(
     model is `adapter_of`.
     """
     bases = [adapter_of] if adapter_of else made_of
+    made_of_shown, data_shown = list(map(shown, made_of)), list(map(shown, data))
     head = ModelCardData(
         library_name="peft" if adapter_of else "transformers",
         pipeline_tag="image-text-to-text",
         tags=["llava"],
         base_model=[name for name in bases if is_hub_id(name)] or None,
         datasets=[name for name in data if is_hub_id(name)] or None,
-        made_of=made_of,
+        made_of=made_of_shown,
     )
-    lists = {"Made of": made_of, "Trained on": data}
+    lists = {"Made of": made_of_shown, "Trained on": data_shown}
     listed = [
         f"## {title}\n\n" + "\n".join(f"- `{name}`" for name in names) for title, names in lists.items() if names
     ]

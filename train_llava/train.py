@@ -333,6 +333,7 @@ def main() -> None:
         args.activation_checkpointing = False
 
     records = None if data_arguments.streaming else len(train_dataset)
+    trained = {part: learning_rates[part] for part, (count, _) in count_parameters(model).items() if count}
     trainer = LlavaTrainer(
         model=model,
         args=args,
@@ -341,7 +342,7 @@ def main() -> None:
         eval_dataset=eval_dataset,
         processing_class=processor,
         learning_rates=learning_rates,
-        write_card=partial(write_run_card, model_arguments, data_arguments, args, records, learning_rates),
+        write_card=partial(write_run_card, model_arguments, data_arguments, args, records, trained),
     )
     if args.preflight:
         preflight(trainer, load_base)
