@@ -13,6 +13,7 @@ from train_llava.evaluate import EvaluateArguments
 from train_llava.export_gguf import ExportArguments
 from train_llava.infer import InferArguments
 from train_llava.merge_lora import MergeArguments
+from train_llava.model_card import CardArguments
 from train_llava.train import DataArguments, ModelArguments, TrainArguments
 from train_llava.web_demo import WebDemoArguments
 
@@ -24,6 +25,7 @@ ARGUMENTS = {
     "export_gguf": (ExportArguments,),
     "infer": (InferArguments,),
     "merge_lora": (MergeArguments,),
+    "model_card": (CardArguments,),
     "train": (ModelArguments, DataArguments, TrainArguments),
     "web_demo": (WebDemoArguments,),
 }
