@@ -1,13 +1,11 @@
 """The chat page: it says what `infer` says, ends when told to, keeps people apart, and needs nobody's network."""
 
 import json
-import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,8 +23,6 @@ from train_llava.infer import generate, load_model, question, reply
 from train_llava.pictures import open_image
 from train_llava.web_demo import Turn
 
-# pages that share a folder of uploads would delete each other's when they close
-os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="gradio-")
 pytest.importorskip("gradio", reason="the page needs gradio")
 from gradio_client import Client, handle_file
 

@@ -7,7 +7,9 @@ With an adapter the page shows two chats side by side: the model with it, and th
 served to this machine alone, unless --host says otherwise, and takes nothing from the network.
 """
 
+import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -30,6 +32,9 @@ from train_llava.data import encode_prompts
 from train_llava.infer import load_model, question, reply, sampling
 from train_llava.pictures import open_image
 
+# Pages that keep uploads in one folder delete each other's when they close. Gradio looks for its folder when imported
+UPLOADS = tempfile.TemporaryDirectory(prefix="gradio-")
+os.environ["GRADIO_TEMP_DIR"] = UPLOADS.name
 if find_spec("gradio"):
     import gradio as gr
 
