@@ -25,7 +25,16 @@ from train_llava.checkpoint import BITS_HELP
 from train_llava.cli import parse_arguments, run_command, written_whole
 from train_llava.data import LlavaDataset
 from train_llava.infer import generate, load_model
-from train_llava.metrics import METRICS, by_language, cell, difference, is_exact, most_frequent_answer, score_group
+from train_llava.metrics import (
+    METRICS,
+    by_language,
+    cell,
+    difference,
+    is_exact,
+    most_frequent_answer,
+    score_exact,
+    score_group,
+)
 from train_llava.records import text_of
 
 SHEET = (4, 6)  # rows and columns of captions.png
@@ -200,7 +209,7 @@ def evaluate(arguments: EvaluateArguments, folder: Path) -> dict[str, Any]:
     if arguments.blank_control:
         controls["blank_pictures"] = predict(model, processor, dataset, arguments, blank=True)
     metrics = by_language(predictions, score_group)
-    metrics["controls"] = {name: by_language(control, score_group) for name, control in controls.items()}
+    metrics["controls"] = {name: by_language(control, score_exact) for name, control in controls.items()}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
         for prediction in predictions:

@@ -137,16 +137,21 @@ def bootstrap(scores: list[float]) -> list[float]:
     return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
 
 
+def score_exact(predictions: list[Prediction]) -> dict[str, Any]:
+    """The exact match of some predictions, its 95 % interval, and how many they are."""
+    hits = [is_exact(p) for p in predictions]
+    return {"n": len(hits), "exact_match": mean(hits), "intervals": {"exact_match": wilson(hits)}}
+
+
 def score_group(predictions: list[Prediction]) -> dict[str, Any]:
     """Every metric over some predictions, and the 95 % interval of each that is a mean over questions."""
-    hits = [is_exact(p) for p in predictions]
     scores = {"token_f1": list(map(token_f1, predictions)), "rouge_l": list(map(rouge_l, predictions))}
     scores["cider"] = cider(predictions)
     if answered := [p for p in predictions if p["answers"]]:
         scores["vqa_accuracy"] = list(map(vqa_accuracy, answered))
-    means = {"n": len(hits), "exact_match": mean(hits), "bleu": bleu(predictions)}
-    intervals = {"exact_match": wilson(hits)} | {name: bootstrap(values) for name, values in scores.items()}
-    return means | {name: mean(values) for name, values in scores.items()} | {"intervals": intervals}
+    exact = score_exact(predictions)
+    exact["intervals"] |= {name: bootstrap(values) for name, values in scores.items()}
+    return exact | {"bleu": bleu(predictions)} | {name: mean(values) for name, values in scores.items()}
 
 
 def by_language(
