@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from peft import get_peft_model
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
@@ -123,6 +123,26 @@ def matmul_rate() -> float:
     return 2 * 2048**3 / min(times)
 
 
+def attention(
+    query: torch.Size, key: torch.Size, value: torch.Size, dropout: float = 0, is_causal: bool = False, **_: object
+) -> int:
+    """Operations of the CPU's attention, which PyTorch's counter does not know; a causal one leaves half of them out."""
+    return sdpa_flop_count(query, key, value) // (2 if is_causal else 1)
+
+
+def attention_backward(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *rest: object, **__: object
+) -> int:
+    """The same of its gradient; `rest` is the output, what the forward pass kept, dropout and whether it is causal."""
+    return sdpa_backward_flop_count(grad, query, key, value) // (2 if rest[3] else 1)
+
+
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
+
+
 def run(contender: str, folder: Path, output: Path, steps: int) -> dict:
     """Trains for some steps; returns their seconds, the first loss and the peak memory."""
     model, processor = load_checkpoint(str(folder), torch.float32)
@@ -154,7 +174,7 @@ def run(contender: str, folder: Path, output: Path, steps: int) -> dict:
     if contender == "ours":
         model = set_trainable(model, "lora", LORA)
         model.config.text_config.use_cache = False
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             model(**collator(items)).loss.backward()
         model.zero_grad()
         flops = counter.get_total_flops()
