@@ -126,7 +126,7 @@ def matmul_rate() -> float:
 def attention(
     query: torch.Size, key: torch.Size, value: torch.Size, dropout: float = 0, is_causal: bool = False, **_: object
 ) -> int:
-    """Operations of the CPU's attention, which PyTorch's counter does not know; a causal one leaves half of them out."""
+    """Operations of the CPU's attention, which PyTorch's counter does not know; a causal one does half of them."""
     return sdpa_flop_count(query, key, value) // (2 if is_causal else 1)
 
 

@@ -43,7 +43,7 @@ PICTURE_SIZE = 72  # pixels a side, as make_data.py draws them
 TEXT_LENGTH = 32  # tokens, of which the longest caption takes 21
 VOCABULARY = 2560  # tokens per tokenizer: the commoner words, English and Chinese, are one token each
 
-CLIP_EPOCHS, CLIP_BATCH, CLIP_LR = 120, 128, 2e-3
+CLIP_EPOCHS, CLIP_BATCH, CLIP_LR = 200, 128, 2e-3
 TONES_ALONE = 0.4  # of the captions with a skin tone that are not without it are it alone
 QWEN2_EPOCHS, QWEN2_BATCH, QWEN2_LR = 25, 16, 2e-3
 
