@@ -225,11 +225,11 @@ def main() -> None:
         raise ValueError("pass --model_name_or_path with --data_path to ask a model, or --compare with finished runs")
     with written_whole(arguments.output_dir) as folder:
         if arguments.compare:
-            text, picture = compare([Path(run) for run in arguments.compare], folder), "comparison.png"
+            text, shown, picture = compare([Path(run) for run in arguments.compare], folder), "plot", "comparison.png"
         else:
-            text, picture = table(evaluate(arguments, folder)), "captions.png"
+            text, shown, picture = table(evaluate(arguments, folder)), "pictures and answers", "captions.png"
     print(text)
-    print(f"pictures and answers: {Path(arguments.output_dir) / picture}")
+    print(f"{shown}: {Path(arguments.output_dir) / picture}")
 
 
 if __name__ == "__main__":
