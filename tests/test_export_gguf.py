@@ -123,6 +123,11 @@ TEXTS = [
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(
+    "LLAMA_CPP_CLASS_TOKEN" not in os.environ,
+    reason="llama.cpp (in llama-cpp-python 0.3.36) appends CLIP's class token to the patches and then leaves out the "
+    "first row, so that the first patch is lost: 46 of 50 answers agreed, and 50 with its pull request 25844",
+)
 def test_llama_cpp_answers_as_transformers_does(default_run, tmp_path):
     """50 held-out pictures of the embedded example, greedily; the tokenizer is compared on its own.
 
@@ -163,4 +168,4 @@ def test_llama_cpp_answers_as_transformers_does(default_run, tmp_path):
     same = sum(a == b for a, b in zip(ours, theirs, strict=True))
     print(f"{same} of {len(asked)} answers agree")
     assert len(asked) == 50
-    assert same >= {"first": 0.95, "last": 0.9}[class_token] * len(asked)
+    assert same >= 0.95 * len(asked)

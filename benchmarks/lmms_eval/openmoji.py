@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from train_llava.records import to_messages
+
 PICTURES = Path("output/openmoji/data/heldout/images_dl")
 
 
@@ -21,10 +23,9 @@ def question(record: dict[str, Any]) -> str:
 
 def messages(record: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """The question as a chat message, the picture where its `<image>` tag stands, before or behind the text."""
-    before, after = (text.strip() for text in question(record).split("<image>"))
-    texts = [{"type": "text", "text": text} for text in (before, after)]
-    parts = [texts[0], {"type": "image", "url": picture(record)[0]}, texts[1]]
-    return [{"role": "user", "content": [part for part in parts if part.get("text") != ""]}]
+    asked, _ = to_messages(record)
+    parts = [{"type": "image", "url": picture(record)[0]} if p["type"] == "image" else p for p in asked["content"]]
+    return [asked | {"content": parts}]
 
 
 def answer(record: dict[str, Any]) -> str:
