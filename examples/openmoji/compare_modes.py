@@ -7,7 +7,7 @@ It starts from what `bash run_zero2.sh` left in output/openmoji: the assembled m
 process of one thread, two at a time. A mode is one stage or two; where it is two, the first trains the projector alone
 and takes a quarter of the steps. What was measured goes into modes.json beside this file as each run ends: exact match
 on the held-out pictures with the interval it lies in, the minutes and the memory training took, and the loss curve.
-A run that modes.json holds already is not made again.
+The table it prints at the end is the one in the READMEs. A run that modes.json holds already is not made again.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from statistics import median
 
 from tqdm import tqdm
 
@@ -91,6 +92,23 @@ def measure(mode: str, seed: int, folder: Path) -> dict:
     }
 
 
+def table(results: list[dict]) -> str:
+    """The Markdown table of what was measured: of each mode the run in the middle of its seeds, by exact match."""
+    lines = [
+        "| mode | seeds | English, median | range | 95 % of that run | Chinese | minutes | peak GB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for mode in dict.fromkeys(result["mode"] for result in results):
+        runs = sorted((r for r in results if r["mode"] == mode), key=lambda r: r["exact_match"])
+        middle, (low, high) = runs[len(runs) // 2], (runs[0]["exact_match"], runs[-1]["exact_match"])
+        chinese, minutes, memory = (median(r[key] for r in runs) for key in ("exact_match_zh", "minutes", "peak_gb"))
+        lines.append(
+            f"| {mode} | {len(runs)} | {middle['exact_match']:.1%} | {low:.1%} to {high:.1%} | "
+            f"{middle['interval'][0]:.1%} to {middle['interval'][1]:.1%} | {chinese:.1%} | {minutes:.1f} | {memory:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="Default: all.")
@@ -115,13 +133,7 @@ def main() -> None:
     finally:
         shutil.rmtree(work)
 
-    print(f"{'held-out exact match, English':<30}{'seeds':>6}{'median':>8}{'range':>14}{'minutes':>9}{'GB':>6}")
-    for mode in args.modes:
-        runs = sorted((r for r in results if r["mode"] == mode), key=lambda r: r["exact_match"])
-        middle = runs[len(runs) // 2]
-        spread = f"{runs[0]['exact_match']:.1%}-{runs[-1]['exact_match']:.1%}"
-        print(f"{mode:<30}{len(runs):>6}{middle['exact_match']:>8.1%}{spread:>14}", end="")
-        print(f"{middle['minutes']:>9.1f}{middle['peak_gb']:>6.1f}")
+    print(table(results))
 
 
 if __name__ == "__main__":
