@@ -1,6 +1,6 @@
 """Trains the example's LLaVA in every mode, on the same data for as many steps, and scores each on held-out pictures.
 
-    python examples/openmoji/compare_modes.py                      all modes, three seeds: about an hour on two cores
+    python examples/openmoji/compare_modes.py                      all modes, three seeds: 45 minutes on two cores
     python examples/openmoji/compare_modes.py --modes "full at 4e-4" "full, rates by module" --seeds 0
 
 It starts from what `bash run_zero2.sh` left in output/openmoji: the assembled model and the data. Each run is one
