@@ -131,7 +131,8 @@ def scale(folder: Path) -> None:
     worker.join()
     start = time.monotonic()
     command = [sys.executable, "-m", "train_llava.check_data", "--data_path", str(path), "--decode_pictures", "false"]
-    subprocess.run(command, check=True, env={**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")})
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
+    subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
     check = time.monotonic() - start
     print(f"\n| {RECORDS:,} records | |\n|---|---:|")
     print(f"| first opening | {first:.0f} s |\n| second opening | {second:.2f} s |")

@@ -47,7 +47,7 @@ def step_flops(train_type: str, all_logits: bool, whole_tower: bool, checkpointi
 
 
 def main() -> None:
-    print(f"TFLOP a sample: {PICTURE} picture tokens, {PROMPT} of a prompt, {ANSWER} of an answer")
+    print(f"TFLOP a sample: {PICTURE} picture tokens, {PROMPT} of a prompt, {ANSWER} of an answer\n")
     print("| type | as trained here | with all logits | with the tower's last layer | with activation checkpointing |")
     print("|---|---:|---:|---:|---:|")
     for train_type in LEARNING_RATES:

@@ -245,7 +245,7 @@ def main() -> None:
     flops = turns["ours"][0]["flops"]
     print(
         f"geometry {arguments.geometry}: {flops / 1e12:.2f} TFLOP a step of ours, matrix multiplication at "
-        f"{rate / 1e9:.0f} GFLOP/s"
+        f"{rate / 1e9:.0f} GFLOP/s\n"
     )
     print("| | s a step (range) | times ours | peak GB | first loss | of the multiplication rate |")
     print("|---|---:|---:|---:|---:|---:|")

@@ -1,6 +1,5 @@
 """The two GGUF files: what is in them, what is refused, and that llama.cpp answers with them as transformers does."""
 
-import base64
 import os
 import re
 
@@ -9,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.llamacpp import QUESTIONS, agreement
 from train_llava.checkpoint import load_checkpoint
-from train_llava.data import LlavaDataset
-from train_llava.evaluate import questions
 from train_llava.export_gguf import check_exportable, export_gguf, export_pictures, interleave, modelfile, render
-from train_llava.infer import generate
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +111,6 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(llava, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-TEXTS = [
-    "What is this?",
-    "It's  12345 apples,\n\n and\tmore…",
-    "这张图片里有什么？",
-    "<|im_start|>user\nHi<|im_end|>\n",
-]
-
-
 @pytest.mark.slow
 @pytest.mark.xfail(
     "LLAMA_CPP_CLASS_TOKEN" not in os.environ,
@@ -129,43 +118,7 @@ TEXTS = [
     "first row, so that the first patch is lost: 46 of 50 answers agreed, and 50 with its pull request 25844",
 )
 def test_llama_cpp_answers_as_transformers_does(default_run, tmp_path):
-    """50 held-out pictures of the embedded example, greedily; the tokenizer is compared on its own.
-
-    LLAMA_CPP_CLASS_TOKEN=first is for a llama.cpp that puts the class token there. As released, it loses the first
-    of a picture's patches, one of 16 here.
-    """
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    from llama_cpp.llama_chat_format import MTMDChatHandler
-
-    class_token = os.environ.get("LLAMA_CPP_CLASS_TOKEN", "last")
-    export_gguf(str(default_run / "stage2"), str(tmp_path / "gguf"), class_token)
-    model, processor = load_checkpoint(str(default_run / "stage2"))
-    dataset = LlavaDataset(str(default_run / "data/heldout"))
-    asked = [question for i in range(0, len(dataset), len(dataset) // 49) for question in questions(dataset[i])][:50]
-    images = [image for question in asked for image in question["images"]]
-    ours = generate(model.eval(), processor, [question["messages"] for question in asked], images, 32)
-
-    handler = MTMDChatHandler(str(tmp_path / "gguf/mmproj-f16.gguf"), verbose=False)
-    llm = llama_cpp.Llama(str(tmp_path / "gguf/model-f16.gguf"), chat_handler=handler, n_ctx=512, verbose=False)
-    for text in TEXTS:
-        ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert llm.tokenize(text.encode(), add_bos=False, special=True) == ids
-    theirs = []
-    for question in asked:
-        parts = []
-        for part in question["messages"][-1]["content"]:
-            if part["type"] == "text":
-                parts.append(part)
-            else:
-                path = tmp_path / "picture.png"
-                question["images"][0].save(path)
-                url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-                parts.append({"type": "image_url", "image_url": {"url": url}})
-        answer = llm.create_chat_completion(
-            [{"role": "user", "content": parts}], temperature=0.0, repeat_penalty=1.0, max_tokens=32
-        )
-        theirs.append(answer["choices"][0]["message"]["content"].strip())
-    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
-    print(f"{same} of {len(asked)} answers agree")
-    assert len(asked) == 50
-    assert same >= 0.95 * len(asked)
+    """LLAMA_CPP_CLASS_TOKEN=first is for a llama.cpp that puts the class token there; as released, it is last."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    same = agreement(default_run, os.environ.get("LLAMA_CPP_CLASS_TOKEN", "last"), tmp_path / "gguf")
+    assert same >= 0.95 * QUESTIONS

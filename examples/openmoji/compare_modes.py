@@ -100,11 +100,13 @@ def table(results: list[dict]) -> str:
     ]
     for mode in dict.fromkeys(result["mode"] for result in results):
         runs = sorted((r for r in results if r["mode"] == mode), key=lambda r: r["exact_match"])
-        middle, (low, high) = runs[len(runs) // 2], (runs[0]["exact_match"], runs[-1]["exact_match"])
+        middle = runs[len(runs) // 2]
+        scores = " to ".join(f"{r['exact_match']:.1%}" for r in (runs[0], runs[-1]))
+        interval = " to ".join(f"{bound:.1%}" for bound in middle["interval"])
         chinese, minutes, memory = (median(r[key] for r in runs) for key in ("exact_match_zh", "minutes", "peak_gb"))
         lines.append(
-            f"| {mode} | {len(runs)} | {middle['exact_match']:.1%} | {low:.1%} to {high:.1%} | "
-            f"{middle['interval'][0]:.1%} to {middle['interval'][1]:.1%} | {chinese:.1%} | {minutes:.1f} | {memory:.2f} |"
+            f"| {mode} | {len(runs)} | {middle['exact_match']:.1%} | {scores} | {interval} | {chinese:.1%} | "
+            f"{minutes:.1f} | {memory:.2f} |"
         )
     return "\n".join(lines)
 
