@@ -13,6 +13,8 @@ import io
 import tempfile
 from pathlib import Path
 
+import llama_cpp
+from llama_cpp.llama_chat_format import MTMDChatHandler
 from PIL import Image
 
 from train_llava.checkpoint import load_checkpoint
@@ -42,9 +44,6 @@ def agreement(run: Path, class_token: str, folder: Path) -> int:
     Raises:
         ValueError: llama.cpp splits a text into other tokens.
     """
-    import llama_cpp
-    from llama_cpp.llama_chat_format import MTMDChatHandler
-
     export_gguf(str(run / "stage2"), str(folder), class_token)
     model, processor = load_checkpoint(str(run / "stage2"))
     dataset = LlavaDataset(str(run / "data/heldout"))
@@ -79,7 +78,8 @@ def main() -> None:
     class_token = parser.parse_args().class_token
     with tempfile.TemporaryDirectory() as folder:
         same = agreement(Path("output/openmoji"), class_token, Path(folder) / "gguf")
-    print(f"class token {class_token}: {same} of {QUESTIONS} answers agree")
+    print(f"| llama-cpp-python {llama_cpp.__version__} | answers that agree | of |\n|---|---:|---:|")
+    print(f"| class token {class_token} | {same} | {QUESTIONS} |")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The commands in both READMEs parse, and both give the same ones."""
+"""Both READMEs give the same commands, which parse, and the figures of the files that commands write."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import HfArgumentParser
 
+from examples.openmoji.compare_modes import table
 from train_llava.build_model import BuildArguments
 from train_llava.check_data import CheckArguments
 from train_llava.evaluate import EvaluateArguments
@@ -18,6 +20,7 @@ from train_llava.train import DataArguments, ModelArguments, TrainArguments
 from train_llava.web_demo import WebDemoArguments
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ("data.md", "llamacpp.md", "memory.md", "speed.md")
 ARGUMENTS = {
     "build_model": (BuildArguments,),
     "check_data": (CheckArguments,),
@@ -44,10 +47,10 @@ def test_both_languages_give_the_same_commands():
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in commands("README.md") if re.match(r"(python -m train_llava|bash run_z)", c)]
+    "command", [c for c in commands("README.md") if re.match(r"(\w+=\S+ )*(python -m train_llava|bash run_z)", c)]
 )
 def test_a_command_parses(command):
-    words = shlex.split(command)
+    words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
     module, arguments = ("train", words[2:]) if words[0] == "bash" else (words[2].split(".")[1], words[3:])
     if arguments:
         HfArgumentParser(ARGUMENTS[module]).parse_args_into_dataclasses(arguments)
@@ -58,3 +61,20 @@ def test_links_lead_somewhere(name):
     page = ROOT / name
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def rows(text: str) -> list[list[str]]:
+    """The numbers of each table row behind its first cell, where it has any."""
+    found = [re.findall(r"\d[\d.,]*", line.split("|", 2)[2]) for line in text.splitlines() if line.startswith("| ")]
+    return [row for row in found if row]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_figures_come_from_files(name):
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert (ROOT / "docs/run.txt").read_text() in page
+    tables = [table(json.loads((ROOT / "examples/openmoji/modes.json").read_text()))]
+    tables += [(ROOT / "benchmarks/results" / name).read_text() for name in RESULTS]
+    for written in tables:
+        for row in rows(written):
+            assert row in rows(page), row

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.llamacpp import QUESTIONS, agreement
 from train_llava.checkpoint import load_checkpoint
 from train_llava.export_gguf import check_exportable, export_gguf, export_pictures, interleave, modelfile, render
 
@@ -120,5 +119,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(llava, tmp_path):
 def test_llama_cpp_answers_as_transformers_does(default_run, tmp_path):
     """LLAMA_CPP_CLASS_TOKEN=first is for a llama.cpp that puts the class token there; as released, it is last."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    from benchmarks.llamacpp import QUESTIONS, agreement
+
     same = agreement(default_run, os.environ.get("LLAMA_CPP_CLASS_TOKEN", "last"), tmp_path / "gguf")
     assert same >= 0.95 * QUESTIONS
