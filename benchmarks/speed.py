@@ -14,6 +14,7 @@ The last column is the floating-point operations of our own step a second, over 
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import statistics
@@ -95,7 +96,8 @@ def make_model(geometry: str, work_dir: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLE)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(parts / "qwen2")
-    build_model(str(parts / "clip"), str(parts / "qwen2"), str(folder), skip_checks=True)
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the table
+        build_model(str(parts / "clip"), str(parts / "qwen2"), str(folder), skip_checks=True)
     return folder
 
 
