@@ -31,6 +31,7 @@ from train_llava.metrics import (
     cell,
     difference,
     is_exact,
+    markdown,
     most_frequent_answer,
     score_exact,
     score_group,
@@ -173,14 +174,14 @@ def compare(folders: list[Path], output_dir: Path) -> str:
     (first, (_, ours)), *_ = runs.items()
     metrics = [name for name in METRICS if all(name in scores for scores, _ in runs.values())]
     head = ["run", *(METRICS[name] for name in metrics), f"exact match, less that of {first}"]
-    rows = [head, ["---"] * len(head)]
+    rows = [head]
     for name, (scores, predictions) in runs.items():
         if [(p["id"], p["prompt"]) for p in predictions] != [(p["id"], p["prompt"]) for p in ours]:
             raise ValueError(f"{name} and {first} were asked different questions")
         more, (low, high) = difference(predictions, ours)
         beside = "" if name == first else f"{more:+.1%} ({low:+.1%} to {high:+.1%})"
         rows.append([name, *(cell(scores, metric) for metric in metrics), beside])
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    text = markdown(rows)
     (output_dir / "comparison.md").write_text(
         f"{text}\n\n{len(ours):,} questions; intervals: 95 %.\n", encoding="utf-8"
     )

@@ -11,12 +11,11 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from train_llava.cli import parse_arguments, run_command
-from train_llava.metrics import METRICS, cell
+from train_llava.metrics import METRICS, cell, markdown
 
 FILE = "README.md"
 HELD_OUT = "## Held-out answers\n"
@@ -50,11 +49,6 @@ def ancestors(model_name_or_path: str) -> list[str]:
     card = Path(model_name_or_path) / FILE
     known = ModelCard.load(card).data.get("made_of", []) if card.exists() else []
     return [*known, model_name_or_path]
-
-
-def markdown(rows: dict[str, Any]) -> str:
-    """Names and values as a table."""
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
 def write_card(
@@ -107,18 +101,17 @@ def add_evaluation(folder: Path, evaluation_dir: Path) -> None:
     metrics = json.loads((evaluation_dir / "metrics.json").read_text())
     card = ModelCard.load(folder / FILE)
     columns = {"all": metrics} | metrics.get("by_language", {})
-    rows = [["", *columns], ["---"] * (len(columns) + 1)]
+    rows = [["", *columns]]
     for metric, name in METRICS.items():
         if metric in metrics:
             rows.append([name, *(cell(scores, metric) for scores in columns.values())])
     low, high = metrics["intervals"]["exact_match"]
     rows.append(["questions", *(f"{scores['n']:,}" for scores in columns.values())])
-    section = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     note = f"The exact match of all lies between {low:.1%} and {high:.1%} (95 %)."
     before, licence, _ = card.text.partition("## Licence\n")
     before = before.partition(HELD_OUT)[0].strip()
     shutil.copy(evaluation_dir / "captions.png", folder / "captions.png")
-    section = f"{HELD_OUT}\n{section}\n\n{note}\n\n![Held-out pictures, references and answers](captions.png)"
+    section = f"{HELD_OUT}\n{markdown(rows)}\n\n{note}\n\n![Held-out pictures, references and answers](captions.png)"
     card.text = "\n\n".join(["", before, section, LICENCE if licence else ""])
     result = {"task_type": "image-text-to-text", "dataset_type": "held-out", "dataset_name": "held-out pictures"}
     card.data.model_name = folder.absolute().name

@@ -24,7 +24,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from train_llava.checkpoint import BITS_HELP, count_parameters, load_checkpoint
 from train_llava.cli import parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset, stream_items
-from train_llava.model_card import ancestors, markdown, write_card
+from train_llava.metrics import markdown
+from train_llava.model_card import ancestors, write_card
 from train_llava.preflight import preflight
 from train_llava.trainer import LlavaTrainer, check_resumable, finished_checkpoint
 
@@ -225,7 +226,7 @@ def write_run_card(
         "longest conversation": f"{data_arguments.max_length} tokens",
         "optimizer": args.optim,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-        "seed": args.seed,
+        "seed": str(args.seed),
     }
     if lora:
         names = ("lora_r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "bits")
@@ -235,7 +236,7 @@ def write_run_card(
         values = [entry[key] for entry in log_history if key in entry]
         if values:
             settings[name] = f"{values[-1]:.4f}"
-    sections = [f"## Training\n\n{markdown(settings)}\n\n![Loss](loss.png)"]
+    sections = [f"## Training\n\n{markdown([('', ''), *settings.items()])}\n\n![Loss](loss.png)"]
     base, data = model_arguments.model_name_or_path, data_arguments.data_path
     write_card(folder, folder.absolute().name, ancestors(base), data, sections, adapter_of=base if lora else None)
 
