@@ -6,7 +6,7 @@
 #   INCLUDE=localhost:4,5   the devices to use, as DeepSpeed's --include takes them
 #   CPU_RANKS=2             how many processes on a machine without a GPU
 #   MASTER_PORT=29500       another one for each run at the same time on one machine
-# Several nodes: the same command on each of them, with the same files in the same places, and
+# Several nodes: the same files in the same places on each of them, and
 #   HOSTFILE=hosts          a line for each node, "name slots=GPUS", as DeepSpeed's --hostfile takes it
 #   NODE_RANK=0             this node's number, from 0 in the order of that file; without it the first node starts the
 #                           others by ssh, and the command is given there alone

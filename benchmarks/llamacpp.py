@@ -1,7 +1,7 @@
 """Counts how many of 50 held-out pictures llama.cpp and transformers answer alike, greedily and in f16.
 
-    python benchmarks/llamacpp.py                        the engine as it is released
-    python benchmarks/llamacpp.py --class_token first    one that its pull request 25844 mends: see README.md here
+    PYTHONPATH=. python benchmarks/llamacpp.py                        the engine as it is released
+    PYTHONPATH=. python benchmarks/llamacpp.py --class_token first    one with pull request 25844: see README.md here
 
 It exports what `bash run_zero2.sh` left in output/openmoji, and needs llama-cpp-python. The tokenizers have to agree
 on some texts in any case.

@@ -56,7 +56,17 @@ def test_a_command_parses(command):
         HfArgumentParser(ARGUMENTS[module]).parse_args_into_dataclasses(arguments)
 
 
-@pytest.mark.parametrize("name", ["README.md", "README_zh.md", "examples/openmoji/README.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "README_zh.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "benchmarks/README.md",
+        "examples/openmoji/README.md",
+    ],
+)
 def test_links_lead_somewhere(name):
     page = ROOT / name
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):

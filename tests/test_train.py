@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from train_llava import train
 from train_llava.checkpoint import count_parameters, load_checkpoint
+from train_llava.cli import run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.infer import load_model
 from train_llava.train import LEARNING_RATES, ModelArguments, TrainArguments, set_trainable
@@ -267,3 +268,11 @@ def test_a_wrong_argument_ends_with_one_line(llava, parts, corpus, tmp_path, arg
     assert "Traceback" not in done.stderr
     assert re.search(rf"^error: .*{re.escape(message)}.*$", done.stderr, re.MULTILINE)
     assert not (tmp_path / "out").exists()
+
+
+def test_out_of_memory_ends_with_a_line_that_says_what_needs_less():
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+
+    with pytest.raises(SystemExit, match=r"^error: CUDA out of memory: a smaller batch needs less, .*--bits 4"):
+        run_command(main)

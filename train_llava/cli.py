@@ -31,6 +31,9 @@ def run_command(main: Callable[[], None]) -> None:
         if "Original Traceback" in text:
             text = text.splitlines()[-1].partition("Error: ")[2]
         sys.exit(f"error: {' '.join(text.split())}")
+    except torch.OutOfMemoryError as error:
+        needs_less = "a smaller batch needs less, and so do --activation_checkpointing true and --bits 4 in training"
+        sys.exit(f"error: {str(error).partition('. ')[0]}: {needs_less}")
     except KeyboardInterrupt:
         sys.exit("stopped")
 
