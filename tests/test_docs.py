@@ -20,6 +20,7 @@ from train_llava.train import DataArguments, ModelArguments, TrainArguments
 from train_llava.web_demo import WebDemoArguments
 
 ROOT = Path(__file__).parent.parent
+PAGES = [path.name for path in ROOT.glob("*.md")] + ["benchmarks/README.md", "examples/openmoji/README.md"]
 RESULTS = ("data.md", "llamacpp.md", "memory.md", "speed.md")
 ARGUMENTS = {
     "build_model": (BuildArguments,),
@@ -56,17 +57,7 @@ def test_a_command_parses(command):
         HfArgumentParser(ARGUMENTS[module]).parse_args_into_dataclasses(arguments)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "README.md",
-        "README_zh.md",
-        "CONTRIBUTING.md",
-        "CHANGELOG.md",
-        "benchmarks/README.md",
-        "examples/openmoji/README.md",
-    ],
-)
+@pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name):
     page = ROOT / name
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
