@@ -14,7 +14,6 @@ took, and the loss curve. A run that the file holds already is not made again. T
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -103,14 +102,21 @@ def measure(mode: str, seed: int, folder: Path) -> dict:
     }
 
 
+def runs_by_mode(results: list[dict]) -> dict[str, list[dict]]:
+    """The runs of each mode by rising exact match, so that the median run stands in the middle."""
+    runs: dict[str, list[dict]] = {}
+    for result in sorted(results, key=lambda r: (list(MODES).index(r["mode"]), r["exact_match"])):
+        runs.setdefault(result["mode"], []).append(result)
+    return runs
+
+
 def table(results: list[dict]) -> str:
-    """The Markdown table of what was measured: of each mode the run in the middle of its seeds, by exact match."""
+    """The Markdown table of what was measured."""
     lines = [
         "| mode | seeds | English, median | range | 95 % of that run | Chinese | minutes | peak GB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for mode in dict.fromkeys(result["mode"] for result in results):
-        runs = sorted((r for r in results if r["mode"] == mode), key=lambda r: r["exact_match"])
+    for mode, runs in runs_by_mode(results).items():
         middle = runs[len(runs) // 2]
         scores = " to ".join(f"{r['exact_match']:.1%}" for r in (runs[0], runs[-1]))
         interval = " to ".join(f"{bound:.1%}" for bound in middle["interval"])
@@ -128,23 +134,17 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=HERE / "modes.json", help="The file to write.")
     args = parser.parse_args()
-    if not (EXAMPLE / "llava").is_dir():
-        raise SystemExit(f"compare_modes: no {EXAMPLE}/llava: run `bash run_zero2.sh` first")
-
     results = json.loads(args.results.read_text()) if args.results.exists() else []
     done = {(result["mode"], result["seed"]) for result in results}
     left = [(mode, seed) for seed in args.seeds for mode in args.modes if (mode, seed) not in done]
-    work = Path(tempfile.mkdtemp(dir=EXAMPLE, prefix="modes-"))
-    try:
-        with ThreadPoolExecutor(max_workers=2) as pool, tqdm(total=len(left), desc="runs") as bar:
-            running = [pool.submit(measure, mode, seed, work / f"{i}") for i, (mode, seed) in enumerate(left)]
-            for finished in as_completed(running):
-                results.append(finished.result())
-                results.sort(key=lambda result: (list(MODES).index(result["mode"]), result["seed"]))
-                args.results.write_text(json.dumps(results, indent=1) + "\n")
-                bar.update()
-    finally:
-        shutil.rmtree(work)
+    if left and not (EXAMPLE / "llava").is_dir():
+        raise SystemExit(f"compare_modes: no {EXAMPLE}/llava: run `bash run_zero2.sh` first")
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(max_workers=2) as pool:
+        running = [pool.submit(measure, mode, seed, Path(work) / f"{i}") for i, (mode, seed) in enumerate(left)]
+        for finished in tqdm(as_completed(running), total=len(left), desc="runs", disable=not left):
+            results.append(finished.result())
+            results.sort(key=lambda result: (list(MODES).index(result["mode"]), result["seed"]))
+            args.results.write_text(json.dumps(results, indent=1) + "\n")
 
     print(table(results))
 
