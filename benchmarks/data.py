@@ -25,8 +25,9 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
-from train_llava.checkpoint import IMAGE_TOKEN, with_structured_content
+from train_llava.chat import complete_template
 from train_llava.data import LlavaCollator, LlavaDataset
+from train_llava.records import IMAGE_TOKEN
 
 QWEN2 = Path(__file__).parent.parent / "examples/openmoji/parts/qwen2"
 PICTURES, BATCH, ROUNDS = 128, 16, 7
@@ -38,7 +39,7 @@ def make_processor() -> LlavaProcessor:
     """A 336-pixel CLIP's image processor beside the embedded example's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(QWEN2)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    tokenizer.chat_template = with_structured_content(tokenizer.chat_template)
+    complete_template(tokenizer)
     image_processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     return LlavaProcessor(image_processor, tokenizer, 14, "default", tokenizer.chat_template, IMAGE_TOKEN, 1)
 

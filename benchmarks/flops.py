@@ -11,7 +11,8 @@ from memory import CLIP, QWEN
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from train_llava.train import LEARNING_RATES, ModelArguments, set_trainable
+from train_llava.model import LoraArguments, set_trainable
+from train_llava.train import LEARNING_RATES
 
 PICTURE, PROMPT, ANSWER = 576, 32, 32
 
@@ -28,7 +29,7 @@ def step_flops(train_type: str, all_logits: bool, whole_tower: bool, checkpointi
         model = LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIP, text_config=QWEN)).train()
         llava = model.model
         forward = [layer.forward for layer in llava.vision_tower.encoder.layers]
-        set_trainable(model, train_type, ModelArguments("real pair", lora_dropout=0.0))
+        set_trainable(model, train_type, LoraArguments(lora_dropout=0.0))
         if whole_tower:
             for layer, run in zip(llava.vision_tower.encoder.layers, forward, strict=True):
                 layer.forward = run

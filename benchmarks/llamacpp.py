@@ -17,11 +17,11 @@ import llama_cpp
 from llama_cpp.llama_chat_format import MTMDChatHandler
 from PIL import Image
 
-from train_llava.checkpoint import load_checkpoint
 from train_llava.data import LlavaDataset
 from train_llava.evaluate import questions
 from train_llava.export_gguf import export_gguf
 from train_llava.infer import generate
+from train_llava.model import load_checkpoint
 
 QUESTIONS, NEW_TOKENS = 50, 32
 TEXTS = [

@@ -9,8 +9,8 @@ batch, the length of the conversations and activation checkpointing.
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
-from train_llava.checkpoint import count_parameters
-from train_llava.train import LEARNING_RATES, ModelArguments, set_trainable
+from train_llava.model import LoraArguments, count_parameters, set_trainable
+from train_llava.train import LEARNING_RATES
 
 # The published configurations of openai/clip-vit-large-patch14-336 and Qwen/Qwen1.5-4B-Chat
 CLIP = CLIPVisionConfig(
@@ -41,7 +41,7 @@ def main() -> None:
     for train_type in LEARNING_RATES:
         with torch.device("meta"):
             model = LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIP, text_config=QWEN))
-            model = set_trainable(model, train_type, ModelArguments("real pair"))
+            model = set_trainable(model, train_type, LoraArguments())
         counts = count_parameters(model).values()
         trainable, total = (sum(column) for column in zip(*counts, strict=True))
         # ZeRO-2 shares gradients and optimizer state out among the GPUs; every GPU holds all weights

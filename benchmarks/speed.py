@@ -40,10 +40,9 @@ from transformers import (
 )
 
 from train_llava.build_model import build_model
-from train_llava.checkpoint import load_checkpoint
 from train_llava.data import LlavaCollator
 from train_llava.infer import question
-from train_llava.train import ModelArguments, lora_config, set_trainable
+from train_llava.model import LoraArguments, load_checkpoint, lora_config, set_trainable
 
 EXAMPLE = Path(__file__).parent.parent / "examples/openmoji/parts/qwen2"  # a tokenizer
 GEOMETRIES = {  # layers and widths of the tower and of the language model, and the vocabulary
@@ -57,7 +56,7 @@ CHATML = (
     "message['content'] + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}"
     "{% endif %}"
 )
-LORA = ModelArguments("", lora_r=8, lora_alpha=16, lora_dropout=0.0)
+LORA = LoraArguments(lora_r=8, lora_alpha=16, lora_dropout=0.0)
 TEXTS = [
     ("What is in this picture?", "a small red square on a white wall, and beside it a window with a blue curtain"),
     ("Describe the picture.", "two people on a bench in a park, one of them reading a newspaper to the other"),

@@ -31,7 +31,7 @@ from transformers import (
 
 from train_llava import train
 from train_llava.build_model import build_model
-from train_llava.checkpoint import load_checkpoint
+from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 
 ROOT = Path(__file__).parent.parent
 
@@ -180,7 +180,7 @@ def run_zero2(model: Path, data: Path, output: Path, *arguments: str, ranks: int
 def random_adapter(llava: Path, folder: Path, seed: int) -> Path:
     """Writes a LoRA adapter for a LLaVA whose matrices and projector are random, so that it changes every answer."""
     model, processor = load_checkpoint(str(llava))
-    adapted = train.set_trainable(model, "lora", train.ModelArguments("m", lora_r=4, lora_alpha=8))
+    adapted = set_trainable(model, "lora", LoraArguments(lora_r=4, lora_alpha=8))
     torch.manual_seed(seed)
     for parameter in adapted.parameters():
         if parameter.requires_grad:

@@ -9,7 +9,8 @@ from conftest import turns
 from PIL import Image
 from transformers import AutoProcessor
 
-from train_llava.data import LlavaCollator, LlavaDataset, encode_prompts
+from train_llava.chat import Chat
+from train_llava.data import LlavaCollator, LlavaDataset
 from train_llava.pictures import open_image
 from train_llava.records import text_of, to_messages
 
@@ -62,7 +63,7 @@ def test_ids_and_pictures_are_those_of_the_processor(processor, name):
 def test_the_training_prompt_is_the_question_prompt(processor):
     conversation = ITEMS["one turn"]
     batch = LlavaCollator(processor)([conversation])
-    asked = encode_prompts(processor, [conversation["messages"][:1]], conversation["images"])["input_ids"][0]
+    asked = Chat(processor).prompts([conversation["messages"][:1]], conversation["images"])["input_ids"][0]
     first = int((batch["labels"][0] != -100).nonzero()[0])
     assert torch.equal(batch["input_ids"][0, :first], asked)
 

@@ -15,6 +15,7 @@ from train_llava.evaluate import EvaluateArguments
 from train_llava.export_gguf import ExportArguments
 from train_llava.infer import InferArguments
 from train_llava.merge_lora import MergeArguments
+from train_llava.model import LoraArguments
 from train_llava.model_card import CardArguments
 from train_llava.train import DataArguments, ModelArguments, TrainArguments
 from train_llava.web_demo import WebDemoArguments
@@ -30,7 +31,7 @@ ARGUMENTS = {
     "infer": (InferArguments,),
     "merge_lora": (MergeArguments,),
     "model_card": (CardArguments,),
-    "train": (ModelArguments, DataArguments, TrainArguments),
+    "train": (ModelArguments, LoraArguments, DataArguments, TrainArguments),
     "web_demo": (WebDemoArguments,),
 }
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from train_llava.checkpoint import load_checkpoint
 from train_llava.export_gguf import check_exportable, export_gguf, export_pictures, interleave, modelfile, render
+from train_llava.model import load_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,10 @@ from transformers import (
 )
 
 from train_llava.build_model import build_model
-from train_llava.checkpoint import load_checkpoint
 from train_llava.data import LlavaCollator
 from train_llava.infer import generate
+from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.records import to_messages
-from train_llava.train import ModelArguments, set_trainable
 
 LM = NARROW | {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256}
 QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -129,9 +128,9 @@ def test_text_alone_is_answered_word_for_word_as_before(built, name):
     alone, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     model, processor = load_checkpoint(str(llava))
     conversation = [{"role": "user", "content": "What is this?"}]
-    inputs = tokenizer.apply_chat_template(
-        conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    text += "<think>\n\n</think>\n\n" * name.startswith("qwen3")  # as this template opens answers that it renders
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
     ids = inputs["input_ids"]
     answer = tokenizer.decode(alone.generate(**inputs, max_new_tokens=12)[0, ids.shape[1] :], skip_special_tokens=True)
     assert generate(model, processor, [conversation], [], 12) == [answer.strip()]
@@ -275,7 +274,7 @@ def test_towers(parts, tmp_path, kind, size, patch, options, tokens):
     assert (edges.abs().max() < 0.05) == padded
     item = {"id": "x", "messages": to_messages({"image": "x", "conversations": [
         {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "white"}]}), "images": [wide]}  # fmt: skip
-    set_trainable(model, "full", ModelArguments("m"))
+    set_trainable(model, "full", LoraArguments())
     model(**LlavaCollator(processor)([item])).loss.backward()
     unused = {
         name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
@@ -329,8 +328,7 @@ def test_a_checkpoint_of_llava_hf_opens_and_learns_to_stop(llava, tmp_path, caps
     records = ["What is <image>?", "a red square", "Sure?", "yes"]
     conversation = [{"from": who, "value": text} for who, text in zip(["human", "gpt"] * 2, records, strict=True)]
     messages = to_messages({"image": "x", "conversations": conversation})
-    picture = Image.new("RGB", (50, 30), "red")
-    input_ids, labels = LlavaCollator(processor).encode({"id": "x", "messages": messages, "images": [picture]})
+    input_ids, labels = LlavaCollator(processor).chat.encode(messages)
     eos = processor.tokenizer.eos_token
     said = processor.tokenizer.decode(labels[labels != -100])
     assert said == f" a red square{eos} yes{eos}"

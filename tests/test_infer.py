@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from train_llava import evaluate, infer
-from train_llava.data import LlavaDataset, encode_prompts
+from train_llava.chat import Chat
+from train_llava.data import LlavaDataset
 from train_llava.infer import generate, load_model
 from train_llava.merge_lora import merge_lora
 
@@ -54,14 +55,14 @@ def test_an_adapter_saves_its_projector_and_changes_the_model(llava, adapter):
     assert sum("multi_modal_projector" in name for name in names) == 4
     base, processor = load_model(str(llava))
     adapted, _ = load_model(str(llava), str(adapter))
-    inputs = encode_prompts(processor, QUESTIONS, IMAGES)
+    inputs = Chat(processor).prompts(QUESTIONS, IMAGES)
     assert (adapted(**inputs).logits - base(**inputs).logits).abs().max() > 0.1
 
 
 def test_a_merged_model_equals_base_and_adapter(llava, adapter, merged):
     adapted, processor = load_model(str(llava), str(adapter))
     plain, _ = load_model(str(merged))
-    inputs = encode_prompts(processor, QUESTIONS, IMAGES)
+    inputs = Chat(processor).prompts(QUESTIONS, IMAGES)
     ours, theirs = plain(**inputs).logits, adapted(**inputs).logits
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     assert generate(plain, processor, QUESTIONS, IMAGES, 8) == generate(adapted, processor, QUESTIONS, IMAGES, 8)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from train_llava.check_data import kind_of
 from train_llava.data import BadRecordError, CheckedDataset, LlavaCollator, LlavaDataset, stream_items
-from train_llava.pictures import open_image
+from train_llava.pictures import open_image, prepare_pictures
 from train_llava.records import load_records, read_json, text_of
 
 ROOT = Path(__file__).parent.parent
@@ -262,9 +262,8 @@ def test_pictures_that_must_load(name, tmp_path):
 
 
 def test_odd_shapes_reach_the_model(processor):
-    collator = LlavaCollator(processor)
     images = [Image.new("RGB", size, "red") for size in ((1, 1), (3, 2000), (2000, 3))]
-    ours = collator.prepare(images)
+    ours = prepare_pictures(processor.image_processor, images)
     theirs = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     assert ours.shape == (3, 3, 28, 28)
     assert (ours - theirs).abs().max() < 1e-5
@@ -278,7 +277,8 @@ def test_the_fast_path_gives_the_processors_pixels(processor):
         Image.fromarray(rng.integers(0, 256, s, dtype=np.uint8)) for s in ((28, 28, 3), (90, 41, 3), (33, 257, 3))
     ]
     difference = (
-        collator.prepare(images) - processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        prepare_pictures(processor.image_processor, images)
+        - processor.image_processor(images, return_tensors="pt")["pixel_values"]
     ).abs()
     level = 1 / 255 / 0.26  # of 256, divided by the deviation
     assert difference.max() < 8 * level  # noise is the worst case
@@ -366,7 +366,7 @@ def test_every_bad_record_is_refused_with_its_reason(dirty, processor):
     refused = {}
     for i in range(len(dataset)):
         try:
-            collator.encode(dataset[i])
+            collator.chat.labelled(dataset[i])
         except BadRecordError as error:
             refused[error.args[0]] = error.args[1]
     assert refused.keys() == reasons.keys()

@@ -15,10 +15,10 @@ import pytest
 from conftest import run_train
 from safetensors import safe_open
 
-from train_llava.checkpoint import load_checkpoint
 from train_llava.data import LlavaDataset
 from train_llava.infer import generate
 from train_llava.merge_lora import merge_lora
+from train_llava.model import load_checkpoint
 
 
 def ask(url: str, request: dict | None = None) -> dict:

@@ -18,11 +18,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from train_llava import train
-from train_llava.checkpoint import count_parameters, load_checkpoint
 from train_llava.cli import run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.infer import load_model
-from train_llava.train import LEARNING_RATES, ModelArguments, TrainArguments, set_trainable
+from train_llava.model import LoraArguments, count_parameters, load_checkpoint, set_trainable
+from train_llava.train import LEARNING_RATES, TrainArguments
 
 ROOT = Path(__file__).parent.parent
 PROJECTOR = {f"model.multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
@@ -34,13 +34,13 @@ def trainable(model) -> set[str]:
 
 
 def test_projector_trains_the_projector_alone(model):
-    assert trainable(set_trainable(model, "projector", ModelArguments("m"))) == PROJECTOR
+    assert trainable(set_trainable(model, "projector", LoraArguments())) == PROJECTOR
 
 
 def test_freeze_vision_trains_all_but_the_tower(model):
     everything = {name for name, _ in model.named_parameters()}
     expected = {name for name in everything if not name.startswith("model.vision_tower.")}
-    assert trainable(set_trainable(model, "freeze_vision", ModelArguments("m"))) == expected
+    assert trainable(set_trainable(model, "freeze_vision", LoraArguments())) == expected
     assert "lm_head.weight" in expected
 
 
@@ -48,7 +48,7 @@ def test_full_trains_everything_that_has_an_effect(model, processor, corpus):
     everything = {name for name, _ in model.named_parameters()}
     behind = ("model.vision_tower.encoder.layers.2.", "model.vision_tower.post_layernorm.")
     expected = {name for name in everything if not name.startswith(behind)}
-    assert trainable(set_trainable(model, "full", ModelArguments("m"))) == expected
+    assert trainable(set_trainable(model, "full", LoraArguments())) == expected
     model.requires_grad_(True)
     dataset = LlavaDataset(str(corpus))
     model(**LlavaCollator(processor)([dataset[i] for i in range(4)])).loss.backward()
@@ -56,7 +56,7 @@ def test_full_trains_everything_that_has_an_effect(model, processor, corpus):
 
 
 def test_lora_trains_adapters_in_the_language_model_and_the_projector(model):
-    adapted = set_trainable(model, "lora", ModelArguments("m", lora_r=4, lora_alpha=8))
+    adapted = set_trainable(model, "lora", LoraArguments(lora_r=4, lora_alpha=8))
     base = "base_model.model.model."
     expected = {
         f"{base}language_model.layers.{layer}.{name}.lora_{matrix}.default.weight"

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from test_data import ITEMS, gradients
 from transformers import LlavaForConditionalGeneration
 
-from train_llava.checkpoint import load_checkpoint
 from train_llava.data import LlavaCollator, LlavaDataset
-from train_llava.train import ModelArguments, TrainArguments, set_trainable
+from train_llava.model import LoraArguments, load_checkpoint, set_trainable
+from train_llava.train import TrainArguments
 from train_llava.trainer import UNFINISHED, LlavaTrainer, check_resumable, finished_checkpoint, is_finished
 
 ROOT = Path(__file__).parent.parent
@@ -203,7 +203,7 @@ def test_an_empty_tensor_in_a_saved_model_is_noticed(llava, corpus, tmp_path, mo
 def test_every_part_trains_at_its_own_rate(model, tmp_path):
     rates = {"vision tower": 1e-6, "projector": 1e-3, "language model": 1e-5}
     args = TrainArguments(output_dir=str(tmp_path), train_type="full", weight_decay=0.1)
-    whole = set_trainable(model, "full", ModelArguments("m"))
+    whole = set_trainable(model, "full", LoraArguments())
     trainer = LlavaTrainer(whole, args, learning_rates=rates, write_card=print)
     groups = trainer.create_optimizer().param_groups
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -313,7 +313,7 @@ def test_tower_layers_that_nothing_reads_are_not_run(model, processor, corpus):
     dataset = LlavaDataset(str(corpus))
     batch = LlavaCollator(processor)([dataset[i] for i in range(4)])
     before = model(**batch).loss
-    set_trainable(model, "projector", ModelArguments("m"))
+    set_trainable(model, "projector", LoraArguments())
     layers = model.model.vision_tower.encoder.layers
     run = []
     for i, layer in enumerate(layers):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import (
@@ -29,15 +28,12 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from train_llava.checkpoint import (
-    IMAGE_TOKEN,
-    count_parameters,
-    end_of_turn_token,
-    load_checkpoint,
-    with_structured_content,
-)
+from train_llava.chat import complete_template, end_of_turn_tokens
+from train_llava.checks import check_checkpoint, reference_outputs
 from train_llava.cli import parse_arguments, run_command, written_whole
-from train_llava.model_card import write_card
+from train_llava.model import count_parameters
+from train_llava.records import IMAGE_TOKEN
+from train_llava.reports import write_card
 
 
 @dataclass
@@ -129,12 +125,10 @@ def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool = F
         ValueError: it has no chat template, so the model is not a chat model.
     """
     tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, trust_remote_code=trust_remote_code)
-    if not tokenizer.chat_template:
-        raise ValueError(f"{language_model_name_or_path} has no chat template: take the model's chat version")
-    tokenizer.chat_template = with_structured_content(tokenizer.chat_template)
+    complete_template(tokenizer)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or end_of_turn_token(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token or end_of_turn_tokens(tokenizer)[0]
     return tokenizer
 
 
@@ -176,92 +170,18 @@ def assemble(
     model.generation_config = language_model.generation_config
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    end_of_turn = tokenizer.convert_tokens_to_ids(end_of_turn_token(tokenizer))
-    model.generation_config.eos_token_id = stops if end_of_turn in stops else [end_of_turn, *stops]
+    ends = tokenizer.convert_tokens_to_ids(end_of_turn_tokens(tokenizer))
+    model.generation_config.eos_token_id = [*(end for end in ends if end not in stops), *stops]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval()
 
 
-def example_inputs(processor: LlavaProcessor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For the checks: a text-only question `(1, T)`, and a square and a wide noise picture `(2, 3, H, W)`."""
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    input_ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in ((64, 64, 3), (48, 160, 3))]
-    return input_ids, processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-
-
-@torch.inference_mode()
 def published(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A LLaVA's weights with the tower's named as in published checkpoints, which is what other engines look for.
 
     transformers renames the rest itself, and writes a checkpoint that it has read under the names it had.
     """
     return {name.replace(".vision_tower.", ".vision_tower.vision_model."): tensor for name, tensor in weights.items()}
-
-
-def reference_outputs(
-    vision_tower: PreTrainedModel, language_model: PreTrainedModel, processor: LlavaProcessor, layer: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the two models say alone: logits `(1, T, vocabulary)` and hidden states `(2, tokens, width)`."""
-    input_ids, pixel_values = example_inputs(processor)
-    logits = language_model(input_ids=input_ids).logits
-    features = vision_tower(pixel_values.to(vision_tower.dtype), output_hidden_states=True).hidden_states[layer]
-    return logits, features
-
-
-@torch.inference_mode()
-def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> list[tuple[str, str]]:
-    """Reads a saved LLaVA back and compares it with what its two halves said alone (see `reference_outputs`).
-
-    Returns the outcome as rows of (what was checked, what was found).
-
-    Raises:
-        ValueError: a check failed; the message names it.
-    """
-    model, processor = load_checkpoint(str(folder))
-    config, tokenizer = model.config, processor.tokenizer
-    rows = model.get_input_embeddings().num_embeddings
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id or len(tokenizer) > rows:
-        raise ValueError(f"{IMAGE_TOKEN} has no row of its own: {len(tokenizer)} tokens, {rows} embedding rows")
-    found = [
-        ("tokenizer and embedding", f"{len(tokenizer)} tokens, {rows} rows, {IMAGE_TOKEN} is {config.image_token_id}")
-    ]
-
-    input_ids, pixel_values = example_inputs(processor)
-    our_logits = model(input_ids=input_ids).logits[..., : logits.shape[-1]]
-    found.append(("text-only logits", _difference("text-only logits", our_logits, logits)))
-
-    hidden = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True).hidden_states
-    found.append(("vision features", _difference("vision features", hidden[config.vision_feature_layer], features)))
-
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    picture = Image.new("RGB", (160, 48), "red")
-    inputs = processor(images=picture, text=prompt, return_tensors="pt").to(model.dtype)
-    written = int((inputs["input_ids"] == config.image_token_id).sum())
-    given = len(model.get_image_features(inputs["pixel_values"]).pooler_output[0])
-    if written != given:
-        raise ValueError(f"the processor writes {written} {IMAGE_TOKEN} tokens a picture, the tower gives {given}")
-    found.append(("tokens a picture", f"{written} written, {given} features"))
-
-    # What all layers compute was compared above; a large picture's tokens would take minutes through them on a CPU.
-    model.model.language_model.layers = model.model.language_model.layers[:1]
-    answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    found.append(("a picture and a question", f"{answer.shape[1] - inputs['input_ids'].shape[1]} tokens generated"))
-    return found
-
-
-def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> str:
-    """States the largest difference, relative to the largest value; past the precision's noise it is an error."""
-    relative = ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
-    if not relative <= (1e-4 if theirs.dtype == torch.float32 else 3e-2):
-        raise ValueError(
-            f"the {name} differ from the part's own by {relative:.0e} of the largest: this architecture does "
-            "something that a LLaVA of transformers does not"
-        )
-    return f"equal to the part's own (difference {relative:.0e})"
 
 
 def build_model(

@@ -23,9 +23,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from train_llava.checkpoint import load_processor
+from train_llava.chat import IGNORE, Chat
 from train_llava.cli import parse_arguments, run_command
-from train_llava.data import IGNORE, BadRecordError, LlavaCollator, LlavaDataset
+from train_llava.data import LlavaDataset
+from train_llava.model import load_processor
+from train_llava.records import BadRecordError
 
 CHUNK = 500  # records a process takes at once
 EXAMPLES = 3  # of each fault
@@ -44,28 +46,28 @@ class CheckArguments:
     num_proc: int = field(default=os.cpu_count() or 1, metadata={"help": "Processes to use."})
 
 
-worker: dict[str, Any] = {}  # what a process opens once: the data set and, with a model, the collator
+worker: dict[str, Any] = {}  # what a process opens once: the data set and, with a model, the chat
 
 
 def open_data(arguments: CheckArguments) -> None:
     """Opens the data set, and the model's processor, in a process."""
     worker["dataset"] = LlavaDataset(arguments.data_path, arguments.image_dir)
-    worker["collator"] = None
+    worker["chat"] = None
     if arguments.model_name_or_path is not None:
         _, processor = load_processor(arguments.model_name_or_path)
-        worker["collator"] = LlavaCollator(processor, arguments.max_length)
+        worker["chat"] = Chat(processor, arguments.max_length)
     worker["decode"] = arguments.decode_pictures
 
 
 def look_through(start: int, stop: int) -> dict[str, list]:
     """What the records from `start` to `stop` are like: their faults, and the sizes of the good ones."""
-    dataset, collator, decode = worker["dataset"], worker["collator"], worker["decode"]
+    dataset, chat, decode = worker["dataset"], worker["chat"], worker["decode"]
     found: dict[str, list] = {"faults": [], "tokens": [], "characters": [], "sides": []}
     for i in range(start, stop):
         try:
             item = dataset.item(i, decode)
-            if collator is not None:
-                found["tokens"].append(len(collator.encode(item)[0]))
+            if chat is not None:
+                found["tokens"].append(len(chat.labelled(item)["labels"]))
             found["characters"].append(
                 sum(len(part.get("text", "")) for m in item["messages"] for part in m["content"])
             )
@@ -97,15 +99,15 @@ def draw_histograms(found: dict[str, list], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def show_sample(dataset: LlavaDataset, collator: LlavaCollator) -> str:
+def show_sample(dataset: LlavaDataset, chat: Chat) -> str:
     """The first good record as the model is trained on it; what it has to say stands between ⟦ and ⟧."""
     for i in range(len(dataset)):
         try:
-            item = dataset[i]
-            input_ids, labels = collator.encode(item)
+            item = chat.labelled(dataset[i])
         except BadRecordError:
             continue
-        tokenizer, pieces = collator.processor.tokenizer, []
+        input_ids, labels = item["input_ids"], item["labels"]
+        tokenizer, pieces = chat.processor.tokenizer, []
         for said, group in groupby(zip(input_ids, labels, strict=True), lambda pair: pair[1] != IGNORE):
             ids = [token_id for token_id, _ in group]
             pictures = [k for k, _ in groupby(ids)] if not said else ids
@@ -143,8 +145,8 @@ def main() -> None:
     for name in ("tokens", "characters", "sides"):
         if found[name]:
             print(f"{name:<11}" + "  ".join(f"{key} {value:,.0f}" for key, value in report[name].items()))
-    if worker["collator"] is not None:
-        print(show_sample(worker["dataset"], worker["collator"]))
+    if worker["chat"] is not None:
+        print(show_sample(worker["dataset"], worker["chat"]))
     if arguments.report is not None:
         path = Path(arguments.report)
         path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

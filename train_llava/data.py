@@ -2,7 +2,7 @@
 
 import fcntl
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlavaProcessor, PreTrainedTokenizerBase
+from transformers import LlavaProcessor
 
-from train_llava.checkpoint import end_of_turn_token
-from train_llava.pictures import agrees, open_image, prepare_pictures
-from train_llava.records import find_records, load_records, read_picture, table_rows, text_of
-
-IGNORE = -100  # the label that cross entropy leaves out
-
-
-class BadRecordError(ValueError):
-    """A record that cannot be used: its id, and the reason."""
-
-    def __str__(self) -> str:
-        return f"record {self.args[0]!r}: {self.args[1]}" if len(self.args) == 2 else self.args[0]
+from train_llava.chat import IGNORE, Chat
+from train_llava.pictures import open_image, prepare_pictures, read_picture
+from train_llava.records import BadRecordError, find_records, load_records, table_rows
 
 
 def to_item(
@@ -105,7 +96,7 @@ class LlavaDataset(torch.utils.data.Dataset):
 class CheckedDataset(torch.utils.data.Dataset):
     """A data set for training, in which a bad record never reaches the model.
 
-    A record that cannot be used (see `LlavaDataset` and `LlavaCollator.encode`) is written once, with its id and the
+    A record that cannot be used (see `LlavaDataset` and `Chat.encode`) is written once, with its id and the
     reason, to the file `log`, and the next good one takes its place: batches keep their size, ranks stay in step, and
     what is seen does not depend on the number of workers.
 
@@ -116,12 +107,12 @@ class CheckedDataset(torch.utils.data.Dataset):
     def __init__(
         self,
         dataset: LlavaDataset,
-        collator: "LlavaCollator",
+        chat: Chat,
         log: Path,
         bad_samples: str = "skip",
         max_bad_fraction: float = 0.01,
     ):
-        self.dataset, self.collator, self.log = dataset, collator, log
+        self.dataset, self.chat, self.log = dataset, chat, log
         self.bad_samples, self.most = bad_samples, max_bad_fraction * len(dataset)
 
     def __len__(self) -> int:
@@ -130,8 +121,7 @@ class CheckedDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         for i in range(index, index + len(self)):
             try:
-                item = self.dataset[i % len(self)]
-                return item | {"encoded": self.collator.encode(item)}
+                return self.chat.labelled(self.dataset[i % len(self)])
             except BadRecordError as error:
                 if self.bad_samples == "error":
                     raise
@@ -157,9 +147,7 @@ def log_bad_sample(log: Path, record_id: str, reason: str) -> int:
     return len(lines)
 
 
-def stream_items(
-    data_path: str | list[str], image_dir: str | None, collator: "LlavaCollator", log: Path
-) -> datasets.IterableDataset:
+def stream_items(data_path: str | list[str], image_dir: str | None, chat: Chat, log: Path) -> datasets.IterableDataset:
     """The items of data sets of shards that are too large for the disk, read as they come, and again from the start.
 
     Every rank and worker reads shards of its own. What is bad is logged and left out; as the stream has no end, ranks
@@ -174,61 +162,11 @@ def stream_items(
         for path, files, pictures in shards:
             for row in table_rows(path, files, pictures):
                 try:
-                    item = to_item(row, pictures, collator.side)
-                    yield item | {"encoded": collator.encode(item)}
+                    yield chat.labelled(to_item(row, pictures, chat.side))
                 except BadRecordError as error:
                     log_bad_sample(log, *error.args)
 
     return datasets.IterableDataset.from_generator(items, gen_kwargs={"shards": shards}).repeat(None)
-
-
-def answer_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], end_of_turn: str, hand_over: str = ""
-) -> tuple[str, list[range]]:
-    """A conversation as the chat template writes it, and the stretches of it the model has to say.
-
-    A stretch begins where the template hands over to the assistant and ends with the end-of-turn token. `hand_over` is
-    what the template writes there (see `hand_over_of`); where that is unknown the place is found by rendering the
-    conversation up to it, which takes a template that writes a longer conversation as a continuation of a shorter one.
-
-    Returns:
-        The text, and one `range` of character positions for each assistant turn.
-
-    Raises:
-        ValueError: the template rewrites earlier turns, so the stretches cannot be told.
-    """
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans: list[range] = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if hand_over:
-            start = text.index(hand_over, spans[-1].stop if spans else 0) + len(hand_over)
-        else:
-            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-            if not text.startswith(before):
-                raise ValueError("the chat template writes a question differently once it is answered")
-            start = len(before)
-        answer = text_of(message)
-        end = text.index(end_of_turn, text.index(answer, start) + len(answer))
-        spans.append(range(start, end + len(end_of_turn)))
-    return text, spans
-
-
-def hand_over_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template writes to hand over to the assistant; empty where that cannot be told from other text.
-
-    It can where it holds a special token, which no text of a turn does, and where it is the same whether the answer is
-    still to come or stands there.
-    """
-    question, answer = ({"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant"))
-    asked = tokenizer.apply_chat_template([question], tokenize=False)
-    handed_over = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-    added = handed_over.removeprefix(asked)
-    special = any(token in added for token in tokenizer.all_special_tokens)
-    answered = tokenizer.apply_chat_template([question, answer], tokenize=False)
-    same = handed_over.startswith(asked) and answered.startswith(handed_over)
-    return added if special and same else ""
 
 
 class LlavaCollator:
@@ -248,68 +186,20 @@ class LlavaCollator:
     """
 
     def __init__(self, processor: LlavaProcessor, max_length: int | None = None, packing: bool = False):
-        self.processor = processor
-        self.max_length = max_length
-        self.packing = packing
-        self.end_of_turn = end_of_turn_token(processor.tokenizer)
-        self.hand_over = hand_over_of(processor.tokenizer)
-        self.control_tokens = set(processor.tokenizer.all_special_tokens) - {processor.image_token}
-        self.fast = agrees(processor.image_processor)
-        pixel_values = self.prepare([Image.new("RGB", (32, 32))])
-        self.side = pixel_values.shape[-1]
-        # every picture has this size once prepared, so each stands for this many tokens
-        tokens = processor.replace_image_token({"pixel_values": pixel_values}, 0)
-        self.picture_tokens = tokens.count(processor.image_token)
-
-    def prepare(self, images: list[Image.Image]) -> torch.Tensor:
-        """`pixel_values` of pictures `(P, 3, H, W)`."""
-        if self.fast:
-            return prepare_pictures(self.processor.image_processor, images)
-        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-
-    def encode(self, item: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """An item's token ids and labels, `(T,)` each; a label is its token's id where the assistant speaks.
-
-        The text is tokenised once, with one `<image>` for each picture, and labelled by the tokens' own positions in
-        it; then each `<image>` is repeated for the features it stands for.
-
-        Raises:
-            BadRecordError: it is longer than `max_length`, has nothing to learn, or a text in it holds a control token
-                of the tokenizer, which would end a turn or begin one.
-        """
-        for message in item["messages"]:
-            text = text_of(message)
-            for token in self.control_tokens:
-                if token in text:
-                    raise BadRecordError(item["id"], f"the control token {token} in a turn of role {message['role']}")
-        tokenizer = self.processor.tokenizer
-        text, spans = answer_spans(tokenizer, item["messages"], self.end_of_turn, self.hand_over)
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        token_ids = np.array(encoding["input_ids"])
-        starts, ends = np.array(encoding["offset_mapping"]).T
-        said = np.zeros(len(token_ids), dtype=bool)
-        for span in spans:
-            said |= (span.start <= starts) & (ends <= span.stop) & (starts < ends)
-        repeats = np.where(token_ids == self.processor.image_token_id, self.picture_tokens, 1)
-        input_ids = np.repeat(token_ids, repeats)
-        labels = np.repeat(np.where(said, token_ids, IGNORE), repeats)
-        if self.max_length is not None and len(input_ids) > self.max_length:
-            raise BadRecordError(item["id"], f"{len(input_ids)} tokens, --max_length is {self.max_length}")
-        if (labels == IGNORE).all():
-            raise BadRecordError(item["id"], "no token to learn")
-        return input_ids, labels
+        self.processor, self.packing = processor, packing
+        self.chat = Chat(processor, max_length)
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        encoded = [item["encoded"] if "encoded" in item else self.encode(item) for item in items]
-        rows = [(input_ids, np.ones_like(input_ids), labels) for input_ids, labels in encoded]
+        items = [self.chat.labelled(item) for item in items]
+        rows = [(item["input_ids"], np.ones_like(item["input_ids"]), item["labels"]) for item in items]
         images = [image for item in items for image in item["images"]]
         if not images:
             # Without a picture the projector would get no gradient, and other ranks would wait for it forever. So one
             # blank picture follows the first row's last token, where no token can see it: its gradient is zero.
-            images = [Image.new("RGB", (self.side, self.side))]
+            images = [Image.new("RGB", (self.chat.side, self.chat.side))]
             blank = (self.processor.image_token_id, 0, IGNORE)
             rows[0] = tuple(
-                np.append(row, [value] * self.picture_tokens) for row, value in zip(rows[0], blank, strict=True)
+                np.append(row, [value] * self.chat.image_tokens) for row, value in zip(rows[0], blank, strict=True)
             )
         if self.packing:
             position_ids = torch.cat([torch.arange(len(input_ids)) for input_ids, _, _ in rows])[None]
@@ -327,26 +217,8 @@ class LlavaCollator:
             layout = {"attention_mask": attention_mask}
         return layout | {
             "input_ids": input_ids,
-            "pixel_values": self.prepare(images),
+            "pixel_values": prepare_pictures(self.processor.image_processor, images),
             "labels": labels,
             "logits_to_keep": logits_to_keep,
             "shift_labels": labels[:, 1:][logits_to_keep[:, :-1]],
         }
-
-
-def encode_prompts(
-    processor: LlavaProcessor, conversations: Iterable[list[dict[str, Any]]], images: list[Image.Image]
-) -> dict[str, torch.Tensor]:
-    """Conversations that end with a question, as a batch to generate from: padded on the left, pictures in order."""
-    prompts = [
-        processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        for messages in conversations
-    ]
-    return processor(
-        images=images or None,
-        text=prompts,
-        padding=True,
-        padding_side="left",
-        add_special_tokens=False,
-        return_tensors="pt",
-    )

@@ -21,22 +21,21 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import LlavaProcessor, PreTrainedModel
 
-from train_llava.checkpoint import BITS_HELP
 from train_llava.cli import parse_arguments, run_command, written_whole
 from train_llava.data import LlavaDataset
 from train_llava.infer import generate, load_model
 from train_llava.metrics import (
     METRICS,
     by_language,
-    cell,
     difference,
     is_exact,
-    markdown,
     most_frequent_answer,
     score_exact,
     score_group,
 )
+from train_llava.model import BITS_HELP
 from train_llava.records import text_of
+from train_llava.reports import cell, markdown
 
 SHEET = (4, 6)  # rows and columns of captions.png
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"]

@@ -19,8 +19,9 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.utils import is_gguf_available
 
-from train_llava.checkpoint import end_of_turn_token, load_checkpoint
+from train_llava.chat import end_of_turn_tokens
 from train_llava.cli import parse_arguments, run_command, written_whole
+from train_llava.model import load_checkpoint
 
 if is_gguf_available():
     import gguf
@@ -110,7 +111,7 @@ def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase,
     writer.add_token_merges([" ".join(pair) for pair in written["model"]["merges"]])
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.convert_tokens_to_ids(end_of_turn_token(tokenizer)))
+    writer.add_eos_token_id(tokenizer.convert_tokens_to_ids(end_of_turn_tokens(tokenizer)[0]))
     writer.add_pad_token_id(tokenizer.pad_token_id)
     # The model was trained on what the template writes; engines that add this token do not write it twice
     text = render(tokenizer, [("user", "?")])
@@ -256,7 +257,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
     )  # fmt: skip
     return (
         f'FROM ./model-f16.gguf\nFROM ./mmproj-f16.gguf\nTEMPLATE """{template}"""\n'
-        f'PARAMETER stop "{end_of_turn_token(tokenizer)}"\nPARAMETER temperature 0\n'
+        f'PARAMETER stop "{end_of_turn_tokens(tokenizer)[0]}"\nPARAMETER temperature 0\n'
     )
 
 

@@ -22,9 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TextStreamer
 
-from train_llava.checkpoint import BITS_HELP, load_checkpoint
+from train_llava.chat import Chat
 from train_llava.cli import parse_arguments, run_command
-from train_llava.data import encode_prompts
+from train_llava.model import BITS_HELP, load_checkpoint
 from train_llava.pictures import open_image
 from train_llava.records import read_jsonl
 
@@ -110,7 +110,7 @@ def generate(
 
     Greedy, unless `options`, which go to `model.generate`, say something else (see `sampling`).
     """
-    inputs = encode_prompts(processor, conversations, images).to(model.device)
+    inputs = Chat(processor).prompts(conversations, images).to(model.device)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False} | options)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from train_llava.checkpoint import load_checkpoint
 from train_llava.cli import parse_arguments, run_command, written_whole
 from train_llava.infer import load_model
-from train_llava.model_card import carry_card
+from train_llava.model import load_checkpoint
+from train_llava.reports import carry_card
 
 
 @dataclass

@@ -6,7 +6,7 @@ several people said, for visual question answering, or nothing.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from math import log, sqrt
 from statistics import NormalDist, mean
@@ -36,17 +36,6 @@ Prediction = dict[str, Any]
 def words(text: str) -> list[str]:
     """The words of a text in lower case, without punctuation."""
     return WORD.findall(text.lower())
-
-
-def cell(scores: dict[str, Any], metric: str) -> str:
-    """A metric as people write it: in percent, but for CIDEr."""
-    return f"{scores[metric]:.2f}" if metric == "cider" else f"{scores[metric]:.1%}"
-
-
-def markdown(rows: list[Sequence[str]]) -> str:
-    """Rows as a table, the first of them as its head."""
-    head, *lines = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *lines])
 
 
 def is_exact(prediction: Prediction) -> bool:

@@ -26,13 +26,9 @@ and names its pictures under `image` or `images`, one or a list, in the order of
 import hashlib
 import json
 import os
-import struct
 import tarfile
-import zipfile
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
 from itertools import groupby, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,9 +40,10 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from tqdm import tqdm
 
-from train_llava.checkpoint import IMAGE_TOKEN
 from train_llava.cli import written_whole
+from train_llava.pictures import is_archive, zip_members
 
+IMAGE_TOKEN = "<image>"
 CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."
 LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 ROLES = ("user", "assistant", "system")
@@ -66,6 +63,13 @@ FEATURES = datasets.Features(
     }
 )
 Record = dict[str, Any]
+
+
+class BadRecordError(ValueError):
+    """A record that cannot be used: its id, and the reason."""
+
+    def __str__(self) -> str:
+        return f"record {self.args[0]!r}: {self.args[1]}" if len(self.args) == 2 else self.args[0]
 
 
 def to_messages(record: Record) -> list[dict[str, Any]]:
@@ -306,19 +310,6 @@ def table_rows(data_path: str, files: list[Path], pictures: Path | None) -> Iter
         yield table_row(record, number, members)
 
 
-def is_archive(pictures: Path | None) -> bool:
-    """Whether pictures are read out of an unextracted archive."""
-    return pictures is not None and pictures.suffix == ".zip"
-
-
-def zip_members(archive: Path) -> dict[str, str]:
-    """Where each file of an archive lies: name -> "offset:size:method", so that one is read without the whole list."""
-    with zipfile.ZipFile(archive) as file:
-        members = {m.filename: f"{m.header_offset}:{m.compress_size}:{m.compress_type}" for m in file.infolist()}
-    # some archives hold one folder with everything in it, which records do not name
-    return {name.partition("/")[2]: place for name, place in members.items() if "/" in name} | members
-
-
 def table_row(record: Any, number: int, members: dict[str, str] | None) -> dict[str, Any]:
     """One record as a row of the table; what is wrong with it stands in `fault`."""
     row = dict.fromkeys(FEATURES) | {"id": str(number), "messages": "[]", "images": [], "image_bytes": [], "length": 0}
@@ -347,36 +338,3 @@ def table_row(record: Any, number: int, members: dict[str, str] | None) -> dict[
         return row | {"fault": str(error)}
     texts = [text_of(message) for message in messages]
     return row | {"messages": json.dumps(messages, ensure_ascii=False), "length": sum(map(len, texts))}
-
-
-def read_picture(pictures: Path, name: str) -> bytes | Path:
-    """A picture named in the table: a file in the folder `pictures`, or the bytes at a place in a shard or archive.
-
-    Raises:
-        OSError, ValueError: it is not there, or its path leads out of the folder.
-    """
-    if is_archive(pictures):
-        offset, size, method = map(int, name.split(":"))
-        with open(pictures, "rb") as file:
-            file.seek(offset)
-            header = file.read(30)
-            file.seek(sum(struct.unpack("<HH", header[26:30])), os.SEEK_CUR)  # the name and the extra field
-            packed = file.read(size)
-        return packed if method == zipfile.ZIP_STORED else zlib.decompress(packed, -zlib.MAX_WBITS)
-    shard, _, place = name.partition(".tar:")
-    if place:
-        offset, size = map(int, place.split(":"))
-        with open(pictures / f"{shard}.tar", "rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    path = pictures / name
-    if not path.resolve().is_relative_to(_resolved(pictures)):
-        raise ValueError(f"{name} lies outside the picture folder {pictures}")
-    if path.is_dir():
-        raise ValueError(f"{name} is a folder")
-    return path
-
-
-@lru_cache
-def _resolved(folder: Path) -> Path:
-    return folder.resolve()

@@ -15,68 +15,26 @@ What differs from `Trainer`:
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 
-from train_llava.checkpoint import count_parameters, load_checkpoint, part_of
-
-UNFINISHED = "unfinished"  # a file that a checkpoint holds while it is being written
-
-
-def is_finished(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
-    return (checkpoint / "trainer_state.json").exists() and not (checkpoint / UNFINISHED).exists()
+from train_llava.model import load_checkpoint, part_of
+from train_llava.run_folder import UNFINISHED, read_back
 
 
-def finished_checkpoint(output_dir: str) -> str | None:
-    """The last checkpoint of a run that was written to its end; None if there is none."""
-    whole = [folder for folder in Path(output_dir).glob("checkpoint-*") if is_finished(folder)]
-    return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
-
-
-def check_resumable(checkpoint: Path, ranks: int) -> None:
-    """Refuses what a run of so many ranks cannot go on from.
-
-    Raises:
-        ValueError: the checkpoint is not whole, or was written by another number of ranks, each of which keeps a part
-            of the optimizer's state.
-    """
-    if not is_finished(checkpoint):
-        raise ValueError(f"{checkpoint} is no checkpoint that was written to its end")
-    written_by = len(list(checkpoint.glob("rng_state*.pth")))
-    if written_by == 0:
-        raise ValueError(f"{checkpoint} holds the model only (--save_only_model): a run cannot go on from it")
-    if written_by != ranks:
-        raise ValueError(f"{checkpoint} was written by {written_by} ranks and this run has {ranks}: take as many")
-
-
-def read_back(folder: Path, model: nn.Module) -> None:
-    """Looks at the weights just saved: as many numbers as the model has (an adapter: as many as train), none missing.
-
-    Raises:
-        ValueError: they are not all there.
-    """
-    counts = count_parameters(model).values()
-    expected = sum(trainable if isinstance(model, PeftModel) else total for trainable, total in counts)
-    numbers = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            numbers |= {name: torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys()}  # noqa: SIM118
-    if model.config.get_text_config().tie_word_embeddings:  # DeepSpeed writes the one tensor under both names
-        numbers = {name: number for name, number in numbers.items() if not name.endswith("lm_head.weight")}
-    empty = [name for name, number in numbers.items() if number == 0]
-    if empty or sum(numbers.values()) != expected or not any("multi_modal_projector" in name for name in numbers):
-        what = f"{empty[0]} is empty" if empty else f"{sum(numbers.values()):,} numbers in place of {expected:,}"
-        raise ValueError(f"{folder} was not saved whole: {what}")
+def with_ids(items: list[dict[str, Any]], collator: Callable) -> dict[str, Any]:
+    """The collator's batch, and the records' `ids`, which `compute_loss` takes out and names when it must."""
+    return collator(items) | {"ids": [item["id"] for item in items]}
 
 
 class StopOnSignal(TrainerCallback):
@@ -118,6 +76,7 @@ class LlavaTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self.data_collator = partial(with_ids, collator=self.data_collator)
         self.learning_rates = learning_rates
         self.write_card = write_card
         self.add_callback(StopOnSignal())
@@ -142,7 +101,7 @@ class LlavaTrainer(Trainer):
         return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        ids = inputs.pop("ids", None)
+        ids = inputs.pop("ids")
         outcome = super().compute_loss(model, inputs, *args, **kwargs)
         loss = outcome[0] if isinstance(outcome, tuple) else outcome
         if model.training and not torch.isfinite(loss):

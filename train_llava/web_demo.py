@@ -26,10 +26,10 @@ from peft import PeftModel
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, StoppingCriteriaList, TextIteratorStreamer
 
-from train_llava.checkpoint import BITS_HELP
+from train_llava.chat import Chat
 from train_llava.cli import parse_arguments, run_command
-from train_llava.data import encode_prompts
 from train_llava.infer import load_model, question, reply, sampling
+from train_llava.model import BITS_HELP
 from train_llava.pictures import open_image
 
 # Pages that keep uploads in one folder delete each other's when they close. Gradio looks for its folder when imported
@@ -106,7 +106,7 @@ def stream(
     Raises:
         ValueError: the conversation is longer than what the model can read.
     """
-    inputs = encode_prompts(processor, [messages], images).to(model.device)
+    inputs = Chat(processor).prompts([messages], images).to(model.device)
     length, most = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
     if length >= most:
         raise ValueError(f"the conversation has {length} tokens, and the model reads {most}: clear it")

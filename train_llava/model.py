@@ -1,10 +1,11 @@
-"""Opens LLaVA checkpoints, older ones too, and knows what is in them: chat template, tokens, parts."""
+"""Opens a LLaVA checkpoint, older ones too; names its parts; decides what of them trains."""
 
 import sys
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jinja2.exceptions import UndefinedError
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -13,73 +14,23 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import is_bitsandbytes_available
 
-IMAGE_TOKEN = "<image>"
+from train_llava.chat import complete_template
+
 BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
-# Chat templates of language models expect each message's content to be a string. Pipelines and servers send a list of
-# parts. This prelude turns such a list into the string a LLaVA is trained on (the parts in order, one a line) and
-# hands it to the language model's own template, which follows it unchanged.
-STRUCTURED_CONTENT = (
-    "{%- set flat = namespace(messages=[]) -%}"
-    "{%- for message in messages -%}"
-    "{%- if message.content is string or message.content is not iterable -%}"
-    "{%- set flat.messages = flat.messages + [message] -%}"
-    "{%- else -%}"
-    "{%- set turn = namespace(parts=[]) -%}"
-    "{%- for part in message.content -%}"
-    "{%- if part.type == 'text' -%}{%- set turn.parts = turn.parts + [part.text] -%}"
-    "{%- else -%}{%- set turn.parts = turn.parts + ['" + IMAGE_TOKEN + "'] -%}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- set flat.messages = flat.messages + [dict(message, content=turn.parts | join('\n'))] -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- set messages = flat.messages %}"
-)
 
-
-# The template of llava-hf/llava-1.5-7b-hf and its kind writes nothing after an answer, so that a model trained with it
-# would never stop. LLaVA-1.5 itself was trained with the end-of-sequence token there; this prelude writes it.
-ENDED_ANSWERS = (
-    "{{%- set ended = namespace(messages=[]) -%}}"
-    "{{%- for message in messages -%}}"
-    "{{%- if message.role != 'assistant' -%}}"
-    "{{%- set ended.messages = ended.messages + [message] -%}}"
-    "{{%- elif message.content is string -%}}"
-    "{{%- set ended.messages = ended.messages + [dict(message, content=message.content + '{eos}')] -%}}"
-    "{{%- else -%}}"
-    "{{%- set last = dict(message.content[-1], text=message.content[-1].text + '{eos}') -%}}"
-    "{{%- set ended.messages = ended.messages + [dict(message, content=message.content[:-1] + [last])] -%}}"
-    "{{%- endif -%}}"
-    "{{%- endfor -%}}"
-    "{{%- set messages = ended.messages %}}"
-)
-
-
-def with_structured_content(chat_template: str) -> str:
-    """The language model's chat template, made to take structured message content as well as strings."""
-    return STRUCTURED_CONTENT + chat_template
-
-
-def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The special token that the chat template writes after an assistant's answer, where generation must stop.
-
-    Raises:
-        ValueError: the template ends an answer with no special token.
-    """
-    question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}
-    text = tokenizer.apply_chat_template([question, answer], tokenize=False)
-    if "yes" not in text:  # a template that takes structured content only
-        question, answer = (dict(m, content=[{"type": "text", "text": m["content"]}]) for m in (question, answer))
-        text = tokenizer.apply_chat_template([question, answer], tokenize=False)
-    ids = tokenizer(text[text.rindex("yes") :], add_special_tokens=False)["input_ids"]
-    for token_id in ids:
-        if token_id in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[token_id].special:
-            return tokenizer.convert_ids_to_tokens(token_id)
-    raise ValueError(f"the chat template of {tokenizer.name_or_path} ends an answer with no special token")
+@dataclass
+class LoraArguments:
+    lora_r: int = field(default=128, metadata={"help": "LoRA's rank."})
+    lora_alpha: int = field(
+        default=256, metadata={"help": "LoRA's scale; the update counts lora_alpha / lora_r times."}
+    )
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA (Liu et al., 2024): directions and lengths apart."})
+    use_rslora: bool = field(default=False, metadata={"help": "rsLoRA: lora_alpha / sqrt(lora_r) times instead."})
 
 
 def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor]:
@@ -97,30 +48,14 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor
     if config.model_type != "llava":
         raise ValueError(f"{model_name_or_path} is a {config.model_type} model, not a LLaVA: see build_model")
     processor = AutoProcessor.from_pretrained(model_name_or_path)
-    derived = []
+    processor.tokenizer.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    derived = complete_template(processor.tokenizer)
+    processor.chat_template = processor.tokenizer.chat_template
     if processor.patch_size is None:
         processor.patch_size = config.vision_config.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
         derived.append("the patch size")
-    template = processor.chat_template or processor.tokenizer.chat_template
-    if not template:
-        raise ValueError(f"{model_name_or_path} has no chat template")
-    processor.tokenizer.chat_template = processor.chat_template = template
-    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
-    try:
-        takes_parts = IMAGE_TOKEN in processor.apply_chat_template([question])
-    except (TypeError, UndefinedError):  # a template that adds strings
-        takes_parts = False
-    if not takes_parts:
-        processor.tokenizer.chat_template = processor.chat_template = with_structured_content(template)
-        derived.append("a chat template that takes pictures")
-    try:
-        end_of_turn_token(processor.tokenizer)
-    except ValueError:
-        ended = ENDED_ANSWERS.format(eos=processor.tokenizer.eos_token) + processor.chat_template
-        processor.tokenizer.chat_template = processor.chat_template = ended
-        derived.append("an end of the answers in its chat template")
     if derived:
         print(f"{model_name_or_path} lacks {' and '.join(derived)}: derived from its config", file=sys.stderr)
     return config, processor
@@ -195,3 +130,63 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
         trainable, total = counts[part]
         counts[part] = trainable + size * parameter.requires_grad, total + size
     return counts
+
+
+def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConfig:
+    """Low-rank adapters on every linear layer inside the language model, the projector in full beside them."""
+    linear = {name.rsplit(".", 1)[-1] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)}
+    return LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        use_dora=arguments.use_dora,
+        use_rslora=arguments.use_rslora,
+        # anchored: a bare name such as q_proj would match the vision tower's layers too
+        target_modules=rf"model\.language_model\..*\.({'|'.join(sorted(linear))})",
+        modules_to_save=["multi_modal_projector"],
+        task_type="CAUSAL_LM",
+    )
+
+
+def set_trainable(
+    model: LlavaForConditionalGeneration, train_type: str, arguments: LoraArguments
+) -> LlavaForConditionalGeneration | PeftModel:
+    """Decides what trains; everything else is frozen. The projector always trains.
+
+    The tower's layers behind the one that the projector reads are kept, to be saved, but not run any more.
+
+    - `projector`: nothing else
+    - `freeze_vision`: and the language model
+    - `full`: and the vision tower, up to the layer the projector reads (what lies behind it has no effect)
+    - `lora`: and low-rank adapters (Hu et al., 2021) on every linear layer inside the language model, by PEFT. The
+      projector is trained in full beside them and saved with them.
+    """
+    model.requires_grad_(False)
+    tower = model.model.vision_tower
+    layers = tower.encoder.layers
+    # hidden_states[0] is the embedding, hidden_states[i] what layer i - 1 gives
+    behind = layers[range(len(layers) + 1)[model.config.vision_feature_layer] :]
+    for layer in behind:
+        layer.forward = lambda hidden_states, *_, **__: hidden_states  # what it would compute is read by nothing
+    if train_type == "lora":
+        return get_peft_model(model, lora_config(model.model.language_model, arguments))
+    model.model.multi_modal_projector.requires_grad_(True)
+    if train_type in ("freeze_vision", "full"):
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    if train_type == "full":
+        tower.requires_grad_(True)
+        behind.requires_grad_(False)
+        for name, module in tower.named_children():
+            if name in ("post_layernorm", "head"):
+                module.requires_grad_(False)
+    return model
+
+
+def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> str:
+    """A table of what trains: each part's trainable parameters, all it has, and its learning rate."""
+    lines = [f"{'':<16}{'trainable':>16}{'of':>16}{'learning rate':>16}"]
+    for part, (trainable, total) in count_parameters(model).items():
+        rate = f"{learning_rates[part]:g}" if trainable else ""
+        lines.append(f"{part:<16}{trainable:>16,}{total:>16,}{rate:>16}".rstrip())
+    return "\n".join(lines)

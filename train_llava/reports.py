@@ -1,0 +1,142 @@
+"""What people read of a run: its loss curve, its model card, its tables."""
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from train_llava.model import LoraArguments
+    from train_llava.train import DataArguments, ModelArguments, TrainArguments
+
+
+FILE = "README.md"
+HELD_OUT = "## Held-out answers\n"
+INTRO = "A LLaVA, which answers questions about pictures. `AutoModelForImageTextToText` and `AutoProcessor` open it."
+ADAPTER = " It is a LoRA adapter: `PeftModel.from_pretrained` puts it on its base model."
+LICENCE = """## Licence
+
+The weights descend from the models and the data named above, and whatever their licences ask for holds here too. Look
+them up before sharing this model.
+"""
+
+
+def cell(scores: dict[str, Any], metric: str) -> str:
+    """A metric as people write it: in percent, but for CIDEr."""
+    return f"{scores[metric]:.2f}" if metric == "cider" else f"{scores[metric]:.1%}"
+
+
+def markdown(rows: list[Sequence[str]]) -> str:
+    """Rows as a table, the first of them as its head."""
+    head, *lines = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *lines])
+
+
+def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
+    """Draws the training loss, and the held-out loss where there is one, over the steps."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(xlabel="step", ylabel="loss per answer token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def write_run_card(
+    model_arguments: "ModelArguments",
+    lora_arguments: "LoraArguments",
+    data_arguments: "DataArguments",
+    args: "TrainArguments",
+    records: int | None,
+    learning_rates: dict[str, float],
+    log_history: list[dict[str, Any]],
+) -> None:
+    """Writes the loss curve and the model card: what was trained on what, by which settings, and the losses."""
+    folder, lora = Path(args.output_dir), args.train_type == "lora"
+    plot_loss(log_history, folder / "loss.png")
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings = {
+        "what trained": f"`{args.train_type}`",
+        "learning rates": ", ".join(f"{part} {rate:g}" for part, rate in learning_rates.items()),
+        "schedule": f"{args.lr_scheduler_type}, warm-up {args.warmup_steps:g}, weight decay {args.weight_decay:g}",
+        "records": "streamed" if records is None else f"{records:,}",
+        "batch": f"{batch} ({args.train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} ranks)",
+        "length": f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
+        "longest conversation": f"{data_arguments.max_length} tokens",
+        "optimizer": args.optim,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "seed": str(args.seed),
+    }
+    if lora:
+        given = vars(lora_arguments) | {"bits": model_arguments.bits}
+        settings["LoRA"] = ", ".join(f"{name} {value}" for name, value in given.items())
+    losses = {"loss": "training loss, last", "train_loss": "training loss, mean", "eval_loss": "held-out loss, last"}
+    for key, name in losses.items():
+        values = [entry[key] for entry in log_history if key in entry]
+        if values:
+            settings[name] = f"{values[-1]:.4f}"
+    sections = [f"## Training\n\n{markdown([('', ''), *settings.items()])}\n\n![Loss](loss.png)"]
+    base, data = model_arguments.model_name_or_path, data_arguments.data_path
+    write_card(folder, folder.absolute().name, ancestors(base), data, sections, adapter_of=base if lora else None)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model or a data set was named by its place on the hub."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+
+
+def shown(name: str) -> str:
+    """A name as strangers may see it: a hub id, or the last part of a path on this machine."""
+    return name if is_hub_id(name) else Path(name).absolute().name
+
+
+def ancestors(model_name_or_path: str) -> list[str]:
+    """What a model was made of, by its card, the oldest first; itself at the end."""
+    card = Path(model_name_or_path) / FILE
+    known = ModelCard.load(card).data.get("made_of", []) if card.exists() else []
+    return [*known, model_name_or_path]
+
+
+def write_card(
+    folder: Path, name: str, made_of: list[str], data: list[str], sections: list[str], adapter_of: str | None = None
+) -> None:
+    """Writes a model's card: sections of Markdown under a head that the hub reads.
+
+    `made_of` and `data` are names as given, and those of them that are hub ids are linked there; an adapter's base
+    model is `adapter_of`.
+    """
+    bases = [adapter_of] if adapter_of else made_of
+    made_of_shown, data_shown = list(map(shown, made_of)), list(map(shown, data))
+    head = ModelCardData(
+        library_name="peft" if adapter_of else "transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["llava"],
+        base_model=[name for name in bases if is_hub_id(name)] or None,
+        datasets=[name for name in data if is_hub_id(name)] or None,
+        made_of=made_of_shown,
+    )
+    lists = {"Made of": made_of_shown, "Trained on": data_shown}
+    listed = [
+        f"## {title}\n\n" + "\n".join(f"- `{name}`" for name in names) for title, names in lists.items() if names
+    ]
+    body = "\n\n".join([f"# {name}", INTRO + ADAPTER * bool(adapter_of), *listed, *sections, LICENCE])
+    ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}").save(folder / FILE)
+
+
+def carry_card(adapter: Path, merged: Path) -> None:
+    """Gives a merged model the card that its adapter has, if it has one."""
+    if (adapter / FILE).exists():
+        card = ModelCard.load(adapter / FILE)
+        card.data.library_name = "transformers"
+        card.text = card.text.replace(ADAPTER, "")
+        card.save(merged / FILE)
+        for picture in adapter.glob("*.png"):
+            shutil.copy(picture, merged)
