@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from train_llava.build_model import build_model
-from train_llava.chat import end_of_turn_tokens
+from train_llava.chat import complete_template, end_of_turn_tokens
 from train_llava.model import load_checkpoint
 
 PICTURE = Image.new("RGB", (50, 30), "red")
@@ -105,10 +105,11 @@ def test_a_full_vocabulary_gets_a_row_and_keeps_its_own(parts, tmp_path):
 
 def test_end_of_turn_token_is_read_off_the_template(parts):
     tokenizer = AutoTokenizer.from_pretrained(parts["qwen2"])
-    assert end_of_turn_tokens(tokenizer)[0] == "<|im_end|>"
+    complete_template(tokenizer)
+    assert end_of_turn_tokens(tokenizer) == ["<|im_end|>"]
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "\n###\n")
-    with pytest.raises(ValueError, match="no special token"):
-        end_of_turn_tokens(tokenizer)[0]
+    assert complete_template(tokenizer)[-1].startswith("an end")
+    assert end_of_turn_tokens(tokenizer) == [tokenizer.eos_token]
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ import pytest
 from conftest import turns
 from PIL import Image
 
+from train_llava.chat import Chat
 from train_llava.check_data import kind_of
 from train_llava.data import BadRecordError, CheckedDataset, LlavaCollator, LlavaDataset, stream_items
-from train_llava.pictures import open_image, prepare_pictures
+from train_llava.pictures import agrees, open_image, prepare_pictures
 from train_llava.records import load_records, read_json, text_of
 
 ROOT = Path(__file__).parent.parent
@@ -270,8 +271,7 @@ def test_odd_shapes_reach_the_model(processor):
 
 
 def test_the_fast_path_gives_the_processors_pixels(processor):
-    collator = LlavaCollator(processor)
-    assert collator.fast
+    assert agrees(processor.image_processor)
     rng = np.random.default_rng(1)
     images = [
         Image.fromarray(rng.integers(0, 256, s, dtype=np.uint8)) for s in ((28, 28, 3), (90, 41, 3), (33, 257, 3))
@@ -376,9 +376,7 @@ def test_every_bad_record_is_refused_with_its_reason(dirty, processor):
 
 def test_a_bad_record_gives_its_place_to_the_next_good_one_and_is_logged_once(dirty, processor, tmp_path):
     root, reasons = dirty
-    checked = CheckedDataset(
-        LlavaDataset(str(root)), LlavaCollator(processor, 200), tmp_path / "bad.jsonl", "skip", 1.0
-    )
+    checked = CheckedDataset(LlavaDataset(str(root)), Chat(processor, 200), tmp_path / "bad.jsonl", "skip", 1.0)
     for _ in range(2):
         ids = [checked[i]["id"] for i in range(len(checked))]
         assert ids == [f"good {(i + 1) // 2 % 25}" for i in range(50)]
@@ -388,11 +386,11 @@ def test_a_bad_record_gives_its_place_to_the_next_good_one_and_is_logged_once(di
 
 
 def test_too_many_bad_records_or_a_strict_run_stop(dirty, processor, tmp_path):
-    dataset, collator = LlavaDataset(str(dirty[0])), LlavaCollator(processor, 200)
-    strict = CheckedDataset(dataset, collator, tmp_path / "bad.jsonl", bad_samples="error")
+    dataset, chat = LlavaDataset(str(dirty[0])), Chat(processor, 200)
+    strict = CheckedDataset(dataset, chat, tmp_path / "bad.jsonl", bad_samples="error")
     with pytest.raises(BadRecordError, match=r"record 'truncated': truncated\.jpg"):
         strict[1]
-    checked = CheckedDataset(dataset, collator, tmp_path / "bad.jsonl", max_bad_fraction=0.05)
+    checked = CheckedDataset(dataset, chat, tmp_path / "bad.jsonl", max_bad_fraction=0.05)
     assert checked[1]["id"] == "good 1"
     with pytest.raises(ValueError, match="3 of 50 records are bad, more than --max_bad_fraction"):
         [checked[i] for i in (3, 5)]
@@ -400,7 +398,7 @@ def test_too_many_bad_records_or_a_strict_run_stop(dirty, processor, tmp_path):
 
 def test_streaming_reads_every_good_record_and_goes_on(dirty, processor, tmp_path):
     root, reasons = dirty
-    stream = stream_items(str(root), None, LlavaCollator(processor, 200), tmp_path / "bad.jsonl")
+    stream = stream_items(str(root), None, Chat(processor, 200), tmp_path / "bad.jsonl")
     ids = [item["id"] for item, _ in zip(stream, range(30), strict=False)]
     assert ids == [f"good {i % 25}" for i in range(30)]
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == len(reasons)

@@ -18,8 +18,9 @@ from transformers import LlavaForConditionalGeneration
 
 from train_llava.data import LlavaCollator, LlavaDataset
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
+from train_llava.run_folder import UNFINISHED, check_resumable, finished_checkpoint, is_finished
 from train_llava.train import TrainArguments
-from train_llava.trainer import UNFINISHED, LlavaTrainer, check_resumable, finished_checkpoint, is_finished
+from train_llava.trainer import LlavaTrainer
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--learning_rate", "1e-3", "--per_device_train_batch_size", "2"]

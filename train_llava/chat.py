@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import count
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from train_llava.records import IMAGE_TOKEN, BadRecordError, text_of
 
 IGNORE = -100  # the label that cross entropy leaves out
 MARK = "\ue000{}\ue001"  # characters of Unicode's private use stand in no template
-TWO_TURNS = ("user", "assistant", "user", "assistant")
+Form = tuple[tuple[str, tuple[str, ...]], ...]  # see `form_of`
+QUESTION, ANSWER = ("user", ("text",)), ("assistant", ("text",))
+TWO_TURNS = (QUESTION, ANSWER, QUESTION, ANSWER)
 STRUCTURED_CONTENT, ENDED_ANSWERS = (
     Path(__file__).with_name(name).read_text(encoding="utf-8").strip()
     for name in ("structured_content.jinja", "ended_answers.jinja")
@@ -42,18 +45,26 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], a
         raise ValueError(f"the chat template refuses it: {error}") from error
 
 
-def pieces_of(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...], answer_next: bool = False) -> list[str]:
+def form_of(messages: list[dict[str, Any]]) -> Form:
+    """The roles of a conversation, and of what kinds each message's parts are."""
+    return tuple((message["role"], tuple(part["type"] for part in message["content"])) for message in messages)
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, form: Form, answer_next: bool = False) -> list[str]:
     """What the chat template writes around the texts of a conversation: before the first, between two, after the last.
 
     Raises:
         ValueError: it does not take such a conversation, or does not write each text once, in order.
     """
-    messages = [{"role": role, "content": [{"type": "text", "text": MARK.format(i)}]} for i, role in enumerate(roles)]
+    numbers, messages = count(), []
+    for role, kinds in form:
+        parts = [{"type": kind} | ({"text": MARK.format(next(numbers))} if kind == "text" else {}) for kind in kinds]
+        messages.append({"role": role, "content": parts})
     text = render(tokenizer, messages, answer_next)
-    found = re.findall(MARK.format(r"(\d+)"), text)
-    if found != [str(i) for i in range(len(roles))]:
-        missing = next((role for i, role in enumerate(roles) if str(i) not in found), "user")
-        raise ValueError(f"the chat template does not write a turn of role {missing} once, in its place")
+    written = re.findall(MARK.format(r"(\d+)"), text)
+    if written != [str(i) for i in range(next(numbers))]:
+        roles = ", ".join(role for role, _ in form)
+        raise ValueError(f"the chat template does not write each text of a conversation of {roles} once, in order")
     return re.split(MARK.format(r"\d+"), text)
 
 
@@ -127,7 +138,7 @@ def _unify_openings(tokenizer: PreTrainedTokenizerBase) -> bool:
     from what training never saw. The longest opening is taken for all; a thought that is left open in it is closed.
     """
     pieces = pieces_of(tokenizer, TWO_TURNS)
-    openings = [pieces[1], pieces[3], pieces_of(tokenizer, ("user",), answer_next=True)[1]]
+    openings = [pieces[1], pieces[3], pieces_of(tokenizer, (QUESTION,), answer_next=True)[1]]
     common = commonprefix(openings)  # noqa: RUF071 - of texts
     extras = [opening.removeprefix(common) for opening in openings]
     if not any(extra.strip() for extra in extras):
@@ -173,9 +184,9 @@ class Chat:
         self.control_tokens -= {processor.image_token}
 
     @lru_cache(maxsize=64)  # noqa: B019 - there is one of these a process
-    def pieces(self, roles: tuple[str, ...], answer_next: bool = False) -> list[str]:
+    def pieces(self, form: Form, answer_next: bool = False) -> list[str]:
         """See `pieces_of`."""
-        return pieces_of(self.tokenizer, roles, answer_next)
+        return pieces_of(self.tokenizer, form, answer_next)
 
     def answer_spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[range], list[str]]:
         """A conversation as the chat template writes it, and what the model has to say of it.
@@ -188,25 +199,29 @@ class Chat:
         Raises:
             ValueError: the template refuses the conversation, or writes something else than its texts.
         """
-        text, roles = render(self.tokenizer, messages), tuple(message["role"] for message in messages)
-        pieces, place = self.pieces(roles), 0
+        text, form = render(self.tokenizer, messages), form_of(messages)
+        pieces, place, last = (
+            self.pieces(form),
+            0,
+            0,
+        )  # the piece in front of the next text, and where that piece begins
         spans, ends = [], []
         for i, message in enumerate(messages):
-            content, start = text_of(message), place + len(pieces[i])
-            place = start + len(content)
-            if text[start - len(pieces[i]) : place] != pieces[i] + content:
-                raise ValueError(f"the chat template writes something else than the text of a turn of role {roles[i]}")
-            if roles[i] == "assistant":
-                prompt = self.pieces(roles[:i], answer_next=True)[-1]
-                end = end_of(self.tokenizer, pieces[i + 1])
-                if not pieces[i].startswith(prompt) or end is None:
-                    raise ValueError("the chat template writes this answer otherwise than one that is generated")
-                # white space that the prompt leaves out is the model's to say
-                begin = start - len(pieces[i]) + len(prompt)
-                spans.append(range(begin, place + pieces[i + 1].index(end) + len(end)))
+            texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+            opening, begin = pieces[last], place
+            for content in texts:
+                if not text.startswith(pieces[last] + content, place):
+                    raise ValueError(f"the chat template changes the text of a turn of role {message['role']}")
+                place, last = place + len(pieces[last]) + len(content), last + 1
+            if message["role"] == "assistant":
+                prompt = self.pieces(form[:i], answer_next=True)[-1]
+                end = end_of(self.tokenizer, pieces[last])
+                if not opening.startswith(prompt) or end is None:
+                    raise ValueError("the chat template writes an answer otherwise than one that is generated")
+                # what is left of the opening is white space, which the model has to say
+                stop = place + pieces[last].index(end) + len(end)
+                spans.append(range(begin + len(prompt), stop))
                 ends.append(end)
-        if text[place:] != pieces[-1]:
-            raise ValueError("the chat template writes something else behind the last turn")
         return text, spans, ends
 
     def encode(self, messages: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:

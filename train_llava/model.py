@@ -49,13 +49,14 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor
         raise ValueError(f"{model_name_or_path} is a {config.model_type} model, not a LLaVA: see build_model")
     processor = AutoProcessor.from_pretrained(model_name_or_path)
     processor.tokenizer.chat_template = processor.chat_template or processor.tokenizer.chat_template
-    derived = complete_template(processor.tokenizer)
-    processor.chat_template = processor.tokenizer.chat_template
+    derived = []
     if processor.patch_size is None:
         processor.patch_size = config.vision_config.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
         derived.append("the patch size")
+    derived += complete_template(processor.tokenizer)
+    processor.chat_template = processor.tokenizer.chat_template
     if derived:
         print(f"{model_name_or_path} lacks {' and '.join(derived)}: derived from its config", file=sys.stderr)
     return config, processor
