@@ -299,7 +299,9 @@ def test_a_checkpoint_of_the_tutorial_opens_as_it_is(llava, parts, tmp_path, cap
     assert not (old / "processor_config.json").exists()
     capsys.readouterr()
     again, derived = load_checkpoint(str(old))
-    assert "lacks the patch size and a chat template that takes pictures" in capsys.readouterr().err
+    assert (
+        "lacks the number of tokens a picture has and a chat template that takes pictures" in capsys.readouterr().err
+    )
     _, processor = load_checkpoint(str(llava))
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     picture = [Image.new("RGB", (50, 30), "red")]

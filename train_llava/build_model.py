@@ -11,14 +11,16 @@ Both models keep their weights; only the projector between them is new. The fold
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -30,8 +32,8 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from train_llava.chat import complete_template, end_of_turn_tokens
 from train_llava.checks import check_checkpoint, reference_outputs
-from train_llava.cli import parse_arguments, run_command, written_whole
-from train_llava.model import count_parameters
+from train_llava.cli import opening, parse_arguments, run_command, written_whole
+from train_llava.model import complete_generation_config, count_parameters
 from train_llava.records import IMAGE_TOKEN
 from train_llava.reports import write_card
 
@@ -63,19 +65,61 @@ class BuildArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a checkpoint."})
 
 
+def load_part(auto_class: Any, name_or_path: str, **options: Any) -> tuple[PreTrainedModel, set[str]]:
+    """One of the two models, and the names of those of its weights that its folder lacks.
+
+    Raises:
+        ValueError: it cannot be opened, or not so that a LLaVA could hold it; the message says why.
+    """
+    with opening(name_or_path):
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=options.get("trust_remote_code", False))
+        if type(config).__module__.startswith("transformers_modules"):
+            raise ValueError(f"it is a {config.model_type}, whose code comes with it, and a LLaVA checkpoint has none")
+        if getattr(config, "quantization_config", None):
+            raise ValueError("its weights are quantised: take the model they were made from")
+        if auto_class is AutoModelForCausalLM and type(config) not in auto_class._model_mapping:
+            auto_class = AutoModelForImageTextToText
+        if type(config) not in auto_class._model_mapping:
+            raise ValueError(f"it is a {config.model_type}, which is no such model")
+        model, loading = auto_class.from_pretrained(name_or_path, output_loading_info=True, **options)
+    return model.eval(), set(loading["missing_keys"])
+
+
 def load_vision_tower(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
     """The vision transformer of a published CLIP or SigLIP, or of a checkpoint that holds the tower alone.
 
     Raises:
-        ValueError: the checkpoint has no vision tower of that kind.
+        ValueError: the checkpoint has no vision tower of that kind, or not all of its weights.
     """
-    model = AutoModel.from_pretrained(name_or_path, dtype=dtype)
-    tower = model.vision_model if "vision_config" in model.config.sub_configs else model
+    model, missing = load_part(AutoModel, name_or_path, dtype=dtype)
+    tower = model.get_encoder("image")
     if tower.config.model_type == "siglip2_vision_model":
         raise ValueError(f"{name_or_path} takes pictures of any size (NaFlex): take a SigLIP 2 of one picture size")
     if tower.config.model_type not in ("clip_vision_model", "siglip_vision_model"):
         raise ValueError(f"{name_or_path} is a {model.config.model_type} model, not a CLIP or SigLIP vision tower")
+    prefix = next(name for name, module in model.named_modules() if module is tower)
+    if lacking := sorted(name for name in missing if name.startswith(prefix)):
+        raise ValueError(f"{name_or_path} lacks weights of its vision tower, {lacking[0]} for one")
     return tower
+
+
+def load_language_model(name_or_path: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model; of one that comes with a vision tower of its own, such as Gemma 3, the text half.
+
+    Raises:
+        ValueError: there is none of that name, or not all of its weights.
+    """
+    model, missing = load_part(AutoModelForCausalLM, name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
+    if missing:
+        raise ValueError(f"{name_or_path} lacks weights of the language model, {min(missing)} for one")
+    if model.get_decoder() is model.base_model:
+        return model
+    with torch.device("meta"):
+        half = AutoModelForCausalLM.from_config(model.config.get_text_config(decoder=True))
+    setattr(half, half.base_model_prefix, model.get_decoder())
+    half.set_output_embeddings(model.get_output_embeddings())
+    half.generation_config = model.generation_config
+    return half.eval()
 
 
 def make_processor(
@@ -90,13 +134,15 @@ def make_processor(
     Raises:
         ValueError: the tower's image processor makes pictures of another size than the tower takes.
     """
-    image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path)
+    with opening(vision_model_name_or_path):
+        image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path)
     if image_aspect_ratio == "pad":
         from transformers import LlavaImageProcessor  # here, since it warns of a missing torchvision when imported
 
-        kept = ("size", "resample", "image_mean", "image_std", "rescale_factor")
+        kept = ("resample", "image_mean", "image_std", "rescale_factor")
         settings = {name: value for name, value in image_processor.to_dict().items() if name in kept}
-        image_processor = LlavaImageProcessor(do_pad=True, do_center_crop=False, **settings)
+        size = {"height": tower.config.image_size, "width": tower.config.image_size}
+        image_processor = LlavaImageProcessor(do_pad=True, do_center_crop=False, size=size, crop_size=size, **settings)
     made = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[-1]
     if made != tower.config.image_size:
         raise ValueError(
@@ -119,16 +165,18 @@ def number_of_class_tokens(tower: PreTrainedModel) -> int:
 
 
 def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer with `<image>`, a pad token and a template that takes structured content.
+    """The language model's tokenizer with `<image>`, a pad token, and a template fit for a LLaVA.
 
     Raises:
         ValueError: it has no chat template, so the model is not a chat model.
     """
-    tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, trust_remote_code=trust_remote_code)
+    with opening(language_model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, trust_remote_code=trust_remote_code)
     complete_template(tokenizer)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or end_of_turn_tokens(tokenizer)[0]
+    tokenizer.padding_side = "left"  # or batches of questions, which plain transformers pads, get other answers
     return tokenizer
 
 
@@ -168,11 +216,7 @@ def assemble(
         model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(language_model.dtype)
 
     model.generation_config = language_model.generation_config
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    ends = tokenizer.convert_tokens_to_ids(end_of_turn_tokens(tokenizer))
-    model.generation_config.eos_token_id = [*(end for end in ends if end not in stops), *stops]
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    complete_generation_config(model.generation_config, tokenizer)
     return model.eval()
 
 
@@ -184,47 +228,40 @@ def published(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.replace(".vision_tower.", ".vision_tower.vision_model."): tensor for name, tensor in weights.items()}
 
 
-def build_model(
-    vision_model_name_or_path: str,
-    language_model_name_or_path: str,
-    output_dir: str,
-    dtype: str = "auto",
-    vision_feature_layer: int = -2,
-    vision_feature_select_strategy: str = "auto",
-    image_aspect_ratio: str = "crop",
-    skip_checks: bool = False,
-    trust_remote_code: bool = False,
-) -> None:
-    """Writes the LLaVA checkpoint `output_dir`; see `BuildArguments` for the arguments.
+def build_model(*arguments: Any, **named: Any) -> None:
+    """Writes a LLaVA checkpoint; takes what `BuildArguments` takes.
 
     Raises:
         OSError, ValueError: a part cannot be loaded or the outcome is not right; nothing is left behind.
     """
-    with written_whole(output_dir) as folder:
-        tokenizer = load_tokenizer(language_model_name_or_path, trust_remote_code)
-        print(f"language model  {language_model_name_or_path}")
-        language_model = AutoModelForCausalLM.from_pretrained(
-            language_model_name_or_path, dtype=dtype, trust_remote_code=trust_remote_code
-        ).eval()
-        print(f"vision tower    {vision_model_name_or_path}")
-        vision_tower = load_vision_tower(vision_model_name_or_path, language_model.dtype).eval()
-        if vision_feature_select_strategy == "auto":
-            vision_feature_select_strategy = "default" if number_of_class_tokens(vision_tower) else "full"
+    given = BuildArguments(*arguments, **named)
+    layer, strategy = given.vision_feature_layer, given.vision_feature_select_strategy
+    with written_whole(given.output_dir) as folder:
+        tokenizer = load_tokenizer(given.language_model_name_or_path, given.trust_remote_code)
+        print(f"language model  {given.language_model_name_or_path}")
+        language_model = load_language_model(given.language_model_name_or_path, given.dtype, given.trust_remote_code)
+        print(f"vision tower    {given.vision_model_name_or_path}")
+        vision_tower = load_vision_tower(given.vision_model_name_or_path, language_model.dtype)
+        states = vision_tower.config.num_hidden_layers + 1
+        if not -states <= layer < states:
+            raise ValueError(f"--vision_feature_layer {layer}: the tower has hidden states {-states} to {states - 1}")
+        if strategy == "auto":
+            strategy = "default" if number_of_class_tokens(vision_tower) else "full"
         processor = make_processor(
-            vision_model_name_or_path, tokenizer, vision_tower, vision_feature_select_strategy, image_aspect_ratio
+            given.vision_model_name_or_path, tokenizer, vision_tower, strategy, given.image_aspect_ratio
         )
-        if not skip_checks:
-            references = reference_outputs(vision_tower, language_model, processor, vision_feature_layer)
-        model = assemble(vision_tower, language_model, tokenizer, vision_feature_layer, vision_feature_select_strategy)
+        if not given.skip_checks:
+            references = reference_outputs(vision_tower, language_model, processor, layer)
+        model = assemble(vision_tower, language_model, tokenizer, layer, strategy)
         model.save_pretrained(folder, state_dict=published(model.state_dict()))
         processor.save_pretrained(folder)
-        parts = [vision_model_name_or_path, language_model_name_or_path]
+        parts = [given.vision_model_name_or_path, given.language_model_name_or_path]
         note = "Put together and not trained yet: the projector is random."
-        write_card(folder, Path(output_dir).name, parts, [], [note])
+        write_card(folder, Path(given.output_dir).name, parts, [], [note])
         sizes = [(part, f"{total:,} parameters") for part, (_, total) in count_parameters(model).items()]
         del model, vision_tower, language_model  # the checks load the saved model: never two in memory
-        checks = [] if skip_checks else check_checkpoint(folder, *references)
-    for what, outcome in [*sizes, *checks, ("written to", output_dir)]:
+        checks = [] if given.skip_checks else check_checkpoint(folder, *references)
+    for what, outcome in [*sizes, *checks, ("written to", given.output_dir)]:
         print(f"{what:<26}{outcome}")
 
 

@@ -163,6 +163,17 @@ def _unify_openings(tokenizer: PreTrainedTokenizerBase) -> bool:
     return True
 
 
+def image_side(processor: LlavaProcessor) -> int:
+    """How many pixels a side a picture has once it is prepared."""
+    return prepare_pictures(processor.image_processor, [Image.new("RGB", (32, 32))]).shape[-1]
+
+
+def image_tokens(processor: LlavaProcessor) -> int:
+    """How many `<image>` tokens the processor writes for a picture."""
+    blank = torch.empty(1, 3, image_side(processor), image_side(processor))
+    return processor.replace_image_token({"pixel_values": blank}, 0).count(processor.image_token)
+
+
 class Chat:
     """A model's conversations, from messages to token ids: what is learnt of them, and what generation begins from.
 
@@ -174,9 +185,7 @@ class Chat:
 
     def __init__(self, processor: LlavaProcessor, max_length: int | None = None):
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
-        blank = prepare_pictures(processor.image_processor, [Image.new("RGB", (32, 32))])
-        self.side = blank.shape[-1]  # of a picture once prepared, in pixels
-        self.image_tokens = processor.replace_image_token({"pixel_values": blank}, 0).count(processor.image_token)
+        self.side, self.image_tokens = image_side(processor), image_tokens(processor)
         self.end_of_turn_tokens = end_of_turn_tokens(self.tokenizer)
         written = "".join(self.pieces(TWO_TURNS))
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}

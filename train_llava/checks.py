@@ -12,9 +12,10 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from torch import nn
-from transformers import LlavaProcessor, PreTrainedModel
+from transformers import GenerationConfig, LlavaProcessor, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from train_llava.chat import IGNORE, Chat, form_of
 from train_llava.data import CheckedDataset
 from train_llava.model import count_parameters, load_checkpoint
 from train_llava.records import IMAGE_TOKEN
@@ -127,7 +128,8 @@ def reference_outputs(
 
 @torch.inference_mode()
 def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> list[tuple[str, str]]:
-    """Reads a saved LLaVA back and compares it with what its two halves said alone (see `reference_outputs`).
+    """Reads a saved LLaVA back and measures what is claimed of it: that it is its two parts (see `reference_outputs`),
+    what it learns and generates from, and what it gives in a batch.
 
     Returns the outcome as rows of (what was checked, what was found).
 
@@ -135,20 +137,27 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
         ValueError: a check failed; the message names it.
     """
     model, processor = load_checkpoint(str(folder))
-    config, tokenizer = model.config, processor.tokenizer
+    config, tokenizer, chat = model.config, processor.tokenizer, Chat(processor)
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id or len(tokenizer) > rows:
         raise ValueError(f"{IMAGE_TOKEN} has no row of its own: {len(tokenizer)} tokens, {rows} embedding rows")
-    found = [
+    outcome = [
         ("tokenizer and embedding", f"{len(tokenizer)} tokens, {rows} rows, {IMAGE_TOKEN} is {config.image_token_id}")
     ]
 
     input_ids, pixel_values = example_inputs(processor)
     our_logits = model(input_ids=input_ids).logits[..., : logits.shape[-1]]
-    found.append(("text-only logits", _difference("text-only logits", our_logits, logits)))
-
+    outcome.append(("text-only logits", _equal("text-only logits", our_logits, logits)))
     hidden = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True).hidden_states
-    found.append(("vision features", _difference("vision features", hidden[config.vision_feature_layer], features)))
+    outcome.append(("vision features", _equal("vision features", hidden[config.vision_feature_layer], features)))
+    outcome += check_conversations(chat, model.generation_config)
+    packed = packing_difference(model, chat)
+    packs = "equal" if packed <= tolerance(model.dtype) else "not equal: training refuses --packing"
+    outcome.append(("packed against alone", f"{packs} (difference {packed:.0e})"))
+    batched = batching_difference(model, processor)
+    if not batched <= tolerance(model.dtype):
+        raise ValueError(f"in a batch its logits differ from those alone by {batched:.0e} of the largest")
+    outcome.append(("batched against single", f"equal (difference {batched:.0e})"))
 
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -158,19 +167,112 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
     given = len(model.get_image_features(inputs["pixel_values"]).pooler_output[0])
     if written != given:
         raise ValueError(f"the processor writes {written} {IMAGE_TOKEN} tokens a picture, the tower gives {given}")
-    found.append(("tokens a picture", f"{written} written, {given} features"))
+    outcome.append(("tokens a picture", f"{written} written, {given} features"))
 
     # What all layers compute was compared above; a large picture's tokens would take minutes through them on a CPU.
     model.model.language_model.layers = model.model.language_model.layers[:1]
     answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    found.append(("a picture and a question", f"{answer.shape[1] - inputs['input_ids'].shape[1]} tokens generated"))
-    return found
+    outcome.append(("a picture and a question", f"{answer.shape[1] - inputs['input_ids'].shape[1]} tokens generated"))
+    return outcome
 
 
-def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> str:
-    """States the largest difference, relative to the largest value; past the precision's noise it is an error."""
-    relative = ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
-    if not relative <= (1e-4 if theirs.dtype == torch.float32 else 3e-2):
+def conversation(*texts: str) -> list[dict[str, Any]]:
+    """Messages of alternating questions and answers, a picture in front of the first."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": [{"type": "text", "text": text}]} for i, text in enumerate(texts)]
+    messages[0]["content"].insert(0, {"type": "image"})
+    return messages
+
+
+def check_conversations(chat: Chat, generation_config: GenerationConfig) -> list[tuple[str, str]]:
+    """Makes sure, on conversations of one and of two turns, that what is learnt is each answer and the token that ends
+    its turn, that generation stops at these, and that it begins from the same tokens as the answer had in training.
+
+    Returns the outcome as rows of (what was checked, what was found).
+
+    Raises:
+        ValueError: one of these is not so; the message says what.
+    """
+    tokenizer, stops = chat.tokenizer, generation_config.eos_token_id
+    ends: list[str] = []
+    for texts in (("What is this?", "A red square."), ("What is this?", "A red square.", "And this?", "It is blue.")):
+        messages = conversation(*texts)
+        input_ids, labels = chat.encode(messages)
+        learnt = np.flatnonzero(labels != IGNORE)
+        runs = np.split(learnt, np.flatnonzero(np.diff(learnt) > 1) + 1)
+        if len(runs) != len(texts) // 2:
+            raise ValueError(f"{len(runs)} stretches are learnt of a conversation with {len(texts) // 2} answers")
+        for i, run in enumerate(runs):
+            end = tokenizer.convert_ids_to_tokens(int(input_ids[run[-1]]))
+            if tokenizer.decode(input_ids[run]).strip() != texts[2 * i + 1] + end:
+                raise ValueError(f"{tokenizer.decode(input_ids[run])!r} is learnt as the answer {texts[2 * i + 1]!r}")
+            if input_ids[run[-1]] not in (stops if isinstance(stops, list) else [stops]):
+                raise ValueError(f"answers are taught to end with {end}, and generation does not stop there")
+            prompt = chat.prompts([messages[: 2 * i + 1]], [Image.new("RGB", (8, 8))])["input_ids"][0].tolist()
+            if prompt != input_ids[: run[0]].tolist():
+                raise ValueError(
+                    f"generation begins from {tokenizer.decode(prompt[-8:])!r}, and in training the answer followed "
+                    f"{tokenizer.decode(input_ids[max(0, run[0] - 8) : run[0]])!r}"
+                )
+            ends.append(end)
+    opening = chat.pieces(form_of(messages[:1]), answer_next=True)[-1]
+    return [
+        ("what is learnt", f"each answer with {' or '.join(dict.fromkeys(ends))}, where generation stops"),
+        ("generation prompt", f"as in training, {opening!r}"),
+    ]
+
+
+@torch.inference_mode()
+def packing_difference(model: nn.Module, chat: Chat) -> float:
+    """The largest difference of logits between two conversations alone and packed into one row, of the largest logit.
+
+    Some architectures cannot tell one conversation from the next by `position_ids`: those with linear attention or
+    convolutions, and those that make their masks without them.
+    """
+    texts = ("What is the capital of France?", "Paris."), ("Name a colour.", "Red, or blue, as you like it.")
+    rows = []
+    for question, answer in texts:
+        messages = conversation(question, answer)
+        messages[0]["content"].pop(0)
+        rows.append(torch.from_numpy(chat.encode(messages)[0])[None].to(model.device))
+    position_ids = torch.cat([torch.arange(row.shape[1], device=model.device) for row in rows])[None]
+    alone = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows], dim=1)
+    packed = model(input_ids=torch.cat(rows, dim=1), position_ids=position_ids, use_cache=False).logits
+    return difference(packed, alone)
+
+
+@torch.inference_mode()
+def batching_difference(model: nn.Module, processor: LlavaProcessor) -> float:
+    """The largest difference of the next token's logits between two questions alone and in one batch, padded as plain
+    transformers does, of the largest logit."""
+    texts = [
+        processor.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+        for text in ("What is the capital of France?", "Hello")
+    ]
+
+    def last_logits(texts: list[str]) -> torch.Tensor:
+        inputs = processor(text=texts, padding=True, add_special_tokens=False, return_tensors="pt").to(model.device)
+        # as generation counts positions, without the padding
+        position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return model(**inputs, position_ids=position_ids).logits[:, -1]
+
+    return difference(last_logits(texts), torch.cat([last_logits([text]) for text in texts]))
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """What a precision's noise may come to, as `difference` counts."""
+    return 1e-4 if dtype == torch.float32 else 3e-2
+
+
+def _equal(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> str:
+    """States the difference; past the precision's noise it is an error."""
+    relative = difference(ours, theirs)
+    if not relative <= tolerance(theirs.dtype):
         raise ValueError(
             f"the {name} differ from the part's own by {relative:.0e} of the largest: this architecture does "
             "something that a LLaVA of transformers does not"

@@ -39,6 +39,17 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 @contextmanager
+def opening(name: str) -> Iterator[None]:
+    """Turns whatever a library raises while it opens `name` into one ValueError that names it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} cannot be opened: {error}") from error
+
+
+@contextmanager
 def written_whole(output_dir: str) -> Iterator[Path]:
     """Yields a temporary folder beside `output_dir` that takes its name when the block ends without an error.
 

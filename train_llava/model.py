@@ -9,15 +9,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoProcessor,
     BitsAndBytesConfig,
+    GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import is_bitsandbytes_available
 
-from train_llava.chat import complete_template
+from train_llava.chat import complete_template, end_of_turn_tokens, image_side, image_tokens
 
 BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
@@ -31,6 +34,16 @@ class LoraArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices."})
     use_dora: bool = field(default=False, metadata={"help": "DoRA (Liu et al., 2024): directions and lengths apart."})
     use_rslora: bool = field(default=False, metadata={"help": "rsLoRA: lora_alpha / sqrt(lora_r) times instead."})
+
+
+def features_of(config: LlavaConfig, side: int) -> int:
+    """How many hidden states the vision tower gives for a picture of so many pixels a side, class token included.
+
+    The tower is run on the meta device, where that takes no weights and a fraction of a second.
+    """
+    with torch.device("meta"), torch.inference_mode():
+        tower = AutoModel.from_config(config.vision_config)
+        return tower(torch.empty(1, 3, side, side)).last_hidden_state.shape[1]
 
 
 def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor]:
@@ -48,18 +61,34 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor
     if config.model_type != "llava":
         raise ValueError(f"{model_name_or_path} is a {config.model_type} model, not a LLaVA: see build_model")
     processor = AutoProcessor.from_pretrained(model_name_or_path)
-    processor.tokenizer.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    tokenizer = processor.tokenizer
     derived = []
-    if processor.patch_size is None:
+    side = image_side(processor)
+    dropped = int(config.vision_feature_select_strategy == "default")
+    features = features_of(config, side)
+    if processor.patch_size is None or image_tokens(processor) != features - dropped:
         processor.patch_size = config.vision_config.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
-        derived.append("the patch size")
-    derived += complete_template(processor.tokenizer)
-    processor.chat_template = processor.tokenizer.chat_template
+        processor.num_additional_image_tokens = features - (side // processor.patch_size) ** 2
+        derived.append("the number of tokens a picture has")
+    tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
+    derived += complete_template(tokenizer)
+    processor.chat_template = tokenizer.chat_template
+    tokenizer.padding_side = "left"  # or batches of questions, which plain transformers pads, get other answers
     if derived:
         print(f"{model_name_or_path} lacks {' and '.join(derived)}: derived from its config", file=sys.stderr)
     return config, processor
+
+
+def complete_generation_config(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Has generation stop at every token that ends an answer, pad, and be greedy unless it was to sample, in place."""
+    stops = config.eos_token_id
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    ends = tokenizer.convert_tokens_to_ids(end_of_turn_tokens(tokenizer))
+    config.eos_token_id = [*(end for end in ends if end not in stops), *stops]
+    config.pad_token_id = tokenizer.pad_token_id
+    if not config.do_sample:  # settings of sampling that does not take place cannot be saved
+        config.temperature = config.top_p = config.top_k = config.min_p = config.typical_p = None
 
 
 def quantization(bits: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -107,6 +136,7 @@ def load_checkpoint(
     )
     if loading["missing_keys"]:
         raise ValueError(f"{model_name_or_path} lacks weights, {min(loading['missing_keys'])} for one")
+    complete_generation_config(model.generation_config, processor.tokenizer)
     return model, processor
 
 
@@ -149,12 +179,32 @@ def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConf
     )
 
 
+def skip_unread_layers(model: LlavaForConditionalGeneration) -> set[str]:
+    """Has the vision tower run no longer what the projector does not read: layers that are kept, and saved.
+
+    Which they are is asked: what a picture's features depend on gets a gradient, here on the meta device, without
+    weights. Returns the names of the tower's parameters that get none.
+    """
+    tower, config = model.model.vision_tower, model.config
+    with torch.device("meta"):
+        copy = AutoModel.from_config(config.vision_config)
+        pixel_values = torch.empty(1, 3, config.vision_config.image_size, config.vision_config.image_size)
+    layers = config.vision_feature_layer
+    states = copy(pixel_values, output_hidden_states=True).hidden_states
+    sum(states[layer].sum() for layer in ([layers] if isinstance(layers, int) else layers)).backward()
+    unread = {name for name, parameter in copy.named_parameters() if parameter.grad is None}
+    for name, modules in tower.named_modules():
+        if isinstance(modules, nn.ModuleList):
+            for i, layer in enumerate(modules):
+                if {f"{name}.{i}.{parameter}" for parameter, _ in layer.named_parameters()} <= unread:
+                    layer.forward = lambda hidden_states, *_, **__: hidden_states
+    return unread
+
+
 def set_trainable(
     model: LlavaForConditionalGeneration, train_type: str, arguments: LoraArguments
 ) -> LlavaForConditionalGeneration | PeftModel:
     """Decides what trains; everything else is frozen. The projector always trains.
-
-    The tower's layers behind the one that the projector reads are kept, to be saved, but not run any more.
 
     - `projector`: nothing else
     - `freeze_vision`: and the language model
@@ -163,12 +213,7 @@ def set_trainable(
       projector is trained in full beside them and saved with them.
     """
     model.requires_grad_(False)
-    tower = model.model.vision_tower
-    layers = tower.encoder.layers
-    # hidden_states[0] is the embedding, hidden_states[i] what layer i - 1 gives
-    behind = layers[range(len(layers) + 1)[model.config.vision_feature_layer] :]
-    for layer in behind:
-        layer.forward = lambda hidden_states, *_, **__: hidden_states  # what it would compute is read by nothing
+    unread = skip_unread_layers(model)
     if train_type == "lora":
         return get_peft_model(model, lora_config(model.model.language_model, arguments))
     model.model.multi_modal_projector.requires_grad_(True)
@@ -176,11 +221,8 @@ def set_trainable(
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
     if train_type == "full":
-        tower.requires_grad_(True)
-        behind.requires_grad_(False)
-        for name, module in tower.named_children():
-            if name in ("post_layernorm", "head"):
-                module.requires_grad_(False)
+        for name, parameter in model.model.vision_tower.named_parameters():
+            parameter.requires_grad_(name not in unread)
     return model
 
 
