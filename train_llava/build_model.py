@@ -9,6 +9,8 @@ Both models keep their weights; only the projector between them is new. The fold
 `LlavaForConditionalGeneration` checkpoint: weights, processor, chat template and generation config.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -25,6 +28,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,7 +37,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from train_llava.chat import complete_template, end_of_turn_tokens
 from train_llava.checks import check_checkpoint, reference_outputs
 from train_llava.cli import opening, parse_arguments, run_command, written_whole
-from train_llava.model import complete_generation_config, count_parameters
+from train_llava.model import complete_generation_config, count_parameters, pad_left
 from train_llava.records import IMAGE_TOKEN
 from train_llava.reports import write_card
 
@@ -62,7 +66,7 @@ class BuildArguments:
         },
     )
     skip_checks: bool = field(default=False, metadata={"help": "Do not run the assembled model before naming it."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a checkpoint."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a tokenizer."})
 
 
 def load_part(auto_class: Any, name_or_path: str, **options: Any) -> tuple[PreTrainedModel, set[str]]:
@@ -72,15 +76,19 @@ def load_part(auto_class: Any, name_or_path: str, **options: Any) -> tuple[PreTr
         ValueError: it cannot be opened, or not so that a LLaVA could hold it; the message says why.
     """
     with opening(name_or_path):
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=options.get("trust_remote_code", False))
-        if type(config).__module__.startswith("transformers_modules"):
-            raise ValueError(f"it is a {config.model_type}, whose code comes with it, and a LLaVA checkpoint has none")
-        if getattr(config, "quantization_config", None):
-            raise ValueError("its weights are quantised: take the model they were made from")
+        settings, _ = PreTrainedConfig.get_config_dict(name_or_path)
+        model_type = settings.get("model_type")
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"transformers has no code for a {model_type}, and a LLaVA checkpoint cannot bring its own"
+            )
+        if "quantization_config" in settings:
+            raise ValueError("its weights are quantised: take the model that they were made from")
+        config = AutoConfig.from_pretrained(name_or_path)
         if auto_class is AutoModelForCausalLM and type(config) not in auto_class._model_mapping:
-            auto_class = AutoModelForImageTextToText
+            auto_class = AutoModelForImageTextToText  # it may have a language model in it
         if type(config) not in auto_class._model_mapping:
-            raise ValueError(f"it is a {config.model_type}, which is no such model")
+            raise ValueError(f"a {model_type} is no model of that kind")
         model, loading = auto_class.from_pretrained(name_or_path, output_loading_info=True, **options)
     return model.eval(), set(loading["missing_keys"])
 
@@ -103,13 +111,13 @@ def load_vision_tower(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
     return tower
 
 
-def load_language_model(name_or_path: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
     """A causal language model; of one that comes with a vision tower of its own, such as Gemma 3, the text half.
 
     Raises:
         ValueError: there is none of that name, or not all of its weights.
     """
-    model, missing = load_part(AutoModelForCausalLM, name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, missing = load_part(AutoModelForCausalLM, name_or_path, dtype=dtype)
     if missing:
         raise ValueError(f"{name_or_path} lacks weights of the language model, {min(missing)} for one")
     if model.get_decoder() is model.base_model:
@@ -176,7 +184,7 @@ def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool = F
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or end_of_turn_tokens(tokenizer)[0]
-    tokenizer.padding_side = "left"  # or batches of questions, which plain transformers pads, get other answers
+    pad_left(tokenizer)
     return tokenizer
 
 
@@ -228,6 +236,15 @@ def published(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.replace(".vision_tower.", ".vision_tower.vision_model."): tensor for name, tensor in weights.items()}
 
 
+@contextmanager
+def running_as_one() -> Iterator[None]:
+    """Turns what an architecture raises that cannot be a LLaVA's language model or tower into one ValueError."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueError(f"the two do not run as one LLaVA of transformers: {error}") from error
+
+
 def build_model(*arguments: Any, **named: Any) -> None:
     """Writes a LLaVA checkpoint; takes what `BuildArguments` takes.
 
@@ -239,7 +256,7 @@ def build_model(*arguments: Any, **named: Any) -> None:
     with written_whole(given.output_dir) as folder:
         tokenizer = load_tokenizer(given.language_model_name_or_path, given.trust_remote_code)
         print(f"language model  {given.language_model_name_or_path}")
-        language_model = load_language_model(given.language_model_name_or_path, given.dtype, given.trust_remote_code)
+        language_model = load_language_model(given.language_model_name_or_path, given.dtype)
         print(f"vision tower    {given.vision_model_name_or_path}")
         vision_tower = load_vision_tower(given.vision_model_name_or_path, language_model.dtype)
         states = vision_tower.config.num_hidden_layers + 1
@@ -252,7 +269,8 @@ def build_model(*arguments: Any, **named: Any) -> None:
         )
         if not given.skip_checks:
             references = reference_outputs(vision_tower, language_model, processor, layer)
-        model = assemble(vision_tower, language_model, tokenizer, layer, strategy)
+        with running_as_one():
+            model = assemble(vision_tower, language_model, tokenizer, layer, strategy)
         model.save_pretrained(folder, state_dict=published(model.state_dict()))
         processor.save_pretrained(folder)
         parts = [given.vision_model_name_or_path, given.language_model_name_or_path]
@@ -260,7 +278,8 @@ def build_model(*arguments: Any, **named: Any) -> None:
         write_card(folder, Path(given.output_dir).name, parts, [], [note])
         sizes = [(part, f"{total:,} parameters") for part, (_, total) in count_parameters(model).items()]
         del model, vision_tower, language_model  # the checks load the saved model: never two in memory
-        checks = [] if given.skip_checks else check_checkpoint(folder, *references)
+        with running_as_one():
+            checks = [] if given.skip_checks else check_checkpoint(folder, *references)
     for what, outcome in [*sizes, *checks, ("written to", given.output_dir)]:
         print(f"{what:<26}{outcome}")
 

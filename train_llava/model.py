@@ -46,6 +46,11 @@ def features_of(config: LlavaConfig, side: int) -> int:
         return tower(torch.empty(1, 3, side, side)).last_hidden_state.shape[1]
 
 
+def pad_left(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Has a tokenizer pad on the left, also once saved: or batches, which plain transformers pads, get other answers."""
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+
+
 def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor]:
     """The configuration and the processor of a LLaVA checkpoint, a folder or a hub id.
 
@@ -74,7 +79,7 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor
     tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
     derived += complete_template(tokenizer)
     processor.chat_template = tokenizer.chat_template
-    tokenizer.padding_side = "left"  # or batches of questions, which plain transformers pads, get other answers
+    pad_left(tokenizer)
     if derived:
         print(f"{model_name_or_path} lacks {' and '.join(derived)}: derived from its config", file=sys.stderr)
     return config, processor
@@ -164,7 +169,10 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConfig:
-    """Low-rank adapters on every linear layer inside the language model, the projector in full beside them."""
+    """Low-rank adapters on every linear layer inside the language model, the projector in full beside them.
+
+    A mixture's experts, which transformers keeps in one tensor a layer, are none, and `describe_trainable` says so.
+    """
     linear = {name.rsplit(".", 1)[-1] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)}
     return LoraConfig(
         r=arguments.lora_r,
@@ -232,4 +240,9 @@ def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> st
     for part, (trainable, total) in count_parameters(model).items():
         rate = f"{learning_rates[part]:g}" if trainable else ""
         lines.append(f"{part:<16}{trainable:>16,}{total:>16,}{rate:>16}".rstrip())
+    if isinstance(model, PeftModel):
+        layers = model.base_model.model.model.language_model.layers
+        bare = {name.partition(".")[2] for name, p in layers.named_parameters() if p.ndim > 2 and "lora_" not in name}
+        if bare:
+            lines.append(f"no adapter on {', '.join(sorted(bare))}: no linear layers")
     return "\n".join(lines)
