@@ -47,7 +47,7 @@ def features_of(config: LlavaConfig, side: int) -> int:
 
 
 def pad_left(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Has a tokenizer pad on the left, also once saved: or batches, which plain transformers pads, get other answers."""
+    """Has a tokenizer pad on the left, once saved too: plain transformers' batches get other answers otherwise."""
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
 
 
