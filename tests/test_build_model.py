@@ -130,7 +130,7 @@ def test_end_of_turn_token_is_read_off_the_template(parts):
     [
         ("clip", "missing", "missing"),
         ("missing", "qwen2", "missing"),
-        ("qwen2", "qwen2", "not a CLIP or SigLIP vision tower"),
+        ("qwen2", "qwen2", "is a qwen2 model, not a vision tower"),
         ("clip", "no_template", "no chat template"),
     ],
 )
