@@ -242,13 +242,13 @@ def edited(folder, copy, file, **settings):
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "its weights are quantised"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantised"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "transformers has no code for a own"),
-        ({"model_type": "t5"}, "a t5 is no model of that kind"),
+        ({"model_type": "t5"}, "is a t5, which is no model of that kind"),
     ],
 )
 @pytest.mark.parametrize("trust", [False, True])
 def test_a_language_model_that_a_llava_cannot_hold_is_refused(parts, tmp_path, settings, message, trust):
     folder = edited(parts["qwen2"], tmp_path / "edited", "config.json", **settings)
-    with pytest.raises(ValueError, match=f"edited cannot be opened: {message}"):
+    with pytest.raises(ValueError, match=f"edited .*{message}"):
         build_model(str(parts["clip"]), str(folder), str(tmp_path / "llava"), trust_remote_code=trust)
     assert not (tmp_path / "llava").exists()
 

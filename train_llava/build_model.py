@@ -72,27 +72,34 @@ class BuildArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a tokenizer."})
 
 
-def load_part(auto_class: Any, name_or_path: str, **options: Any) -> tuple[PreTrainedModel, set[str]]:
-    """One of the two models, and the names of those of its weights that its folder lacks.
+def part_config(name_or_path: str) -> PreTrainedConfig:
+    """The configuration of one of the two models.
 
     Raises:
-        ValueError: it cannot be opened, or not so that a LLaVA could hold it; the message says why.
+        ValueError: it cannot be opened, or no LLaVA could hold such a model; the message says why.
     """
     with opening(name_or_path):
         settings, _ = PreTrainedConfig.get_config_dict(name_or_path)
-        model_type = settings.get("model_type")
-        if model_type not in CONFIG_MAPPING:
-            raise ValueError(
-                f"transformers has no code for a {model_type}, and a LLaVA checkpoint cannot bring its own"
-            )
+        if (model_type := settings.get("model_type")) not in CONFIG_MAPPING:
+            raise ValueError(f"transformers has no code for a {model_type}, and a LLaVA cannot bring its own")
         if "quantization_config" in settings:
             raise ValueError("its weights are quantised: take the model that they were made from")
-        config = AutoConfig.from_pretrained(name_or_path)
-        if auto_class is AutoModelForCausalLM and type(config) not in auto_class._model_mapping:
-            auto_class = AutoModelForImageTextToText  # it may have a language model in it
-        if type(config) not in auto_class._model_mapping:
-            raise ValueError(f"a {model_type} is no model of that kind")
-        model, loading = auto_class.from_pretrained(name_or_path, output_loading_info=True, **options)
+        return AutoConfig.from_pretrained(name_or_path)
+
+
+def load_part(auto_class: Any, name_or_path: str, dtype: Any) -> tuple[PreTrainedModel, set[str]]:
+    """One of the two models, and the names of those of its weights that its folder lacks.
+
+    Raises:
+        ValueError: it cannot be opened, or is no model of that kind; the message says which.
+    """
+    config = part_config(name_or_path)
+    if auto_class is AutoModelForCausalLM and type(config) not in auto_class._model_mapping:
+        auto_class = AutoModelForImageTextToText  # it may have a language model in it
+    if type(config) not in auto_class._model_mapping:
+        raise ValueError(f"{name_or_path} is a {config.model_type}, which is no model of that kind")
+    with opening(name_or_path):
+        model, loading = auto_class.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
     return model.eval(), set(loading["missing_keys"])
 
 
@@ -102,7 +109,7 @@ def load_vision_tower(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ValueError: the checkpoint has no vision tower, or not all of its weights.
     """
-    model, missing = load_part(AutoModel, name_or_path, dtype=dtype)
+    model, missing = load_part(AutoModel, name_or_path, dtype)
     tower = model.get_encoder("image")
     if tower.main_input_name != "pixel_values":
         raise ValueError(f"{name_or_path} is a {model.config.model_type} model, not a vision tower")
@@ -118,7 +125,7 @@ def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
     Raises:
         ValueError: there is none of that name, or not all of its weights.
     """
-    model, missing = load_part(AutoModelForCausalLM, name_or_path, dtype=dtype)
+    model, missing = load_part(AutoModelForCausalLM, name_or_path, dtype)
     if missing:
         raise ValueError(f"{name_or_path} lacks weights of the language model, {min(missing)} for one")
     if model.get_decoder() is model.base_model:
@@ -266,6 +273,7 @@ def build_model(*arguments: Any, **named: Any) -> None:
     given = BuildArguments(*arguments, **named)
     layer, strategy = given.vision_feature_layer, given.vision_feature_select_strategy
     with written_whole(given.output_dir) as folder:
+        part_config(given.language_model_name_or_path)  # before code that comes with a tokenizer may run
         tokenizer = load_tokenizer(given.language_model_name_or_path, given.trust_remote_code)
         print(f"language model  {given.language_model_name_or_path}")
         language_model = load_language_model(given.language_model_name_or_path, given.dtype)
