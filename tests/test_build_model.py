@@ -138,6 +138,7 @@ def test_a_wrong_part_is_named_and_nothing_is_left(parts, tmp_path, vision, lang
     tokenizer = AutoTokenizer.from_pretrained(parts["qwen2"])
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "no_template")
+    shutil.copy(parts["qwen2"] / "config.json", tmp_path / "no_template")
     folders = parts | {"missing": tmp_path / "missing", "no_template": tmp_path / "no_template"}
     with pytest.raises((OSError, ValueError), match=message):
         build_model(str(folders[vision]), str(folders[language]), str(tmp_path / "out" / "model"))
