@@ -62,12 +62,13 @@ def throughput(folder: Path) -> None:
         noise.resize((224, 224), Image.Resampling.BICUBIC).save(folder / "images" / f"{i}.jpg", quality=90)
     (folder / "chat.json").write_text(json.dumps([record(i) for i in range(PICTURES)]))
     processor = make_processor()
-    dataset, collator = LlavaDataset(str(folder)), LlavaCollator(processor)
+    dataset, texts = LlavaDataset(str(folder)), LlavaDataset(str(folder), decode=False)
+    collator = LlavaCollator(processor)
     files = [folder / "images" / f"{i}.jpg" for i in range(PICTURES)]
 
     def one_by_one() -> None:
         for i in range(PICTURES):
-            item = dataset.item(i, decode=False)
+            item = texts[i]
             with Image.open(files[i]) as image:
                 text = processor.apply_chat_template(item["messages"])
                 processor(images=image.convert("RGB"), text=text, return_tensors="pt")
@@ -107,7 +108,7 @@ def walk(dataset: LlavaDataset, queue: multiprocessing.Queue) -> None:
     """A data-loader worker's pass over all records."""
     before = private_mb()
     for i in range(len(dataset)):
-        dataset.item(i, decode=False)
+        dataset[i]
     queue.put(private_mb() - before)
 
 
@@ -121,7 +122,7 @@ def scale(folder: Path) -> None:
     dataset = LlavaDataset(str(path))
     first = time.monotonic() - start
     start = time.monotonic()
-    dataset = LlavaDataset(str(path))
+    dataset = LlavaDataset(str(path), decode=False)
     second = time.monotonic() - start
     parent = private_mb() - before
     context = multiprocessing.get_context("fork")

@@ -51,21 +51,20 @@ worker: dict[str, Any] = {}  # what a process opens once: the data set and, with
 
 def open_data(arguments: CheckArguments) -> None:
     """Opens the data set, and the model's processor, in a process."""
-    worker["dataset"] = LlavaDataset(arguments.data_path, arguments.image_dir)
+    worker["dataset"] = LlavaDataset(arguments.data_path, arguments.image_dir, decode=arguments.decode_pictures)
     worker["chat"] = None
     if arguments.model_name_or_path is not None:
         _, processor = load_processor(arguments.model_name_or_path)
         worker["chat"] = Chat(processor, arguments.max_length)
-    worker["decode"] = arguments.decode_pictures
 
 
 def look_through(start: int, stop: int) -> dict[str, list]:
     """What the records from `start` to `stop` are like: their faults, and the sizes of the good ones."""
-    dataset, chat, decode = worker["dataset"], worker["chat"], worker["decode"]
+    dataset, chat = worker["dataset"], worker["chat"]
     found: dict[str, list] = {"faults": [], "tokens": [], "characters": [], "sides": []}
     for i in range(start, stop):
         try:
-            item = dataset.item(i, decode)
+            item = dataset[i]
             if chat is not None:
                 found["tokens"].append(len(chat.labelled(item)["labels"]))
             found["characters"].append(
@@ -79,7 +78,8 @@ def look_through(start: int, stop: int) -> dict[str, list]:
 
 def kind_of(reason: str) -> str:
     """A reason without the names and numbers of one record, so that like faults are counted together."""
-    return re.sub(r"'[^']*'|<[^>]*>|\S*[/.]\S+|\d+", "…", reason)
+    named = r"^.+?(?= (?:cannot be|does not|lies outside|is a folder|is an address|is not in the|is the name) )"
+    return re.sub(rf"{named}|'[^']*'|<(?!image>|video>|audio>)[^>]*>|\S*[/.]\S+|\d+", "…", reason)
 
 
 def summary(values: list[int]) -> dict[str, float]:
@@ -107,11 +107,11 @@ def show_sample(dataset: LlavaDataset, chat: Chat) -> str:
         except BadRecordError:
             continue
         input_ids, labels = item["input_ids"], item["labels"]
-        tokenizer, pieces = chat.processor.tokenizer, []
-        for said, group in groupby(zip(input_ids, labels, strict=True), lambda pair: pair[1] != IGNORE):
-            ids = [token_id for token_id, _ in group]
-            pictures = [k for k, _ in groupby(ids)] if not said else ids
-            pieces.append(f"⟦{tokenizer.decode(ids)}⟧" if said else tokenizer.decode(pictures))
+        image_token_id, tokenizer, pieces = chat.processor.image_token_id, chat.processor.tokenizer, []
+        for learnt, group in groupby(zip(input_ids, labels, strict=True), lambda pair: pair[1] != IGNORE):
+            runs = groupby(token_id for token_id, _ in group)
+            ids = [i for token_id, run in runs for i in ([token_id] if token_id == image_token_id else run)]
+            pieces.append(f"⟦{tokenizer.decode(ids)}⟧" if learnt else tokenizer.decode(ids))
         return f"record {item['id']!r}, {len(input_ids)} tokens:\n" + "".join(pieces)
     return "no record is good"
 

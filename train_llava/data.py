@@ -14,14 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaProcessor
 
 from train_llava.chat import IGNORE, Chat
-from train_llava.pictures import open_image, prepare_pictures, read_picture
+from train_llava.pictures import label, open_image, prepare_pictures, read_picture
 from train_llava.records import BadRecordError, find_records, load_records, table_rows
 
 
-def to_item(
-    row: dict[str, Any], pictures: Path | None, at_least: int | None = None, decode: bool = True
-) -> dict[str, Any]:
-    """A row of the table as an item of a data set, its pictures opened unless not to `decode`; see `LlavaDataset`.
+def to_item(row: dict[str, Any], image_dir: Path | None, at_least: int | None = None) -> dict[str, Any]:
+    """A row of the table as an item of a data set, its pictures opened; see `LlavaDataset`.
 
     Raises:
         BadRecordError: the record or one of its pictures cannot be used.
@@ -29,24 +27,23 @@ def to_item(
     try:
         if row["fault"] is not None:
             raise ValueError(row["fault"])
-        images = []
-        if decode:
-            sources = [(read_picture(pictures, name), name) for name in row["images"]]
-            sources += [(content, f"picture {i}") for i, content in enumerate(row["image_bytes"])]
-            images = [open_image(source, name, at_least) for source, name in sources]
+        sources = [(read_picture(image_dir, name), label(name)) for name in row["images"]]
+        sources += [(content, f"picture {i}") for i, content in enumerate(row["image_bytes"])]
+        images = [open_image(source, name, at_least) for source, name in sources]
     except (OSError, ValueError) as error:
         raise BadRecordError(row["id"], str(error)) from error
-    said = {"messages": json.loads(row["messages"]), "images": images}
-    return {"id": row["id"], **said, "language": row["language"], "answers": row["answers"]}
+    kept = {key: row[key] for key in ("id", "language", "answers", "references")}
+    return kept | {"messages": json.loads(row["messages"]), "images": images}
 
 
 class LlavaDataset(torch.utils.data.Dataset):
-    """The records of one or several data sets; `[i]` gives `id`, `messages`, `images`, `language` and `answers`.
+    """The records of one or several data sets; `[i]` gives `id`, `messages`, `images`, `language`, `answers` and
+    `references`.
 
     The records lie in Arrow files on disk and are mapped into memory, so that neither this process nor a data-loader
     worker holds them; pictures are opened when their record is asked for. `data_weights` says how often a pass goes
     through each source: 2 is twice, 0.5 is half of its records, always the same half. With `at_least`, large JPEGs are
-    decoded smaller (see `open_image`).
+    decoded smaller (see `open_image`); without `decode`, items come without their pictures.
 
     Raises:
         OSError, ValueError: a source is not there or not in any format (see `records`); `[i]`: the record is bad.
@@ -58,13 +55,14 @@ class LlavaDataset(torch.utils.data.Dataset):
         image_dir: str | None = None,
         data_weights: list[float] | None = None,
         at_least: int | None = None,
+        decode: bool = True,
     ):
         paths = [data_path] if isinstance(data_path, str) else data_path
         weights = data_weights or [1.0] * len(paths)
         if len(weights) != len(paths):
             raise ValueError(f"--data_weights names {len(weights)} weights for {len(paths)} data paths")
-        self.tables, self.pictures = zip(*(load_records(path, image_dir) for path in paths), strict=True)
-        self.at_least = at_least
+        self.tables, self.image_dirs = zip(*(load_records(path, image_dir) for path in paths), strict=True)
+        self.at_least, self.decode = at_least, decode
         rng = np.random.default_rng(0)
         picked = []
         for source, (table, weight) in enumerate(zip(self.tables, weights, strict=True)):
@@ -80,12 +78,11 @@ class LlavaDataset(torch.utils.data.Dataset):
         return len(self.index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.item(index)
-
-    def item(self, index: int, decode: bool = True) -> dict[str, Any]:
-        """`[index]`; without its pictures if they are not to be decoded."""
         source, row = self.index[index]
-        return to_item(self.tables[source][int(row)], self.pictures[source], self.at_least, decode)
+        record = self.tables[source][int(row)]
+        if not self.decode:
+            record |= {"images": [], "image_bytes": []}
+        return to_item(record, self.image_dirs[source], self.at_least)
 
     def lengths(self) -> list[int]:
         """The records' lengths in characters, by which like can be put with like without opening a picture."""

@@ -26,7 +26,7 @@ from train_llava.chat import Chat
 from train_llava.cli import parse_arguments, run_command
 from train_llava.model import BITS_HELP, load_checkpoint
 from train_llava.pictures import open_image
-from train_llava.records import read_jsonl
+from train_llava.readers import read_jsonl
 
 MOST_BYTES = 50 << 20  # of a picture from the network
 
