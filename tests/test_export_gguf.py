@@ -1,8 +1,8 @@
 """The two GGUF files: what is in them, what is refused, and that llama.cpp answers with them as transformers does."""
 
-import json
 import os
 import re
+from ast import literal_eval
 from pathlib import Path
 
 import gguf
@@ -95,7 +95,7 @@ def go(template: str, messages: list[dict[str, str]]) -> str:
             elif action == "$m.Content":
                 out += [message["content"]] * shown[-1]
             elif action is None or action.startswith('"'):
-                out += [piece if action is None else json.loads(action)] * shown[-1]
+                out += [piece if action is None else literal_eval(action)] * shown[-1]
             else:
                 assert action == "$last := eq (len (slice $.Messages $i)) 1"
     assert shown == [True]
@@ -105,7 +105,8 @@ def go(template: str, messages: list[dict[str, str]]) -> str:
 MISTRAL_SYSTEM = (
     "{{ '<s>' }}{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
     "{% set ns.system = m.content + '\\n\\n' %}{% elif m.role == 'user' %}"
-    "{{ '[INST] ' + ns.system + m.content + ' [/INST]' }}{% set ns.system = '' %}{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
+    "{{ '[INST] ' + ns.system + m.content + ' [/INST]' }}{% set ns.system = '' %}"
+    "{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
 )
 GPT_OSS = (
     "{% for m in messages %}{{ '<|start|>' + m.role + '<|message|>' + m.content + ('<|return|>' if loop.last and "
@@ -114,8 +115,8 @@ GPT_OSS = (
 )
 BRACES = (
     """{% for m in messages %}"""
-    """{{ '{{ "' + m.role + '" }}: \"\"\"\\\\{' + m.content + '}\"\"\"<|im_end|>' }}{% endfor %}"""
-    """{% if add_generation_prompt %}{{ '{{ "assistant" }}: \"\"\"\\\\{' }}{% endif %}"""
+    """{{ '{{ "' + m.role + '" }}: \"\"\"\\\\\u3000{' + m.content + '}\"\"\"<|im_end|>' }}{% endfor %}"""
+    """{% if add_generation_prompt %}{{ '{{ "assistant" }}: \"\"\"\\\\\u3000{' }}{% endif %}"""
 )
 # special tokens, template, tokens that end an answer
 TEMPLATES = {

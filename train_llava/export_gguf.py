@@ -261,10 +261,13 @@ def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
             raise ValueError(f"the chat template writes a conversation of {roles} in a way that Ollama's cannot")
 
     def go(text: str) -> str:
-        """A text as Go's templates, and the quotes around this one, take it; Ollama adds the first token itself."""
+        """A text of Go's template, quoted where Go or a Modelfile would change it; Ollama adds the first token itself."""
         if writes_bos(tokenizer):
             text = text.removeprefix(tokenizer.bos_token)
-        return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if re.search(r'[{}"]', text) else text
+        if not re.search(r'[{}"]', text) and text.replace("\n", "").isprintable():
+            return text
+        escaped = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+        return f'{{{{ "{"".join(escaped)}" }}}}'
 
     system = go(first) if before_system is None else go(before_system) + "{{ $m.Content }}" + go(after_system)
     template = (
