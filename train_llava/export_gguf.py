@@ -261,7 +261,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
             raise ValueError(f"the chat template writes a conversation of {roles} in a way that Ollama's cannot")
 
     def go(text: str) -> str:
-        """A text of Go's template, quoted where Go or a Modelfile would change it; Ollama adds the first token itself."""
+        """A text in Go's template, quoted where it would not be read as it is; Ollama adds the first token itself."""
         if writes_bos(tokenizer):
             text = text.removeprefix(tokenizer.bos_token)
         if not re.search(r'[{}"]', text) and text.replace("\n", "").isprintable():
