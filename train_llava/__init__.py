@@ -2,5 +2,5 @@
 
 import logging
 
-# said whenever bitsandbytes is imported: a kernel of the hub is not there, without which it works as well
+# which names a package that makes 4 bits on some CPUs faster, in every command
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

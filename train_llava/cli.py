@@ -73,9 +73,11 @@ def _broken_file(path: Path) -> Path | None:
                 empty = not content and file.name.endswith(("config.json", "tokenizer.json"))
                 if empty or not isinstance(content, dict):
                     return file
-            if file.suffix == ".safetensors":
+            elif file.suffix == ".safetensors":
                 with safe_open(file, "pt"):
                     pass
+            elif file.suffix == ".jinja":
+                file.read_text(encoding="utf-8")
         except Exception:  # SafetensorError is one
             return file
         if _is_lfs_pointer(file):

@@ -147,6 +147,8 @@ def load_checkpoint(
             output_loading_info=True,
             **quantized,
         )
+        if Path(model_name_or_path, "generation_config.json").exists():  # broken, it would be left out without a word
+            GenerationConfig.from_pretrained(model_name_or_path)
     if loading["missing_keys"]:
         raise ValueError(f"{model_name_or_path} lacks weights, {min(loading['missing_keys'])} for one")
     complete_generation_config(model.generation_config, processor.tokenizer)
