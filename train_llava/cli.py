@@ -1,5 +1,6 @@
 """What every command shares: arguments from dataclasses, errors in one line, folders that appear whole."""
 
+import json
 import os
 import shutil
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import HfArgumentParser
 
 if not torch.accelerator.is_available():
@@ -40,13 +42,53 @@ def run_command(main: Callable[[], None]) -> None:
 
 @contextmanager
 def opening(name: str) -> Iterator[None]:
-    """Turns whatever a library raises while it opens `name` into one ValueError that names it."""
+    """Turns whatever a library raises while it opens `name`, a file, a folder or an address, into one that names it.
+
+    What libraries raise for a broken file is of any type, so this stands around their opening, and nothing else.
+
+    Raises:
+        ValueError: `name` cannot be opened; of a folder, the broken file is named. An `OSError` or `ValueError` that
+            names it already passes as it is.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ValueError(f"{name} cannot be opened: {error}") from error
+        broken, known = _broken_file(Path(name)), isinstance(error, (OSError, ValueError))
+        if broken is None and known and name in str(error):
+            raise
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        if broken is not None and _is_lfs_pointer(broken):
+            reason = "it is a Git LFS pointer, and `git lfs pull` fetches the file that it stands for"
+        raise ValueError(f"{broken or name} cannot be opened: {reason}") from error
+
+
+def _broken_file(path: Path) -> Path | None:
+    """The first file of a model's folder, or the file itself, that does not hold what its name says; None: all do."""
+    for file in filter(Path.is_file, sorted(path.iterdir()) if path.is_dir() else [path]):
+        try:
+            if file.suffix == ".json":
+                content = json.loads(file.read_bytes())
+                empty = not content and file.name.endswith(("config.json", "tokenizer.json"))
+                if empty or not isinstance(content, dict):
+                    return file
+            elif file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+            elif file.suffix == ".jinja":
+                file.read_text(encoding="utf-8")
+        except Exception:  # SafetensorError is one
+            return file
+        if _is_lfs_pointer(file):
+            return file
+    return None
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is what Git leaves in place of a large one where Git LFS is not installed."""
+    with open(file, "rb") as content:
+        return content.read(24) == b"version https://git-lfs."
 
 
 @contextmanager
@@ -66,6 +108,8 @@ def written_whole(output_dir: str) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp made it private to its owner
+        if target.exists():
+            target.rmdir()  # it is empty, and on Windows a folder takes no other's place
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

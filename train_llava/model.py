@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from train_llava.chat import complete_template, end_of_turn_tokens, image_side, image_tokens
+from train_llava.cli import opening
 
 BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
@@ -60,12 +62,16 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor
         ValueError: there is no checkpoint of that name, or it is not a LLaVA; the message says which.
     """
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path)
+        with opening(model_name_or_path):
+            config = AutoConfig.from_pretrained(model_name_or_path)
     except (OSError, ValueError) as error:
+        if Path(model_name_or_path).is_dir():
+            raise
         raise ValueError(f"{model_name_or_path} is no model folder, and no model that the hub would give") from error
     if config.model_type != "llava":
         raise ValueError(f"{model_name_or_path} is a {config.model_type} model, not a LLaVA: see build_model")
-    processor = AutoProcessor.from_pretrained(model_name_or_path)
+    with opening(model_name_or_path):
+        processor = AutoProcessor.from_pretrained(model_name_or_path)
     tokenizer = processor.tokenizer
     derived = []
     side = image_side(processor)
@@ -77,7 +83,8 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor
         processor.num_additional_image_tokens = features - (side // processor.patch_size) ** 2
         derived.append("the number of tokens a picture has")
     tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
-    derived += complete_template(tokenizer)
+    with opening(model_name_or_path):
+        derived += complete_template(tokenizer)
     processor.chat_template = tokenizer.chat_template
     pad_left(tokenizer)
     if derived:
@@ -132,13 +139,16 @@ def load_checkpoint(
     """
     config, processor = load_processor(model_name_or_path)
     quantized = quantization(bits, config.dtype if dtype == "auto" else dtype) if bits else {}
-    model, loading = LlavaForConditionalGeneration.from_pretrained(
-        model_name_or_path,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        output_loading_info=True,
-        **quantized,
-    )
+    with opening(model_name_or_path):
+        model, loading = LlavaForConditionalGeneration.from_pretrained(
+            model_name_or_path,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            **quantized,
+        )
+        if Path(model_name_or_path, "generation_config.json").exists():  # broken, it would be left out without a word
+            GenerationConfig.from_pretrained(model_name_or_path)
     if loading["missing_keys"]:
         raise ValueError(f"{model_name_or_path} lacks weights, {min(loading['missing_keys'])} for one")
     complete_generation_config(model.generation_config, processor.tokenizer)

@@ -40,11 +40,22 @@ if find_spec("gradio"):
 
 MOST_BYTES = 20 << 20  # of an uploaded picture
 MOST_EXAMPLES = 10
-# Gradio's own buttons that would send a picture to the hub, or empty a chat without the conversation behind it
+# Gradio's buttons that would empty a chat without the conversation behind it, or send a picture to the hub, by their
+# place: for their labels are in the browser's language
 CSS = """
-[aria-label="Share"], [aria-label="Clear"] { display: none !important }
+.wrapper > .icon-button-wrapper, .download-link ~ .icon-button { display: none !important }
 .message img { max-height: 240px }
+.message-content { white-space: pre-wrap }
 """
+# Gradio's own would copy a message as it was sent to the page, which is as HTML (see `shown`)
+COPY = """() => document.addEventListener("click", event => {
+    if (event.target.closest(".message-buttons .icon-button-wrapper > button")) {
+        const message = event.target.closest(".message-buttons").previousElementSibling
+        event.stopPropagation()
+        getSelection().selectAllChildren(message.querySelector(".message-content"))
+        document.execCommand("copy")
+    }
+}, true)"""
 
 
 @dataclass
@@ -73,21 +84,28 @@ class Turn:
     answers: list[str]
 
 
-def conversation(turns: list[Turn], column: int) -> list[dict[str, Any]]:
-    """The messages of one chat, each question followed by that chat's answer."""
-    messages = []
+def prompt(turns: list[Turn], column: int) -> list[dict[str, Any]]:
+    """The messages of one chat, up to the last question.
+
+    An earlier question that this chat was stopped before answering is left out; its pictures come with the next one.
+    """
+    messages, pictures = [], 0
     for turn in turns:
-        messages += [question(turn.text, len(turn.files)), reply(turn.answers[column])]
-    return messages
+        pictures += len(turn.files)
+        if turn.answers[column] or turn is turns[-1]:
+            messages += [question(turn.text, pictures), reply(turn.answers[column])]
+            pictures = 0
+    return messages[:-1]
 
 
 def shown(turns: list[Turn], column: int) -> list[dict[str, Any]]:
-    """The same as Gradio's Chatbot takes it, which names the pictures."""
-    files = iter([{"path": file} for turn in turns for file in turn.files])
-    return [
-        message | {"content": [next(files) if part["type"] == "image" else part for part in message["content"]]}
-        for message in conversation(turns, column)
-    ]
+    """One chat as Gradio's Chatbot takes it, which renders every text as HTML, Markdown or not."""
+    messages = []
+    for turn in turns:
+        asked, said = ({"type": "text", "text": escape(text)} for text in (turn.text, turn.answers[column]))
+        messages.append({"role": "user", "content": [*({"path": file} for file in turn.files), asked]})
+        messages.append({"role": "assistant", "content": [said]})
+    return messages
 
 
 def stream(
@@ -154,7 +172,7 @@ def answer(
     if not turn.text:
         raise ValueError("there is no question yet")
     # one of these would end the turn, or stand for a picture
-    for token in (processor.image_token, *processor.tokenizer.all_special_tokens):
+    for token in (processor.image_token, *Chat(processor).control_tokens):
         if token in turn.text:
             raise ValueError(f"a question cannot have the control token {token} in it")
     for file in [file for turn in turns for file in turn.files]:
@@ -166,7 +184,7 @@ def answer(
         for column in range(len(turn.answers)):
             if stop.is_set():
                 break
-            asked = conversation(turns, column)[:-1]
+            asked = prompt(turns, column)
             for said in stream(model, processor, asked, images, stop, lock, with_adapter=column == 0, **options):
                 turn.answers[column] = said
                 yield
@@ -202,7 +220,8 @@ def make_page(
         gr.Markdown(f"### `{title}`")
         with gr.Row():
             look = {"height": f"calc(100dvh - {380 if examples else 240}px)", "min_height": 240, "buttons": ["copy"]}
-            chats = [gr.Chatbot(label=label, render_markdown=False, **look) for label in labels]
+            plain = {"render_markdown": False, "latex_delimiters": []}
+            chats = [gr.Chatbot(label=label, **plain, **look) for label in labels]
         box = gr.MultimodalTextbox(
             placeholder="Drop pictures here and ask about them",
             file_count="multiple",
@@ -286,6 +305,7 @@ def main() -> None:
         allowed_paths=examples,
         footer_links=[],
         css=CSS,
+        js=COPY,
         theme=gr.themes.Default(font=[gr.themes.Font("sans-serif")], font_mono=[gr.themes.Font("monospace")]),
     )
 
