@@ -37,11 +37,12 @@ def to_item(
     except (OSError, ValueError) as error:
         raise BadRecordError(row["id"], str(error)) from error
     said = {"messages": json.loads(row["messages"]), "images": images}
-    return {"id": row["id"], **said, "language": row["language"], "answers": row["answers"]}
+    return {key: row[key] for key in ("id", "language", "answers", "references")} | said
 
 
 class LlavaDataset(torch.utils.data.Dataset):
-    """The records of one or several data sets; `[i]` gives `id`, `messages`, `images`, `language` and `answers`.
+    """The records of one or several data sets; `[i]` gives `id`, `messages`, `images`, `language`, `answers` and
+    `references`.
 
     The records lie in Arrow files on disk and are mapped into memory, so that neither this process nor a data-loader
     worker holds them; pictures are opened when their record is asked for. `data_weights` says how often a pass goes

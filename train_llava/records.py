@@ -13,7 +13,8 @@ What `--data_path` names, and what one record of it and its pictures are:
 the records' own folder.
 
 A record says what was said in one of three ways, and may name its `language` and, for evaluation, `answers`: what
-several people said to its last question:
+several people said to its last question, texts or VQA's objects of `answer`; and `references`: texts that are right
+answers to it, as the captions of a COCO picture are (`caption` may be a list of them, of which the first is learnt):
 
 - `conversations`: `[{"from": "human" | "gpt" | "system", "value": "<image>\\nWhat is this?"}, …]`, as LLaVA
 - `messages`: `[{"role": "user" | "assistant" | "system", "content": …}, …]`, as OpenAI and TRL; `content` is a text
@@ -48,7 +49,7 @@ CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."
 LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 ROLES = ("user", "assistant", "system")
 LARGE = 64 << 20  # bytes
-LAYOUT = 2  # of the table below; another number makes every data set be read anew
+LAYOUT = 3  # of the table below; another number makes every data set be read anew
 
 FEATURES = datasets.Features(
     {
@@ -58,6 +59,7 @@ FEATURES = datasets.Features(
         "image_bytes": datasets.List(datasets.Value("binary")),  # or the picture itself
         "language": datasets.Value("string"),
         "answers": datasets.List(datasets.Value("string")),
+        "references": datasets.List(datasets.Value("string")),
         "length": datasets.Value("int32"),  # characters, to group conversations of like length
         "fault": datasets.Value("string"),  # why the record cannot be used
     }
@@ -89,9 +91,10 @@ def to_messages(record: Record) -> list[dict[str, Any]]:
     elif "messages" in record:
         turns = _list_of_dicts(record["messages"], "messages")
     elif "caption" in record:
+        caption = record["caption"]
         turns = [
             {"role": "user", "content": CAPTION_QUESTION},
-            {"role": "assistant", "content": record["caption"]},
+            {"role": "assistant", "content": caption[0] if isinstance(caption, list) and caption else caption},
         ]
     else:
         raise ValueError("it has no conversations, no messages and no caption")
@@ -143,6 +146,15 @@ def _parts(turn: dict[str, Any]) -> list[dict[str, str]]:
 def text_of(message: dict[str, Any]) -> str:
     """A message as the chat template writes it: its parts in order, one a line, `<image>` for a picture."""
     return "\n".join(part.get("text", IMAGE_TOKEN) for part in message["content"])
+
+
+def texts_of(value: Any) -> list[str]:
+    """The texts of a list, of an object or objects with `answer`, as VQA has them, or of one text alone."""
+    if isinstance(value, dict):
+        return texts_of(value.get("answer"))
+    if isinstance(value, list):
+        return [text for part in value for text in texts_of(part)]
+    return [str(value).strip()] if isinstance(value, (str, int, float)) else []
 
 
 def pictures_of(record: Record) -> list[Any]:
@@ -317,10 +329,14 @@ def table_row(record: Any, number: int, members: dict[str, str] | None) -> dict[
         return row | {"fault": "it is not an object"}
     row["id"] = str(record.get("id", number))
     row["language"] = record["language"] if isinstance(record.get("language"), str) else None
-    answers = record.get("answers")
-    row["answers"] = [answer for answer in answers if isinstance(answer, str)] if isinstance(answers, list) else []
+    row |= {"answers": [], "references": []}
     try:
         messages = to_messages(record)
+        answers, references = texts_of(record.get("answers")), texts_of(record.get("references"))
+        if isinstance(record.get("caption"), list):
+            references = references or texts_of(record["caption"])
+        "".join(answers + references).encode()  # what is not Unicode is an error
+        row |= {"answers": answers, "references": references}
         for picture in pictures_of(record):
             if isinstance(picture, dict):  # as `datasets` keeps one
                 picture = picture["bytes"] if picture.get("bytes") is not None else picture.get("path")
