@@ -23,6 +23,18 @@ def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
     return HfArgumentParser(dataclasses).parse_args_into_dataclasses()
 
 
+def check_positive(arguments: Any, *names: str) -> None:
+    """Refuses a command's arguments where one of these is not above 0; None is an argument that was not given.
+
+    Raises:
+        ValueError: the message names it.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} {value}: it has to be above 0")
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command. What the user can mend (a wrong path, a broken file) ends it with one line and exit code 1."""
     try:

@@ -22,18 +22,18 @@ class MergeArguments:
     output_dir: str = field(metadata={"help": "The checkpoint to write; it must not exist yet."})
 
 
-def merge_lora(model_name_or_path: str, adapter_name_or_path: str, output_dir: str) -> None:
+def merge_lora(arguments: MergeArguments) -> None:
     """Adds the adapter's low-rank updates to the weights, puts its projector in place, and saves the outcome.
 
     Raises:
         OSError, ValueError: an input cannot be opened or the saved checkpoint differs; nothing is left behind.
     """
-    with written_whole(output_dir) as folder:
-        model, processor = load_model(model_name_or_path, adapter_name_or_path)
+    with written_whole(arguments.output_dir) as folder:
+        model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path)
         merged = model.merge_and_unload()
         merged.save_pretrained(folder)
         processor.save_pretrained(folder)
-        carry_card(Path(adapter_name_or_path), folder)
+        carry_card(Path(arguments.adapter_name_or_path), folder)
         saved, _ = load_checkpoint(str(folder))
         for (name, ours), theirs in zip(saved.named_parameters(), merged.parameters(), strict=True):
             if not torch.equal(ours, theirs.to("cpu")):
@@ -42,7 +42,7 @@ def merge_lora(model_name_or_path: str, adapter_name_or_path: str, output_dir: s
 
 def main() -> None:
     (arguments,) = parse_arguments(MergeArguments)
-    merge_lora(**vars(arguments))
+    merge_lora(arguments)
     print(f"written to {arguments.output_dir}")
 
 

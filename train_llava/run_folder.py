@@ -1,14 +1,17 @@
 """What is on disk of a run: what is finished, what it can go on from, and whether what was saved is whole."""
 
+import json
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
+from transformers.utils import cached_file
 
 from train_llava.model import count_parameters
 
+FINGERPRINT = "base_fingerprint.json"  # of the model that an adapter was trained on, in the adapter's folder
 UNFINISHED = "unfinished"  # a file that a checkpoint holds while it is being written
 
 
@@ -57,6 +60,57 @@ def read_back(folder: Path, model: nn.Module) -> None:
     if empty or sum(numbers.values()) != expected or not any("multi_modal_projector" in name for name in numbers):
         what = f"{empty[0]} is empty" if empty else f"{sum(numbers.values()):,} numbers in place of {expected:,}"
         raise ValueError(f"{folder} was not saved whole: {what}")
+
+
+def base_fingerprint(model: nn.Module) -> dict[str, list[float]]:
+    """The first numbers of every tensor of a model, with or without an adapter, that an adapter leaves as it is.
+
+    So a model is told from another one of its shape. Left out are the projector, which an adapter brings along, and
+    tensors in 4 or 8 bits, which no model in more bits has.
+    """
+    numbers = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and "lora_" not in name and "multi_modal_projector" not in name:
+            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            # where ZeRO-3 has shared a parameter out, the first rank holds its beginning
+            numbers[name] = getattr(parameter, "ds_tensor", parameter).detach().flatten()[:8].float().tolist()
+    return numbers
+
+
+def save_base_fingerprint(model: nn.Module, folder: Path) -> None:
+    """Writes the fingerprint of the model that an adapter is trained on into the adapter's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FINGERPRINT).write_text(json.dumps(base_fingerprint(model)))
+
+
+def check_base(adapter_name_or_path: str, model: nn.Module, model_name: str) -> None:
+    """Refuses a model that is not the one an adapter was trained on, as far as the adapter's folder tells.
+
+    Numbers may differ by what half precision rounds away.
+
+    Raises:
+        ValueError: it is another one, or the fingerprint cannot be read.
+    """
+    path = cached_file(
+        adapter_name_or_path,
+        FINGERPRINT,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:  # trained elsewhere
+        return
+    numbers = base_fingerprint(model)
+    try:
+        pairs = [
+            pair
+            for name, saved in json.loads(Path(path).read_text()).items()
+            for pair in zip(saved, numbers.get(name, []), strict=False)
+        ]
+        same = all(abs(a - b) <= abs(a) / 128 + 1e-6 for a, b in pairs)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not same:
+        raise ValueError(f"the adapter {adapter_name_or_path} was trained on another model than {model_name}")
 
 
 def check_output_dir(output_dir: str, resume: bool) -> None:

@@ -29,7 +29,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 
 from train_llava.model import load_checkpoint, part_of
-from train_llava.run_folder import UNFINISHED, read_back
+from train_llava.run_folder import UNFINISHED, check_base, read_back, save_base_fingerprint
 
 
 def with_ids(items: list[dict[str, Any]], collator: Callable) -> dict[str, Any]:
@@ -111,6 +111,7 @@ class LlavaTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, PeftModel):
+            check_base(resume_from_checkpoint, self.model, self.model.config.name_or_path)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             saved, _ = load_checkpoint(resume_from_checkpoint)
@@ -123,9 +124,12 @@ class LlavaTrainer(Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and isinstance(self.model, PeftModel):  # before a push takes the folder
+            save_base_fingerprint(self.model, folder)
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            read_back(Path(output_dir or self.args.output_dir), self.model)
+            read_back(folder, self.model)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         if self.is_world_process_zero():
