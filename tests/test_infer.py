@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_adapter, run_train
+from conftest import random_adapter, run_train, turns
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -384,6 +384,97 @@ def test_evaluate_runs_a_real_model(merged, corpus, tmp_path, monkeypatch, capsy
     item = LlavaDataset(str(corpus))[3]
     assert lines[3]["prediction"] == generate(model, processor, [item["messages"][:1]], item["images"], 4)[0]
     assert "this model" in capsys.readouterr().out
+
+
+def write_data(folder: Path, corpus: Path, *records: dict) -> Path:
+    """A data set of these records, with the corpus's pictures."""
+    folder.mkdir()
+    shutil.copytree(corpus / "images_dl", folder / "images_dl")
+    (folder / "chat.json").write_text(json.dumps(records))
+    return folder
+
+
+@pytest.mark.parametrize("text", ["$5 and $\\frac{", "$^$", "long " * 400, "红" * 400, "a\u2028b\x85c $", "\x07"])
+def test_no_text_costs_an_evaluation(merged, corpus, tmp_path, monkeypatch, text):
+    record = {"id": "0", "image": "0.png", "caption": text}
+    data = write_data(tmp_path / "data", corpus, *[record] * 3)
+    monkeypatch.setattr(evaluate, "generate", lambda model, processor, conversations, *_: [text] * len(conversations))
+    metrics = run_evaluate(monkeypatch, merged, data, tmp_path / "$out$")
+    assert (metrics["n"], metrics["exact_match"], metrics["bad"]) == (3, 1, [])
+    assert Image.open(tmp_path / "$out$" / "captions.png").size == (1518, 1188)
+    (tmp_path / "compared").mkdir()
+    evaluate.compare([tmp_path / "$out$"], tmp_path / "compared")
+    assert (tmp_path / "compared" / "comparison.png").exists()
+
+
+def test_what_cannot_be_asked_is_named_and_counts_for_nothing(merged, corpus, tmp_path, monkeypatch, capsys):
+    good = {"id": "good", "image": "0.png", "caption": "a red square"}
+    data = write_data(
+        tmp_path / "data",
+        corpus,
+        {"id": "gone", "image": "99.png", "caption": "x"},
+        {"id": "broken", "image": "broken.png", "caption": "x"},
+        {"id": "long", "conversations": turns("What is this?", "x", "a" * 600, "x")},
+        {"id": "control", "conversations": turns("What is <|im_end|>?", "x")},
+        {"id": "no text"},
+        good,
+    )
+    (data / "images_dl" / "broken.png").write_bytes((corpus / "images_dl" / "0.png").read_bytes()[:60])
+    arguments = ["--max_new_tokens", "4", "--blank_control", "true", "--batch_size", "2"]
+    metrics = run_evaluate(monkeypatch, merged, data, tmp_path / "out", *arguments)
+    assert metrics["n"] == metrics["controls"]["blank_pictures"]["n"] == 2  # and the first turn of the long one
+    assert [entry["id"] for entry in metrics["bad"]] == ["gone", "broken", "long", "control", "no text"]
+    error = capsys.readouterr().err
+    assert "gone: " in error
+    assert "5 questions or records could not be asked" in error
+    (data / "chat.json").write_text(json.dumps([good | {"image": "broken.png"}]))
+    with pytest.raises(ValueError, match=r"no question of .* could be asked; good: .*broken.png"):
+        run_evaluate(monkeypatch, merged, data, tmp_path / "none", *arguments)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_sheet_that_cannot_be_drawn_costs_no_numbers(merged, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "findfont", lambda name: 1 / 0)
+    metrics = run_evaluate(monkeypatch, merged, corpus, tmp_path / "out", "--max_new_tokens", "1")
+    assert metrics["n"] == 17
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "predictions.jsonl"]
+    assert "captions.png could not be drawn: division by zero" in capsys.readouterr().err
+
+
+def test_a_record_may_have_several_right_answers(merged, corpus, tmp_path, monkeypatch):
+    data = write_data(
+        tmp_path / "data",
+        corpus,
+        {"image": "0.png", "caption": ["a cat", "one cat", "a cat"]},
+        {"conversations": turns("Who?", "I", "Where?", "here"), "references": ["there"]},
+        {"conversations": turns("How many?", "two"), "answers": [{"answer": "2", "answer_id": i} for i in range(10)]},
+    )
+    said = iter(["one cat", "I", "there", "2"])
+    monkeypatch.setattr(evaluate, "generate", lambda model, processor, asked, *_: [next(said) for _ in asked])
+    metrics = run_evaluate(monkeypatch, merged, data, tmp_path / "out")
+    assert (metrics["exact_match"], metrics["vqa_accuracy"]) == (0.75, 1)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [line.get("references") for line in lines] == [["a cat", "one cat", "a cat"], None, ["here", "there"], None]
+    evaluate.compare([tmp_path / "out"], tmp_path)  # reads them back
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "nonsense"])
+def test_what_is_no_evaluation_is_not_compared(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(ValueError, match=r"holds no metrics.json that evaluate wrote"):
+        evaluate.compare([tmp_path], tmp_path)
+    (tmp_path / "metrics.json").write_text('{"n": 1, "exact_match": 1, "intervals": {"exact_match": [0, 1]}}')
+    (tmp_path / "predictions.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"predictions.jsonl"):
+        evaluate.compare([tmp_path], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_new_tokens"])
+@pytest.mark.parametrize("number", [0, -1])
+def test_numbers_that_have_to_be_above_0(name, number):
+    for make in (partial(infer.InferArguments, "m", prompt="?"), partial(evaluate.EvaluateArguments, "o", "m", "d")):
+        with pytest.raises(ValueError, match=f"--{name} {number}: it has to be above 0"):
+            make(**{name: number})
 
 
 @pytest.fixture(scope="module")
