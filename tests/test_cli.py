@@ -1,5 +1,7 @@
 """What every command shares: an error names its file, a folder appears whole, and any operating system will do."""
 
+import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -8,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 from train_llava.cli import opening, written_whole
 from train_llava.model import load_checkpoint
@@ -91,3 +95,22 @@ def test_every_module_starts_where_there_is_no_unix():
     assert done.returncode == 0, done.stderr
     modules = {f"train_llava.{path.stem}" for path in (root / "train_llava").glob("[!_]*.py")}
     assert set(done.stdout.split()) == modules
+
+
+def test_reports_of_unused_weights_are_kept_for_a_llava_alone(llava, parts, tmp_path, monkeypatch):
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    monkeypatch.setattr(logging.getLogger("transformers.modeling_utils"), "handlers", [handler])
+    shutil.copytree(parts["clip"], tmp_path / "tower")
+    config = json.loads((tmp_path / "tower" / "config.json").read_text())["vision_config"]
+    (tmp_path / "tower" / "config.json").write_text(json.dumps(config | {"model_type": "clip_vision_model"}))
+    _, loading = AutoModel.from_pretrained(tmp_path / "tower", output_loading_info=True)
+    assert any("text_model" in name for name in loading["unexpected_keys"])
+    assert told == []
+    shutil.copytree(llava, tmp_path / "llava")
+    weights = tmp_path / "llava" / "model.safetensors"
+    save_file(load_file(weights) | {"image_newline": torch.zeros(4)}, weights, {"format": "pt"})
+    load_checkpoint(str(tmp_path / "llava"))
+    (line,) = told
+    assert "image_newline" in line

@@ -1,10 +1,12 @@
 """What every command shares: arguments from dataclasses, errors in one line, folders that appear whole."""
 
 import json
+import logging
 import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,21 @@ from transformers import HfArgumentParser
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is imported, complains on standard output
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Whether a warning of transformers tells the user anything.
+
+    A part of a LLaVA may come with weights that are not used, such as the text half of a CLIP; whether one is missing
+    is looked at where it is opened.
+    """
+    text = record.getMessage()
+    unused = "LOAD REPORT" in text and "LlavaForConditionalGeneration" not in text
+    return not unused or "MISMATCH" in text or "CONVERSION" in text
+
+
+logging.getLogger("transformers.modeling_utils").addFilter(_is_of_use)
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks transformers
 
 
 def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
