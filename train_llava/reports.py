@@ -46,7 +46,8 @@ def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), style, label=label)
     axes.set(xlabel="step", ylabel="loss per answer token")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:  # a run may be too short for one logged loss
+        axes.legend()
     figure.savefig(path, dpi=150)
 
 
