@@ -593,7 +593,7 @@ def test_an_adapter_of_another_model_is_refused(llava, tmp_path, kind, request):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("infer --model_name_or_path nowhere --prompt hi", "nowhere is no model folder"),
+        ("infer --model_name_or_path nowhere --prompt hi", "nowhere is no folder"),
         ("infer --model_name_or_path {qwen2} --prompt hi", "is a qwen2 model, not a LLaVA"),
         ("infer --model_name_or_path {llava} --prompt hi --image {corpus}/chat.json", "cannot be read as a picture"),
         ("infer --model_name_or_path {llava} --prompt hi --image nothing.png", "nothing.png does not exist"),
@@ -602,11 +602,11 @@ def test_an_adapter_of_another_model_is_refused(llava, tmp_path, kind, request):
         ("infer --model_name_or_path {llava} --questions {corpus}/chat.json", "--questions and --answers go together"),
         ("infer --model_name_or_path {llava} --questions no.jsonl --answers {tmp}/a.jsonl", "no.jsonl"),
         ("evaluate --model_name_or_path {llava} --data_path {llava} --output_dir {tmp}/out", "holds no chat.json"),
-        ("evaluate --model_name_or_path nowhere --data_path {corpus} --output_dir {tmp}/out", "is no model folder"),
+        ("evaluate --model_name_or_path nowhere --data_path {corpus} --output_dir {tmp}/out", "nowhere is no folder"),
         ("evaluate --model_name_or_path {llava} --data_path {corpus} --output_dir {llava}", "exists already"),
         ("evaluate --model_name_or_path {llava} --output_dir {tmp}/out", "pass --model_name_or_path with --data_path"),
         ("evaluate --compare {corpus} --output_dir {tmp}/out", "{corpus} holds no metrics.json"),
-        ("merge_lora --model_name_or_path {llava} --adapter_name_or_path no --output_dir {tmp}/out", "no adapter"),
+        ("merge_lora --model_name_or_path {llava} --adapter_name_or_path no --output_dir {tmp}/out", "no is no f"),
         ("build_model --vision_model_name_or_path {corpus} --language_model_name_or_path {qwen2} "
          "--output_dir {tmp}/out", "{corpus}"),
     ],

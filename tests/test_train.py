@@ -250,7 +250,7 @@ def test_too_many_bad_records_stop_the_run_with_one_line(llava, corpus, tmp_path
     [
         (["--data_path", "nowhere"], "--data_path nowhere does not exist"),
         (["--data_path", "{llava}"], "holds no chat.json"),
-        (["--model_name_or_path", "nowhere"], "nowhere is no model folder"),
+        (["--model_name_or_path", "nowhere"], "nowhere is no folder"),
         (["--model_name_or_path", "{qwen2}"], "is a qwen2 model, not a LLaVA"),
         (["--eval_data_path", "nowhere"], "--data_path nowhere does not exist"),
         (["--output_dir", "{llava}"], "holds model.safetensors"),

@@ -9,14 +9,24 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, get_session, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers import HfArgumentParser
 
-if not torch.accelerator.is_available():
+
+def device() -> torch.device:
+    """The accelerator that is there, or the CPU. A CUDA build of torch names `cuda` where there is no GPU, too."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+if device().type == "cpu":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is imported, complains on standard output
 
 
@@ -36,8 +46,58 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 
 
 def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
-    """Parses the command line into one instance of each dataclass; the fields' `help` is the documentation."""
-    return HfArgumentParser(dataclasses).parse_args_into_dataclasses()
+    """Parses the command line into one instance of each dataclass; the fields' `help` is the documentation.
+
+    Raises:
+        ValueError: an argument is wrong, or what `*_name_or_path` names is neither a folder nor on the hub.
+    """
+    parser = HfArgumentParser(dataclasses)
+    parser.error = _refuse  # argparse's own prints the usage, which has hundreds of lines
+    parsed = parser.parse_args_into_dataclasses()
+    for name, value in [item for arguments in parsed for item in vars(arguments).items()]:
+        if name.endswith("name_or_path") and value is not None:
+            check_name(f"--{name} {value}", value)
+        elif name.endswith("data_path") and value is not None:
+            paths = [value] if isinstance(value, str) else value
+            if not all(map(os.path.exists, paths)):
+                hub_answers()
+    return parsed
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+def check_name(option: str, name_or_path: str) -> None:
+    """Refuses a model's name that is neither a folder nor, as far as can be told at once, a name on the hub.
+
+    Raises:
+        ValueError: the message begins with `option`.
+    """
+    if os.path.isdir(name_or_path):
+        return
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError as error:
+        raise ValueError(f"{option} is no folder, and no name on the hub, which would be owner/name") from error
+    if os.path.exists(name_or_path):
+        raise ValueError(f"{option} is a file: name the folder of the model")
+    configs = ("config.json", "adapter_config.json")
+    if not hub_answers() and not any(isinstance(try_to_load_from_cache(name_or_path, c), str) for c in configs):
+        raise ValueError(f"{option} is no folder here, and the hub cannot be reached to ask for it")
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached. Where it cannot, nothing in this process, or one that it starts, asks again:
+
+    what was fetched earlier is opened at once, and the rest refused, where each file would be asked for six times.
+    """
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # what it raises without a network depends on the HTTP library that the hub's uses
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return not constants.HF_HUB_OFFLINE
 
 
 def check_positive(arguments: Any, *names: str) -> None:
@@ -61,12 +121,26 @@ def run_command(main: Callable[[], None]) -> None:
         text = str(error).strip()
         if "Original Traceback" in text:
             text = text.splitlines()[-1].partition("Error: ")[2]
-        sys.exit(f"error: {' '.join(text.split())}")
+        sys.exit(_once(f"error: {' '.join(text.split())}"))
     except torch.OutOfMemoryError as error:
         needs_less = "a smaller batch needs less, and so do --activation_checkpointing true and --bits 4 in training"
-        sys.exit(f"error: {str(error).partition('. ')[0]}: {needs_less}")
+        sys.exit(_once(f"error: {str(error).partition('. ')[0]}: {needs_less}"))
     except KeyboardInterrupt:
-        sys.exit("stopped")
+        sys.exit(_once("stopped"))
+
+
+def _once(message: str) -> str | int:
+    """What to exit with: the message, or, where another rank of the run has printed the same, the code 1 alone.
+
+    The first rank with a message leaves an empty file in `ERROR_DIR`, a folder that run_zero2.sh makes for a run.
+    """
+    folder = Path(os.environ.get("ERROR_DIR", "nowhere"))
+    if folder.is_dir():
+        try:
+            (folder / sha256(message.encode()).hexdigest()).touch(exist_ok=False)
+        except FileExistsError:
+            return 1
+    return message
 
 
 @contextmanager

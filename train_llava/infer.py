@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TextStreamer
 
 from train_llava.chat import Chat
-from train_llava.cli import check_positive, parse_arguments, run_command
+from train_llava.cli import check_positive, device, parse_arguments, run_command
 from train_llava.model import BITS_HELP, load_checkpoint
 from train_llava.pictures import open_image
 from train_llava.readers import read_jsonl
@@ -93,7 +93,7 @@ def load_model(
     if adapter_name_or_path is not None:
         model = load_adapter(model, adapter_name_or_path, model_name_or_path)
     if not bits:
-        model = model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        model = model.to(device())
     return model.eval(), processor
 
 

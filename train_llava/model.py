@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from train_llava.chat import complete_template, end_of_turn_tokens, image_side, image_tokens
-from train_llava.cli import opening
+from train_llava.cli import device, opening
 
 BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
@@ -121,9 +121,9 @@ def quantization(bits: int, dtype: torch.dtype) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    accelerator = torch.accelerator.current_accelerator()  # such weights are made where they stay
-    device = torch.accelerator.current_device_index() if accelerator else "cpu"
-    return {"quantization_config": config, "device_map": {"": device}}
+    # such weights are made where they stay, a GPU that has to be named by its number
+    place = "cpu" if device().type == "cpu" else torch.accelerator.current_device_index()
+    return {"quantization_config": config, "device_map": {"": place}}
 
 
 def load_checkpoint(
@@ -149,6 +149,10 @@ def load_checkpoint(
         )
         if Path(model_name_or_path, "generation_config.json").exists():  # broken, it would be left out without a word
             GenerationConfig.from_pretrained(model_name_or_path)
+    for module in model.modules():
+        # or bitsandbytes, on CPUs with AVX512-BF16, repacks a layer when it first answers: no gradient passes it then
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if loading["missing_keys"]:
         raise ValueError(f"{model_name_or_path} lacks weights, {min(loading['missing_keys'])} for one")
     complete_generation_config(model.generation_config, processor.tokenizer)

@@ -19,7 +19,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train_llava.checks import preflight
-from train_llava.cli import parse_arguments, run_command
+from train_llava.cli import device, parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset, stream_items
 from train_llava.model import (
     BITS_HELP,
@@ -121,8 +121,8 @@ class TrainArguments(TrainingArguments):
         if self.vision_learning_rate is None:
             self.vision_learning_rate = self.learning_rate * 0.1
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+            self.bf16 = not self.fp16 and device().type == "cuda" and torch.cuda.is_bf16_supported()
+        self.use_cpu = self.use_cpu or device().type == "cpu"
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         super().__post_init__()
 
