@@ -100,7 +100,7 @@ def shortened_strip(image_processor: BaseImageProcessor, image: Image.Image) -> 
     if long <= 4 * short:
         return image
     if getattr(image_processor, "do_pad", False):
-        limit = 8 * (size.shortest_edge or max(size.height, size.width))
+        limit = 4 * (size.shortest_edge or max(size.height, size.width))
         image = image.copy()
         image.thumbnail((limit, limit))
     elif size.shortest_edge and image_processor.do_center_crop:

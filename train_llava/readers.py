@@ -124,7 +124,7 @@ def read_parquet(path: Path) -> Iterator[Record]:
         file = pq.ParquetFile(path)
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
-        for batch in file.iter_batches(min(1 + BATCH_BYTES // (row_bytes + 1), 256)):
+        for batch in file.iter_batches(min(1 + BATCH_BYTES // (row_bytes + 1), 32)):
             yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
