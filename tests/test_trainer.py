@@ -271,23 +271,6 @@ def test_every_type_trains_in_bf16(llava, corpus, tmp_path, monkeypatch, train_t
     assert rough != exact
 
 
-@pytest.mark.parametrize("train_type", ["lora", "full"])
-def test_two_ranks_train_in_bf16(llava, corpus, tmp_path, monkeypatch, train_type):
-    """Evaluated with records that do not part evenly: 16 of them by 2 ranks, 3 at a time."""
-    arguments = ["--learning_rate", "1e-3", "--max_steps", "4", "--train_type", train_type, "--lora_dropout", "0"]
-    arguments += ["--bf16", "true", "--eval_data_path", str(corpus)]
-    batches = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "10"]
-    one = run_train(monkeypatch, llava, corpus, tmp_path / "one", *arguments, *batches)
-    batches = ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "3"]
-    done = run_zero2(llava, corpus, tmp_path / "two", *arguments, *batches)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "saved, read back alike" in done.stdout
-    assert logged(tmp_path / "two") == pytest.approx(one, rel=5e-3)
-    ours, theirs = (logged(tmp_path / ranks, "eval_loss") for ranks in ("one", "two"))
-    assert len(ours) == 1
-    assert theirs == pytest.approx(ours, rel=5e-3)
-
-
 def test_the_held_out_loss_is_that_of_all_answer_tokens(llava, corpus, tmp_path, monkeypatch):
     """Whatever the batch size: the sum of the tokens' losses over their number, as one batch of all records has it."""
     arguments = ["--max_steps", "1", "--learning_rate", "1e-20", "--eval_data_path", corpus, "--preflight", "false"]

@@ -99,8 +99,8 @@ def _try_once(trainer: LlavaTrainer) -> None:
     args = trainer.args
     model = trainer.model.to(args.device).train()
     items = longest_items(trainer)
-    batch = trainer._prepare_inputs(trainer.data_collator(items))
-    pixel_values = batch["pixel_values"].cpu()
+    batch = trainer.data_collator(items)
+    pixel_values = batch["pixel_values"]
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     finite: dict[nn.Parameter, bool] = {}
 
@@ -110,7 +110,7 @@ def _try_once(trainer: LlavaTrainer) -> None:
 
     hooks = [parameter.register_post_accumulate_grad_hook(look) for parameter in trained.values()]
     with trainer.accelerator.autocast():
-        loss = trainer.compute_loss(model, batch)
+        loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
     loss.backward()
     for hook in hooks:
         hook.remove()

@@ -14,7 +14,7 @@ from transformers import LlavaProcessor
 
 from train_llava.chat import IGNORE, Chat
 from train_llava.pictures import open_image, prepare_pictures, read_picture
-from train_llava.records import BadRecordError, load_records, text_of
+from train_llava.records import IMAGE_TOKEN, BadRecordError, load_records, text_of
 
 
 def to_item(
@@ -87,21 +87,20 @@ class LlavaDataset(torch.utils.data.Dataset):
     def lengths(self, chat: Chat) -> np.ndarray:
         """About how many tokens each record has, pictures included: to sort by, without opening a picture.
 
-        A text is measured in bytes, of which a token holds about as many in any language; 200 records tell how many.
+        A token holds about as many bytes of text in any language: 200 records, from short to long, tell how many.
         """
         sizes = []
         for source, table in enumerate(self.tables):
-            messages, *lists = (table.data.column(name) for name in ("messages", "images", "image_bytes"))
-            size = [pc.binary_length(messages), pc.add(*map(pc.list_value_length, lists))]
-            sizes.append(
-                np.stack([column.to_numpy() for column in size])[:, self.index[self.index[:, 0] == source, 1]]
-            )
-        text_bytes, images = np.concatenate(sizes, axis=1).astype(np.int64)
-        sample = np.linspace(0, len(self) - 1, min(len(self), 200), dtype=int)
+            length, *lists = (table.data.column(name) for name in ("length", "images", "image_bytes"))
+            size = np.stack([length, pc.add(*map(pc.list_value_length, lists))])
+            sizes.append(size[:, self.index[self.index[:, 0] == source, 1]])
+        text_bytes, images = np.concatenate(sizes, axis=1)
+        text_bytes -= len(f"{IMAGE_TOKEN}\n") * images
+        sample = np.argsort(text_bytes)[np.linspace(0, len(self) - 1, min(len(self), 200), dtype=int)]
         messages = [self.tables[source].data.column("messages")[int(row)] for source, row in self.index[sample]]
         texts = ["\n".join(map(text_of, json.loads(text.as_py()))) for text in messages]
         tokens = sum(map(len, chat.tokenizer(texts, verbose=False)["input_ids"]))
-        return (text_bytes * (tokens / text_bytes[sample].sum()) + images * chat.image_tokens).astype(np.int64)
+        return text_bytes * (tokens / max(text_bytes[sample].sum(), 1)) + images * chat.image_tokens
 
 
 def weights_of(paths: list[str], data_weights: list[float] | None) -> list[float]:

@@ -48,7 +48,7 @@ CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."
 LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 ROLES = ("user", "assistant", "system")
 LARGE = 64 << 20  # bytes
-LAYOUT = 2  # of the table below; another number makes every data set be read anew
+LAYOUT = 3  # of the table below; another number makes every data set be read anew
 
 FEATURES = datasets.Features(
     {
@@ -58,7 +58,7 @@ FEATURES = datasets.Features(
         "image_bytes": datasets.List(datasets.Value("binary")),  # or the picture itself
         "language": datasets.Value("string"),
         "answers": datasets.List(datasets.Value("string")),
-        "length": datasets.Value("int32"),  # characters, to group conversations of like length
+        "length": datasets.Value("int32"),  # of the texts in bytes, to group conversations of like length
         "fault": datasets.Value("string"),  # why the record cannot be used
     }
 )
@@ -337,4 +337,7 @@ def table_row(record: Any, number: int, members: dict[str, str] | None) -> dict[
     except ValueError as error:
         return row | {"fault": str(error)}
     texts = [text_of(message) for message in messages]
-    return row | {"messages": json.dumps(messages, ensure_ascii=False), "length": sum(map(len, texts))}
+    return row | {
+        "messages": json.dumps(messages, ensure_ascii=False),
+        "length": sum(map(len, map(str.encode, texts))),
+    }

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from datasets.iterable_dataset import ExamplesIterable
 
 from train_llava.chat import Chat
 from train_llava.data import log_bad_sample, to_item, weights_of
@@ -42,7 +43,20 @@ def stream_items(
     if not shards:
         raise ValueError(f"--data_weights take nothing of --data_path {' '.join(paths)}")
     settings = {"chat": chat, "log": log, "bad_samples": bad_samples, "max_bad_fraction": max_bad_fraction}
-    return datasets.IterableDataset.from_generator(good_items, gen_kwargs={"shards": shards, "seed": seed} | settings)
+    return datasets.IterableDataset(Passes(good_items, {"shards": shards, "seed": seed} | settings))
+
+
+class Passes(ExamplesIterable):
+    """What a rank or a worker reads, where `datasets` would read one shard to its end before the next.
+
+    `datasets` shares out the list among the keyword arguments of the generator.
+    """
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        return enumerate(self.generate_examples_fn(**self.kwargs))
+
+    def shard_data_sources(self, *args: Any, **kwargs: Any) -> "Passes":
+        return Passes(self.generate_examples_fn, super().shard_data_sources(*args, **kwargs).kwargs)
 
 
 def good_items(
