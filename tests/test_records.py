@@ -11,6 +11,7 @@ import tracemalloc
 import zipfile
 import zlib
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -20,14 +21,17 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import turns
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
 
 from train_llava.chat import Chat
 from train_llava.check_data import kind_of, show_sample
-from train_llava.data import BadRecordError, CheckedDataset, LlavaCollator, LlavaDataset, stream_items, to_item
+from train_llava.data import BadRecordError, CheckedDataset, LlavaCollator, LlavaDataset, to_item
 from train_llava.pictures import matches_processor, open_image, prepare_pictures
 from train_llava.readers import read_json
 from train_llava.records import load_records, table_row, text_of, to_messages
+from train_llava.stream import stream_items
+from train_llava.trainer import with_ids
 
 ROOT = Path(__file__).parent.parent
 COLORS = [(200, 30, 40), (30, 180, 60), (20, 40, 220)]
@@ -732,12 +736,99 @@ def test_too_many_bad_records_or_a_strict_run_stop(dirty, processor, tmp_path):
         [checked[i] for i in (3, 5)]
 
 
-def test_streaming_reads_every_good_record_and_goes_on(dirty, processor, tmp_path):
+@pytest.mark.parametrize("given", [{"id": "one"}, {}, {"id": "a\u2028b\u0085c"}])
+def test_bad_records_are_counted_whatever_their_ids(processor, tmp_path, given):
+    records = [given | {"conversations": turns("?", "!") if i % 10 == 0 else []} for i in range(300)]
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    dataset, log = LlavaDataset(str(tmp_path)), tmp_path / "bad.jsonl"
+    checked = CheckedDataset(dataset, Chat(processor), log, max_bad_fraction=0.9)
+    for _ in range(2):
+        assert {item["messages"][1]["content"][0]["text"] for item in map(checked.__getitem__, range(300))} == {"!"}
+    assert len(log.read_text().split("\n")) == 270 + 1
+    with pytest.raises(ValueError, match="270 of 300 records are bad, more than --max_bad_fraction"):
+        CheckedDataset(dataset, Chat(processor), log, max_bad_fraction=0.89)[1]
+
+
+def first(stream, number: int) -> list[str]:
+    return [item["id"] for item in islice(stream, number)]
+
+
+def test_a_stream_gives_every_good_record_in_another_order_each_pass(dirty, processor, tmp_path):
     root, reasons = dirty
-    stream = stream_items(str(root), None, Chat(processor, 200), tmp_path / "bad.jsonl")
-    ids = [item["id"] for item, _ in zip(stream, range(len(reasons) + 5), strict=False)]
-    assert ids == [f"good {i % len(reasons)}" for i in range(len(reasons) + 5)]
-    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == len(reasons)
+    sources = (str(root), None, None, Chat(processor, 200), tmp_path / "bad.jsonl", "skip", 0.6)
+    ids = first(stream_items(*sources, seed=1), 75)
+    passes = [ids[:25], ids[25:50], ids[50:]]
+    assert [sorted(ids) for ids in passes] == [sorted(f"good {i}" for i in range(25))] * 3
+    assert passes[0] != passes[1] != passes[2] != passes[0]
+    assert first(stream_items(*sources, seed=1), 75) == ids
+    assert first(stream_items(*sources, seed=2), 75) != ids
+    log = (tmp_path / "bad.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["id"] for line in log) == sorted(reasons)
+
+
+def test_a_stream_shuffles_shards_too(tmp_path, processor, monkeypatch):
+    monkeypatch.setattr("train_llava.stream.BUFFER", 5)
+    for i in range(9):
+        lines = [json.dumps({"id": f"{i}{j}", "conversations": turns("?", "!")}) for j in range(10)]
+        (tmp_path / f"{i}.jsonl").write_text("\n".join(lines))
+    sources = [str(tmp_path / f"{i}.jsonl") for i in range(9)]
+    ids = first(stream_items(sources, None, None, Chat(processor), tmp_path / "bad.jsonl"), 90)
+    assert sorted(ids) == [f"{i:02}" for i in range(90)]
+    shards = [int(name[0]) for name in ids[::10]]
+    assert shards != sorted(shards)
+    assert len({name[0] for name in ids[10:20]}) > 1
+    ranks = [
+        first(stream_items(sources, None, None, Chat(processor), tmp_path / "log").shard(2, i), 90) for i in (0, 1)
+    ]
+    assert not set(ranks[0]) & set(ranks[1])
+    assert set(ranks[0]) | set(ranks[1]) == set(ids)
+
+
+def test_a_stream_takes_as_much_of_each_source_as_its_weight_says(tmp_path, processor):
+    for name in ("a", "b"):
+        lines = [json.dumps({"id": f"{name}{i}", "conversations": turns("?", "!")}) for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    paths, chat, log = [str(tmp_path / f"{name}.jsonl") for name in ("a", "b")], Chat(processor), tmp_path / "log"
+    ids = first(stream_items(paths, None, [2, 0.5], chat, log), 400)
+    part = len({name for name in ids if name[0] == "b"})
+    assert 14 <= part <= 26  # of 40, always the same
+    of_one_pass = ids[: 80 + part]
+    assert sorted(name for name in of_one_pass if name[0] == "a") == sorted([f"a{i}" for i in range(40)] * 2)
+    with pytest.raises(ValueError, match="1 weights for 2 data paths"):
+        stream_items(paths, None, [1], chat, log)
+    with pytest.raises(ValueError, match="a weight is a number from 0"):
+        stream_items(paths, None, [1, -1], chat, log)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [(("error", 1.0), "^record "), (("skip", 0.4), r"25 of 50 records are bad, more than --max_bad_fraction")],
+)
+def test_a_stream_stops_where_a_table_would(dirty, processor, tmp_path, settings, message):
+    stream = stream_items(str(dirty[0]), None, None, Chat(processor, 200), tmp_path / "bad.jsonl", *settings)
+    with pytest.raises(ValueError, match=message):
+        first(stream, 30)
+
+
+def test_a_stream_without_a_good_record_stops(processor, tmp_path):
+    (tmp_path / "chat.json").write_text(json.dumps([{"conversations": []}] * 3))
+    stream = stream_items(str(tmp_path), None, None, Chat(processor), tmp_path / "bad.jsonl", "skip", 1.0)
+    with pytest.raises(ValueError, match=r"no record of .* is good"):
+        first(stream, 1)
+
+
+def test_workers_started_anew_read_a_stream_and_a_table(dirty, processor, tmp_path):
+    """As macOS and Windows start them: everything that a worker needs is pickled."""
+    collator, log = LlavaCollator(processor, 200), tmp_path / "bad.jsonl"
+    stream = stream_items(str(dirty[0]), None, None, collator.chat, log, "skip", 0.6)
+    checked = CheckedDataset(LlavaDataset(str(dirty[0])), collator.chat, log, "skip", 0.6)
+    for data in (stream, checked):
+        loader = DataLoader(
+            data, 4, num_workers=1, multiprocessing_context="spawn", collate_fn=partial(with_ids, collator=collator)
+        )
+        batch = next(iter(loader))
+        assert len(batch["ids"]) == 4
+        assert all(name.startswith("good") for name in batch["ids"])
 
 
 def test_check_data_reports_every_fault(dirty, llava, tmp_path):

@@ -18,7 +18,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -158,5 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    matplotlib.use("Agg")
     run_command(main)

@@ -116,7 +116,7 @@ def run_command(main: Callable[[], None]) -> None:
     """Runs a command. What the user can mend (a wrong path, a broken file) ends it with one line and exit code 1."""
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # an option may need a package that is not installed
         # an error in a data-loader worker comes with the worker's traceback in front of it
         text = str(error).strip()
         if "Original Traceback" in text:

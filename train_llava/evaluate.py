@@ -298,5 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    matplotlib.use("Agg")
     run_command(main)

@@ -51,7 +51,7 @@ FEATURES = datasets.Features(
         "language": datasets.Value("string"),
         "answers": datasets.List(datasets.Value("string")),
         "references": datasets.List(datasets.Value("string")),
-        "length": datasets.Value("int32"),  # characters, to group conversations of like length
+        "length": datasets.Value("int32"),  # of the texts in bytes, to group conversations of like length
         "fault": datasets.Value("string"),  # why the record cannot be used
     }
 )
@@ -215,7 +215,7 @@ def table_row(record: Any, number: int, members: dict[str, Place | None] | None 
         "".join([*names, *answers, *references, language or ""]).encode()
         row |= {"images": names, "image_bytes": [] if names else pictures}
         row |= {"language": language, "answers": answers, "references": references}
-        length = sum(len(text_of(message)) for message in messages)
+        length = sum(len(text_of(message).encode()) for message in messages)
         return row | {"messages": msgspec.json.encode(messages).decode(), "length": length}
     except BadRecordError as error:
         return row | {"id": _printable(error.args[0]), "fault": _printable(error.args[1])}

@@ -1,12 +1,17 @@
 """What is on disk of a run: what is finished, what it can go on from, and whether what was saved is whole."""
 
 import json
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
+from transformers import TrainingArguments
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.hf_argparser import string_to_bool
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import cached_file
 
 from train_llava.model import count_parameters
@@ -24,6 +29,28 @@ def finished_checkpoint(output_dir: str) -> str | None:
     """The last checkpoint of a run that was written to its end; None if there is none."""
     whole = [folder for folder in Path(output_dir).glob("checkpoint-*") if is_finished(folder)]
     return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
+
+
+def starting_point(args: TrainingArguments) -> str | None:
+    """The checkpoint that a run goes on from: the last finished one, or what is named; None: it starts anew.
+
+    Raises:
+        ValueError: there is none to go on from, or the folder to write to holds a model already.
+    """
+    resume, checkpoint = args.resume_from_checkpoint or "false", None
+    if not Path(resume).is_dir():
+        try:
+            resume = string_to_bool(resume)
+        except ArgumentTypeError as error:
+            raise ValueError(f"--resume_from_checkpoint {resume} is not true, and no folder") from error
+    check_output_dir(args.output_dir, bool(resume))
+    if resume:
+        checkpoint = finished_checkpoint(args.output_dir) if resume is True else resume
+        if args.process_index == 0:
+            print(f"resuming from {checkpoint or 'the start: no checkpoint was finished'}")
+    if checkpoint is not None:
+        check_resumable(Path(checkpoint), args.world_size)
+    return checkpoint
 
 
 def check_resumable(checkpoint: Path, ranks: int) -> None:
@@ -111,6 +138,23 @@ def check_base(adapter_name_or_path: str, model: nn.Module, model_name: str) -> 
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not same:
         raise ValueError(f"the adapter {adapter_name_or_path} was trained on another model than {model_name}")
+
+
+def differing_tensor(folder: Path, model: nn.Module) -> str | None:
+    """The first tensor of a model just saved that is not in the folder as it is in memory; None where all are.
+
+    One is read at a time. In files, a whole model's have the names of the checkpoint that it was read from.
+    """
+    if isinstance(model, PeftModel):
+        expected = get_peft_model_state_dict(model)
+    else:
+        expected = revert_weight_conversion(model, remove_tied_weights_from_state_dict(model.state_dict(), model))
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name not in expected or not torch.equal(file.get_tensor(name), expected.pop(name).cpu()):
+                    return name
+    return next(iter(expected), None)
 
 
 def check_output_dir(output_dir: str, resume: bool) -> None:

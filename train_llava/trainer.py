@@ -2,6 +2,7 @@
 
 What differs from `Trainer`:
 
+- the held-out loss is that of all answer tokens alike, whatever the batch size and the number of ranks
 - conversations are grouped by their stored lengths, where `Trainer` would open every picture first
 - the vision tower and the projector may have learning rates of their own
 - a whole model is loaded from a checkpoint by `from_pretrained`: its parameters have other names in files than
@@ -23,22 +24,27 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+from train_llava.chat import IGNORE
+from train_llava.data import LlavaCollator
 from train_llava.model import load_checkpoint, part_of
 from train_llava.run_folder import UNFINISHED, check_base, read_back, save_base_fingerprint
 
 
-def with_ids(items: list[dict[str, Any]], collator: Callable) -> dict[str, Any]:
-    """The collator's batch, and the records' `ids`, which `compute_loss` takes out and names when it must."""
-    return collator(items) | {"ids": [item["id"] for item in items]}
+def with_ids(items: list[dict[str, Any]], collator: LlavaCollator) -> dict[str, Any]:
+    """The collator's batch and, for the trainer alone, the records' `ids` and how many tokens are `learnt` of each."""
+    items = [collator.chat.labelled(item) for item in items]
+    learnt = [int((item["labels"][1:] != IGNORE).sum()) for item in items]
+    return collator(items) | {"ids": [item["id"] for item in items], "learnt": torch.tensor(learnt)}
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends the run at the end of a step, with a checkpoint, once any rank has got a SIGTERM."""
+    """Ends the run at the end of a step, with a checkpoint, once any rank has got a SIGTERM; no other end is early."""
 
     def __init__(self) -> None:
         self.received = False
@@ -56,10 +62,12 @@ class StopOnSignal(TrainerCallback):
         if received.item():
             if state.is_world_process_zero:
                 print(f"SIGTERM: ending at step {state.global_step} with a checkpoint", flush=True)
-            control.should_save = control.should_training_stop = True
+            self.received = control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if state.global_step < state.max_steps and not self.received:
+            raise ValueError(f"the data ended after {state.global_step} of {state.max_steps} steps")
 
 
 class LlavaTrainer(Trainer):
@@ -85,7 +93,10 @@ class LlavaTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch, lengths=self.train_dataset.dataset.lengths())
+        return LengthGroupedSampler(batch, lengths=self.train_dataset.lengths())
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        return SequentialSampler(eval_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the arguments, its two groups (with weight decay, and without) split by learning rate."""
@@ -101,13 +112,30 @@ class LlavaTrainer(Trainer):
         return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        ids = inputs.pop("ids")
+        ids, _ = inputs.pop("ids"), inputs.pop("learnt")
         outcome = super().compute_loss(model, inputs, *args, **kwargs)
         loss = outcome[0] if isinstance(outcome, tuple) else outcome
         if model.training and not torch.isfinite(loss):
             step = self.state.global_step + 1
             raise ValueError(f"step {step}: the loss is {loss.item()} at the records {', '.join(map(repr, ids))}")
         return outcome
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
+        """Adds the losses of the records of a batch, and their tokens, to `held_out`; no record counts twice."""
+        inputs = self._prepare_inputs(inputs)
+        _, learnt, _, labels = (inputs.pop(name) for name in ("ids", "learnt", "labels", "shift_labels"))
+        with torch.no_grad():
+            losses = cross_entropy(model(**inputs).logits.float(), labels, reduction="none")
+        sums = torch.stack([part.sum() for part in losses.split(learnt.tolist())])
+        self.held_out += self.accelerator.gather_for_metrics(torch.stack([sums, learnt], dim=1)).cpu().double().sum(0)
+        return None, None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self.held_out = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = self.held_out.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
+        return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, PeftModel):
