@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import CHATML, NARROW, make_tokenizer, turns
+from conftest import CHATML, NARROW, make_tokenizer, run_train, turns
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -395,3 +395,12 @@ def test_a_batch_is_answered_as_its_questions_alone(llava):
         return model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :].tolist()
 
     assert answers(texts, pictures) == [answers([texts[i]], [pictures[i]])[0] for i in range(3)]
+
+
+def test_training_refuses_packing_where_conversations_see_each_other(parts, corpus, tmp_path, monkeypatch):
+    config = GptOssConfig(**LM, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
+    save_language_model(tmp_path / "lm", config)
+    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+    with pytest.raises(ValueError, match="--packing: a gpt_oss does not keep the conversations of a row apart"):
+        run_train(monkeypatch, tmp_path / "llava", corpus, tmp_path / "run", "--packing", "true", "--max_steps", "1")
+    assert not (tmp_path / "run").exists()

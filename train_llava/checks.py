@@ -218,6 +218,23 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
     return outcome
 
 
+def check_claims(model: nn.Module, processor: LlavaProcessor, packing: bool) -> None:
+    """Measures, on a model that may have been assembled elsewhere, what training claims of it.
+
+    Raises:
+        ValueError: see `check_conversations`; or `packing` is asked for and the model cannot keep conversations apart.
+    """
+    chat = Chat(processor)
+    check_conversations(chat, model.generation_config)
+    if packing and not is_deepspeed_zero3_enabled():  # where no rank holds the whole model
+        packed, noise = packing_difference(model, chat)
+        if packed > noise:
+            raise ValueError(
+                f"--packing: a {model.config.text_config.model_type} does not keep the conversations of a row apart "
+                f"(logits differ by {packed:.0e} of the largest from those of each alone)"
+            )
+
+
 def conversation(*texts: str) -> list[dict[str, Any]]:
     """Messages of alternating questions and answers, a picture in front of the first."""
     roles = ("user", "assistant")

@@ -18,7 +18,7 @@ from transformers import IntervalStrategy, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train_llava.chat import Chat
-from train_llava.checks import check_options, preflight
+from train_llava.checks import check_claims, check_options, preflight
 from train_llava.cli import device, parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.model import (
@@ -191,6 +191,7 @@ def main() -> None:
         model_arguments.model_name_or_path, dtype, model_arguments.attn_implementation, model_arguments.bits
     )
     check_options(args, model)
+    check_claims(model, processor, data_arguments.packing)
 
     # 4. The data
     collator = LlavaCollator(processor, data_arguments.max_length, data_arguments.packing)
