@@ -214,11 +214,13 @@ def test_retry_asks_the_last_question_again_and_may_draw(page, pictures):
     assert ask(client, "", name="/retry") == greedy
 
 
-# the page with a model that says back, word by word, what it was told; the rest is the command's own
+# the page with a model that says back, word by word, what it was told, and how often it was asked
 ECHO = """
+from itertools import count
 from train_llava import web_demo
+times = count(1)
 def echo(model, processor, messages, *_, **__):
-    words = messages[-1]["content"][-1]["text"].split(" ")
+    words = messages[-1]["content"][-1]["text"].split(" ") + [str(next(times))]
     yield from (" ".join(words[:i]) for i in range(len(words) + 1))
 web_demo.stream = echo
 web_demo.main()
@@ -444,17 +446,22 @@ def test_a_browser_shows_texts_as_they_are_and_no_button_that_does_harm(echo, pi
         for i, text in enumerate(texts):
             type_in(driver, text, *pictures[:i])
             until(lambda i=i: idle(driver, i + 1))
+        before = told(driver, "bot")
         button(driver, "Retry").click()
-        until(lambda: told(driver, "bot") == texts and idle(driver, 2))
+        until(lambda: told(driver, "bot")[1].startswith(texts[1] + " ") and told(driver, "bot") != before)
+        until(lambda: idle(driver, 2))
+        said = told(driver, "bot")
+        assert [answer.rpartition(" ")[0] for answer in said] == texts
         assert told(driver, "user") == texts
-        assert [element.text for element in find(driver, ".message-content")] == [texts[0]] * 2 + [texts[1]] * 2
+        visible = [element.text for element in find(driver, ".message-content")]
+        assert visible == [texts[0], said[0], texts[1], said[1]]
         buttons = [element for element in find(driver, ".block:has([role=log]) button") if element.is_displayed()]
         script = "return arguments[0].filter(button => !button.closest('a, .image-container'))"
         copies = driver.execute_script(script, buttons)
         assert len(copies) == 3  # of the first question and of both answers
         assert len(buttons) == 6  # a picture is shown larger by two, and downloaded by one
         (box,) = find(driver, "textarea")
-        for copy, text in zip(copies, [texts[0], *texts], strict=True):
+        for copy, text in zip(copies, [texts[0], *said], strict=True):
             copy.click()
             box.clear()
             box.send_keys("\ue009v\ue009")  # Control and v
