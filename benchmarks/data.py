@@ -115,7 +115,7 @@ def walk(dataset: LlavaDataset, queue: multiprocessing.Queue) -> None:
 def scale(folder: Path) -> None:
     """Prints the time and the memory that half a million records take."""
     path = folder / "large.json"
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write("[" + ",\n".join(json.dumps(record(i)) for i in range(RECORDS)) + "]")
     before = private_mb()
     start = time.monotonic()

@@ -194,7 +194,7 @@ def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool = F
     """
     with opening(language_model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, trust_remote_code=trust_remote_code)
-    complete_template(tokenizer)
+        complete_template(tokenizer)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or end_of_turn_tokens(tokenizer)[0]
