@@ -121,7 +121,7 @@ def read_jsonl(path: Path) -> Iterator[Any]:
 def read_parquet(path: Path) -> Iterator[Record]:
     """The rows of a Parquet file, a few at a time: they may hold pictures."""
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # or it holds all that it has read
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
         for batch in file.iter_batches(min(1 + BATCH_BYTES // (row_bytes + 1), 32)):
