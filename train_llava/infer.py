@@ -141,6 +141,12 @@ def sampling(temperature: float, top_p: float) -> dict[str, Any]:
     return {"do_sample": True, "temperature": temperature, "top_p": top_p}
 
 
+def _parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pictures and texts of a conversation; a message may be a text alone."""
+    contents = [message["content"] for message in messages]
+    return [part for c in contents for part in ([{"type": "text", "text": c}] if isinstance(c, str) else c)]
+
+
 def room_for_answer(
     model: LlavaForConditionalGeneration | PeftModel, chat: Chat, messages: list[dict[str, Any]]
 ) -> int:
@@ -150,9 +156,9 @@ def room_for_answer(
         ValueError: the context is full already, the chat template refuses the conversation, or a text in it holds a
             control token, which would end a turn, begin one, or stand for a picture.
     """
-    for part in (part for message in messages for part in message["content"] if part["type"] == "text"):
+    for part in _parts(messages):
         for token in (chat.processor.image_token, *sorted(chat.control_tokens)):
-            if token in part["text"]:
+            if token in part.get("text", ""):
                 raise ValueError(f"the control token {token} stands in a text: leave it out")
     length = chat.prompts([messages], [])["input_ids"].shape[1]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
@@ -182,7 +188,7 @@ def generate(
     if room < max_new_tokens and len(conversations) > 1:  # one by one: who has less room cuts nobody else's answer
         answers, left = [], iter(images)
         for messages in conversations:
-            shown = [next(left) for message in messages for part in message["content"] if part["type"] == "image"]
+            shown = [next(left) for part in _parts(messages) if part["type"] == "image"]
             answers += generate(model, processor, [messages], shown, max_new_tokens, **options)
         return answers
     inputs = chat.prompts(conversations, images).to(model.device)
