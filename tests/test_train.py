@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,7 @@ from train_llava.cli import run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.infer import load_model
 from train_llava.model import LoraArguments, count_parameters, load_checkpoint, set_trainable
+from train_llava.run_folder import starting_point
 from train_llava.train import LEARNING_RATES, TrainArguments
 
 ROOT = Path(__file__).parent.parent
@@ -308,6 +310,92 @@ def test_a_wrong_argument_ends_with_one_line(llava, parts, corpus, tmp_path, arg
     assert "Traceback" not in done.stderr
     assert re.search(rf"^error: .*{re.escape(message)}.*$", done.stderr, re.MULTILINE)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fp16", "true"], "--fp16 takes a GPU"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor is not supported"),
+        (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere is not true, and no folder"),
+        (["--metric_for_best_model", "bleu"], "--metric_for_best_model bleu: training measures the loss only"),
+        (["--metric_for_best_model", "eval_bleu", "--load_best_model_at_end", "true"], "requires the save and eval"),
+        (["--eval_strategy", "steps"], "--eval_strategy steps takes held-out data: set --eval_data_path"),
+        (["--streaming", "true"], "--streaming has no end: set --max_steps"),
+        (["--optim", "adamw_8bit"], "bitsandbytes"),
+        (["--optim", "lomo"], "You need to install `lomo_optim`"),
+        (["--optim", "adamw_torch_8bit"], "torchao"),
+        (["--report_to", "wandb"], "WandbCallback requires wandb to be installed"),
+        (["--report_to", "mlflow"], "MLflowCallback requires mlflow"),
+        (["--report_to", "nonsense"], "nonsense is not supported"),
+        (["--use_liger_kernel", "true"], "pip install liger-kernel"),
+        (["--attn_implementation", "flash_attention_2"], "package for FlashAttention2"),
+        (["--attn_implementation", "nonsense"], "nonsense"),
+        (["--lr_scheduler_type", "nonsense"], "nonsense is not a valid SchedulerType"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr"),
+    ],
+)
+def test_an_option_that_cannot_be_is_said_before_data_is_read(
+    llava, corpus, tmp_path, monkeypatch, capsys, arguments, message
+):
+    command = ["train", "--model_name_or_path", llava, "--data_path", corpus, "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in [*command, *arguments]])
+    monkeypatch.setattr(train, "load_data", None)
+    for module in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit, match=rf"^error: .*{re.escape(message)}.*$"):
+        run_command(train.main)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("word", ["True", "TRUE", "yes"])
+def test_true_may_be_written_as_python_writes_it(tmp_path, word, capsys):
+    args = TrainArguments(output_dir=str(tmp_path), resume_from_checkpoint=word)
+    assert starting_point(args) is None
+    assert "resuming from the start: no checkpoint was finished" in capsys.readouterr().out
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    (folder / "rng_state.pth").touch()
+    assert starting_point(args) == str(folder)
+    args.resume_from_checkpoint = str(folder)
+    assert starting_point(args) == str(folder)
+    args.resume_from_checkpoint = "False"
+    with pytest.raises(ValueError, match=r"holds checkpoint-3: choose another, or --resume_from_checkpoint true"):
+        starting_point(args)
+
+
+def test_a_log_of_an_earlier_run_does_not_count(llava, corpus, tmp_path, monkeypatch):
+    """A run that is resumed keeps it: the records that it names are not read again as new ones."""
+    records = json.loads((corpus / "chat.json").read_text())
+    records[3]["conversations"] = []
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    arguments = ["--image_dir", str(corpus / "images_dl"), "--train_type", "projector", "--max_bad_fraction", "0.07"]
+    arguments += ["--save_steps", "8", "--num_train_epochs", "1", "--per_device_train_batch_size", "1"]
+    log = tmp_path / "run" / "bad_samples.jsonl"
+    log.parent.mkdir()
+    log.write_text("".join(json.dumps({"record": i, "id": str(i), "reason": "?"}) + "\n" for i in range(9)))
+    run_train(monkeypatch, llava, tmp_path, tmp_path / "run", *arguments)
+    ours = [{"record": 3, "id": "3", "reason": "it has no conversations"}]
+    assert [json.loads(line) for line in log.read_text().splitlines()] == ours
+    shutil.rmtree(tmp_path / "run" / "checkpoint-16")
+    run_train(monkeypatch, llava, tmp_path, tmp_path / "run", *arguments, "--resume_from_checkpoint", "True")
+    assert [json.loads(line) for line in log.read_text().splitlines()] == ours
+
+
+def test_a_stream_without_a_good_record_ends_the_run(llava, tmp_path, monkeypatch):
+    (tmp_path / "chat.json").write_text(json.dumps([{"conversations": []}] * 3))
+    arguments = ["--streaming", "true", "--max_steps", "3", "--max_bad_fraction", "1", "--train_type", "projector"]
+    for more in ([], ["--preflight", "false"]):
+        with pytest.raises(ValueError, match=r"no record of .* is good"):
+            run_train(monkeypatch, llava, tmp_path, tmp_path / "run", *arguments, *more)
+
+
+def test_data_that_ends_before_the_last_step_is_an_error(llava, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "stream_items", lambda *_: datasets.IterableDataset.from_generator(lambda: iter(())))
+    arguments = ["--streaming", "true", "--max_steps", "3", "--train_type", "projector", "--preflight", "false"]
+    with pytest.raises(ValueError, match="the data ended after 0 of 3 steps"):
+        run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments)
 
 
 def test_out_of_memory_ends_with_a_line_that_says_what_needs_less():

@@ -166,7 +166,7 @@ def main() -> None:
     if data_arguments.streaming and args.max_steps <= 0:
         raise ValueError("--streaming has no end: set --max_steps")
     if data_arguments.eval_data_path is None and args.eval_strategy != "no":
-        raise ValueError(f"--eval_strategy {args.eval_strategy} takes held-out data: set --eval_data_path")
+        raise ValueError(f"--eval_strategy {args.eval_strategy.value} takes held-out data: set --eval_data_path")
     if data_arguments.eval_data_path is not None and args.eval_strategy == "no":
         args.eval_strategy = IntervalStrategy.EPOCH
     learning_rates = {

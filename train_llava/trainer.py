@@ -3,7 +3,7 @@
 What differs from `Trainer`:
 
 - the held-out loss is that of all answer tokens alike, whatever the batch size and the number of ranks
-- conversations are grouped by their stored lengths, where `Trainer` would open every picture first
+- conversations are grouped by their lengths as stored, where `Trainer` would open every picture first
 - the vision tower and the projector may have learning rates of their own
 - a whole model is loaded from a checkpoint by `from_pretrained`: its parameters have other names in files than
   in memory, and `Trainer`, which looks for the latter, would find none and resume from the model as it is
@@ -50,10 +50,7 @@ class StopOnSignal(TrainerCallback):
         self.received = False
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        def handle(*_: Any) -> None:
-            self.received = True
-
-        signal.signal(signal.SIGTERM, handle)
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "received", True))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         received = torch.tensor(float(self.received), device=args.device)
@@ -77,16 +74,11 @@ class LlavaTrainer(Trainer):
     """
 
     def __init__(
-        self,
-        *args: Any,
-        learning_rates: dict[str, float],
-        write_card: Callable[[list[dict[str, Any]]], None],
-        **kwargs: Any,
+        self, *args: Any, learning_rates: dict[str, float], write_card: Callable[[list], None], **kwargs: Any
     ):
         super().__init__(*args, **kwargs)
         self.data_collator = partial(with_ids, collator=self.data_collator)
-        self.learning_rates = learning_rates
-        self.write_card = write_card
+        self.learning_rates, self.write_card = learning_rates, write_card
         self.add_callback(StopOnSignal())
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -133,8 +125,7 @@ class LlavaTrainer(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self.held_out = torch.zeros(2, dtype=torch.float64)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, tokens = self.held_out.tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
+        output.metrics[f"{metric_key_prefix}_loss"] = (self.held_out[0] / self.held_out[1]).item()
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -180,7 +171,4 @@ class LlavaTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:  # only now may an older one go
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(
-                output_dir=str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True
-            )
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
