@@ -19,7 +19,7 @@ from PIL import Image
 
 from train_llava.data import LlavaDataset
 from train_llava.evaluate import questions
-from train_llava.export_gguf import ExportArguments, export_gguf
+from train_llava.export_gguf import export_gguf
 from train_llava.infer import generate
 from train_llava.model import load_checkpoint
 
@@ -44,7 +44,7 @@ def agreement(run: Path, class_token: str, folder: Path) -> int:
     Raises:
         ValueError: llama.cpp splits a text into other tokens.
     """
-    export_gguf(ExportArguments(str(run / "stage2"), str(folder), class_token))
+    export_gguf(str(run / "stage2"), str(folder), class_token)
     model, processor = load_checkpoint(str(run / "stage2"))
     dataset = LlavaDataset(str(run / "data/heldout"))
     every = len(dataset) // (QUESTIONS - 1)

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from train_llava.chat import complete_template, render
 from train_llava.export_gguf import (
-    ExportArguments,
     check_exportable,
     export_gguf,
     export_pictures,
@@ -29,7 +28,7 @@ from train_llava.model import load_checkpoint
 @pytest.fixture(scope="module")
 def exported(llava, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf") / "model"
-    export_gguf(ExportArguments(str(llava), str(folder)))
+    export_gguf(str(llava), str(folder))
     return folder
 
 
@@ -168,7 +167,7 @@ def test_a_template_that_ollama_cannot_write_leaves_nothing_behind(llava, tmp_pa
     processor.chat_template = processor.tokenizer.chat_template
     processor.save_pretrained(tmp_path / "counts")
     with pytest.raises(ValueError, match="in a way that Ollama's cannot"):
-        export_gguf(ExportArguments(str(tmp_path / "counts"), str(tmp_path / "gguf")))
+        export_gguf(str(tmp_path / "counts"), str(tmp_path / "gguf"))
     assert [path.name for path in tmp_path.iterdir()] == ["counts"]
 
 
@@ -189,7 +188,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(llava, tmp_path):
     model.save_pretrained(tmp_path / "full")
     processor.save_pretrained(tmp_path / "full")
     with pytest.raises(ValueError, match="class token"):
-        export_gguf(ExportArguments(str(tmp_path / "full"), str(tmp_path / "gguf")))
+        export_gguf(str(tmp_path / "full"), str(tmp_path / "gguf"))
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 

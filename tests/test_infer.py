@@ -22,7 +22,7 @@ from train_llava import evaluate, infer
 from train_llava.chat import Chat
 from train_llava.data import LlavaDataset
 from train_llava.infer import generate, load_model
-from train_llava.merge_lora import MergeArguments, merge_lora
+from train_llava.merge_lora import merge_lora
 from train_llava.model import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ def adapter(llava, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def merged(llava, adapter, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("merged") / "model"
-    merge_lora(MergeArguments(str(llava), str(adapter), str(folder)))
+    merge_lora(str(llava), str(adapter), str(folder))
     return folder
 
 
@@ -586,7 +586,7 @@ def test_an_adapter_of_another_model_is_refused(llava, tmp_path, kind, request):
     with pytest.raises(ValueError, match="was trained on another model"):
         load_model(str(llava), str(folder))
     with pytest.raises(ValueError, match="was trained on another model"):
-        merge_lora(MergeArguments(str(llava), str(folder), str(tmp_path / "merged")))
+        merge_lora(str(llava), str(folder), str(tmp_path / "merged"))
     assert list(tmp_path.iterdir()) == []
 
 

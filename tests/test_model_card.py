@@ -10,7 +10,7 @@ from conftest import run_train
 from huggingface_hub import EvalResult, ModelCard
 
 from train_llava import evaluate, model_card
-from train_llava.merge_lora import MergeArguments, merge_lora
+from train_llava.merge_lora import merge_lora
 from train_llava.reports import ancestors, plot_loss, write_card
 
 SHORT = ["--max_steps", "1", "--preflight", "false", "--lora_r", "4"]
@@ -42,7 +42,7 @@ def test_a_card_says_what_a_model_was_made_of_and_how(llava, parts, corpus, adap
     ):
         assert said in card.text, said
     assert (adapter / "loss.png").exists()
-    merge_lora(MergeArguments(str(llava), str(adapter), str(tmp_path / "merged")))
+    merge_lora(str(llava), str(adapter), str(tmp_path / "merged"))
     merged = ModelCard.load(tmp_path / "merged" / "README.md")
     assert merged.data.library_name == "transformers"
     assert "LoRA adapter" not in merged.text

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from train_llava.data import LlavaDataset
 from train_llava.infer import generate
-from train_llava.merge_lora import MergeArguments, merge_lora
+from train_llava.merge_lora import merge_lora
 from train_llava.model import load_checkpoint
 
 
@@ -93,7 +93,7 @@ def test_vllm_finds_what_it_looks_for(made, llava, corpus, tmp_path, monkeypatch
         run_train(monkeypatch, llava, corpus, folder, *arguments, "--train_type", "full")
     elif made == "merge_lora":
         run_train(monkeypatch, llava, corpus, tmp_path / "adapter", *arguments, "--lora_r", "4")
-        merge_lora(MergeArguments(str(llava), str(tmp_path / "adapter"), str(folder)))
+        merge_lora(str(llava), str(tmp_path / "adapter"), str(folder))
     else:
         folder = llava
     with safe_open(folder / "model.safetensors", "pt") as file:

@@ -285,26 +285,27 @@ def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
-def export_gguf(arguments: ExportArguments) -> None:
-    """Writes `model-f16.gguf`, `mmproj-f16.gguf` and `Modelfile` to a new folder.
+def export_gguf(*arguments: Any, **named: Any) -> None:
+    """Writes `model-f16.gguf`, `mmproj-f16.gguf` and `Modelfile` to a new folder; takes what `ExportArguments` takes.
 
     Raises:
         ValueError: there is no such checkpoint, or llama.cpp would compute something else with it; nothing is left
             behind.
     """
+    given = ExportArguments(*arguments, **named)
     if not is_gguf_available():
         raise ValueError("this needs a package that is not installed: pip install gguf")
-    with written_whole(arguments.output_dir) as folder:
-        model, processor = load_checkpoint(arguments.model_name_or_path)
+    with written_whole(given.output_dir) as folder:
+        model, processor = load_checkpoint(given.model_name_or_path)
         check_exportable(model.config)
         (folder / "Modelfile").write_text(modelfile(processor.tokenizer), encoding="utf-8", newline="\n")
         export_text(model, processor, folder / "model-f16.gguf")
-        export_pictures(model, processor, arguments.class_token, folder / "mmproj-f16.gguf")
+        export_pictures(model, processor, given.class_token, folder / "mmproj-f16.gguf")
 
 
 def main() -> None:
     (arguments,) = parse_arguments(ExportArguments)
-    export_gguf(arguments)
+    export_gguf(**vars(arguments))
     print(f"written to {arguments.output_dir}")
 
 
