@@ -24,8 +24,9 @@ class MergeArguments:
 
 
 def merge_lora(*arguments: Any, **named: Any) -> None:
-    """Adds the adapter's low-rank updates to the weights, puts its projector in place, and saves the outcome; takes what
-    `MergeArguments` takes.
+    """Adds the adapter's low-rank updates to the weights, puts its projector in place, and saves the outcome.
+
+    Takes what `MergeArguments` takes.
 
     Raises:
         OSError, ValueError: an input cannot be opened or the saved checkpoint differs; nothing is left behind.
