@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import re
 import reprlib
 import struct
 import zipfile
@@ -200,7 +201,7 @@ def locate_picture(picture: Any, members: dict[str, Place | None] | None = None)
         return picture
     if "://" in picture:
         raise ValueError(f"{label(picture)} is an address: download the pictures and name the files")
-    if os.path.isabs(picture) or "\0" in picture or ".." in picture.replace("\\", "/").split("/"):
+    if os.path.isabs(picture) or "\0" in picture or re.search(r"(^|[/\\])\.\.($|[/\\])", picture):
         raise ValueError(f"{label(picture)} lies outside the picture folder")
     if members is None:
         return picture
