@@ -3,11 +3,12 @@
 import base64
 import io
 import os
+import re
 import reprlib
 import struct
 import zipfile
 from functools import lru_cache
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -200,7 +201,7 @@ def locate_picture(picture: Any, members: dict[str, Place | None] | None = None)
         return picture
     if "://" in picture:
         raise ValueError(f"{label(picture)} is an address: download the pictures and name the files")
-    if PureWindowsPath(picture).anchor or "\0" in picture or ".." in picture.replace("\\", "/").split("/"):
+    if re.search(r"^([/\\]|[A-Za-z]:)|(^|[/\\])\.\.($|[/\\])|\0", picture):
         raise ValueError(f"{label(picture)} lies outside the picture folder")
     if members is None:
         return picture

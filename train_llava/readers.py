@@ -52,8 +52,8 @@ def pictures_of(record: Record) -> list[Any]:
     They stand under `images`, `image` or `image_bytes`, or inside the `messages`.
     """
     for key in ("images", "image", "image_bytes"):
-        value = record.get(key)
-        if pictures := [picture for picture in (value if isinstance(value, list) else [value]) if picture]:
+        value = record.get(key) or []
+        if pictures := [picture for picture in value if picture] if isinstance(value, list) else [value]:
             return pictures
     named = []
     for turns in (record.get(key) for key in ("messages", "conversations", "prompt")):

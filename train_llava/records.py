@@ -7,8 +7,7 @@ A record holds its conversation in the first of these that it has; null is absen
 - `messages`: `[{"role": "user" | "assistant" | "system", "content": …}, …]`, as OpenAI and TRL; `content` is a text,
   or a list of `{"type": "image"}`, `{"type": "image_url", "image_url": …}` and `{"type": "text", "text": …}`
 - `texts`: `[{"user": …, "assistant": …}, …]`, as FineVision and the Cauldron
-- `prompt` and `completion`: two texts, or two lists of messages, as TRL
-- `question` and `answer`: two texts
+- `prompt` and `completion`: two texts, or two lists of messages, as TRL; `question` and `answer`: two texts
 - `caption`: a text for one picture, or a list of them, of which the first is learnt
 
 and names its pictures under `images`, `image` or `image_bytes`, one or a list, in the order of their tags, or inside
@@ -38,7 +37,7 @@ IMAGE_TOKEN = "<image>"
 CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 SHAPES = ("conversations", "messages", "texts", "completion", "question", "caption")
-UNSEEN = ("video", "videos", "audio", "audios")  # what a record may hold that a LLaVA does not take in
+UNSEEN = {"video", "videos", "audio", "audios"}  # what a record may hold that a LLaVA does not take in
 BATCH_BYTES = 64 << 20  # of pictures that are written at once: Arrow counts a batch in 31 bits
 LAYOUT = 4  # of the table below; another number makes every data set be read anew
 
@@ -55,6 +54,7 @@ FEATURES = datasets.Features(
         "fault": datasets.Value("string"),  # why the record cannot be used
     }
 )
+EMPTY_ROW = dict.fromkeys(FEATURES) | {"messages": "[]", "images": [], "image_bytes": [], "length": 0}
 
 
 def to_messages(record: Record) -> list[dict[str, Any]]:
@@ -66,8 +66,8 @@ def to_messages(record: Record) -> list[dict[str, Any]]:
     Raises:
         ValueError: the conversation is malformed; the message is the reason.
     """
-    for key in UNSEEN:
-        if record.get(key):
+    for key in UNSEEN & record.keys():
+        if record[key]:
             raise ValueError(f"it has {key}, which the model cannot take in")
     messages = [_message(turn) for turn in _turns(record)]
     roles = [message["role"] for message in messages if message["role"] != "system"]
@@ -85,10 +85,11 @@ def to_messages(record: Record) -> list[dict[str, Any]]:
 
 def _turns(record: Record) -> list[dict[str, Any]]:
     """The turns of any shape of record, each with a role and a content."""
-    shape = next((key for key in SHAPES if record.get(key) is not None), None)
-    if shape is None:
+    for shape in SHAPES:
+        if (value := record.get(shape)) is not None:
+            break
+    else:
         raise ValueError(f"it has no {', no '.join(SHAPES)}")
-    value = record[shape]
     if shape in ("conversations", "messages"):
         return _list_of_dicts(value, shape)
     if shape == "texts":
@@ -196,8 +197,7 @@ def table_rows(data_path: str, files: list[Path], image_dir: Path | None) -> Ite
 
 def table_row(record: Any, number: int, members: dict[str, Place | None] | None = None) -> dict[str, Any]:
     """One record as a row of the table; what is wrong with it stands in `fault`."""
-    lists = {name: [] for name in ("images", "image_bytes", "answers", "references")}
-    row = dict.fromkeys(FEATURES) | lists | {"id": str(number), "messages": "[]", "length": 0}
+    row = EMPTY_ROW | {"id": str(number)}
     try:
         if not isinstance(record, dict):
             raise record if isinstance(record, BadRecordError) else ValueError("it is not an object")
@@ -213,9 +213,9 @@ def table_row(record: Any, number: int, members: dict[str, Place | None] | None 
         if names and len(names) < len(pictures):  # bytes among names: all as text, as they have an order
             names = [p if isinstance(p, str) else f"data:;base64,{base64.b64encode(p).decode()}" for p in pictures]
         "".join([*names, *answers, *references, language or ""]).encode()
-        row |= {"images": names, "image_bytes": [] if names else pictures}
-        row |= {"language": language, "answers": answers, "references": references}
-        length = sum(len(text_of(message).encode()) for message in messages)
+        row["images"], row["image_bytes"] = names, [] if names else pictures
+        row["language"], row["answers"], row["references"] = language, answers, references
+        length = sum([len(text_of(message).encode()) for message in messages])
         return row | {"messages": msgspec.json.encode(messages).decode(), "length": length}
     except BadRecordError as error:
         return row | {"id": _printable(error.args[0]), "fault": _printable(error.args[1])}
