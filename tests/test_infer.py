@@ -159,6 +159,15 @@ def test_every_question_has_its_answer_and_no_other(opened, corpus, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_two_models_do_not_share_a_file_of_answers(opened, llava, tmp_path):
+    files = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    ask_file(opened, *files, {"prompt": "hi"})
+    before = files[1].read_bytes()
+    with pytest.raises(ValueError, match="has answers of another model"):
+        ask_file(load_model(str(llava)), *files, {"prompt": "hi"}, {"prompt": "and?"})
+    assert files[1].read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "content",
     ["dear diary\nrain", "dear diary", '{"a": 1}', '{\n  "id": 1\n}\n', "[]\n", "null\n", "7",
@@ -190,7 +199,7 @@ def test_a_kill_at_any_byte_is_gone_on_from(opened, tmp_path):
     written = answers.read_bytes()
     for cut in range(len(written)):
         answers.write_bytes(written[:cut])
-        left = infer.unanswered(infer.read_questions(questions), answers)
+        left = infer.unanswered(infer.read_questions(questions), answers, whole[0]["model"])
         assert len(left) == 2 - max(
             written[:cut].count(b"\n"), cut == len(written) - 1 and 2, cut >= written.index(b"\n")
         )

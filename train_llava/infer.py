@@ -338,18 +338,26 @@ def read_answers(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return read
 
 
-def unanswered(questions: list[Question], answers: Path) -> list[Question]:
-    """The questions that a file of answers lacks.
+def weights_digest(model: torch.nn.Module) -> str:
+    """By what a model, with its adapter, is told from another: the first numbers of its tensors."""
+    numbers = [p.flatten()[:8].float().tolist() for p in model.parameters() if p.is_floating_point()]
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
+
+
+def unanswered(questions: list[Question], answers: Path, digest: str) -> list[Question]:
+    """The questions that a file of answers lacks, which are asked of the model of that `weights_digest`.
 
     A line that a kill has torn is cut off it, and so are answers to what is asked otherwise now, or about another
     picture; all else stays as it is.
 
     Raises:
-        OSError, ValueError: see `read_answers`.
+        OSError, ValueError: see `read_answers`; or another model gave the answers.
     """
     if not answers.exists():
         return questions
     lines = read_answers(answers)
+    if any(content.get("model", digest) != digest for _, content in lines):
+        raise ValueError(f"--answers {answers} has answers of another model: choose another file")
     waiting = defaultdict(list)
     for asked in questions:
         waiting[str(asked.id)].append(asked)
@@ -394,7 +402,8 @@ def answer_file(
     asked = read_questions(questions)
     if answers.exists() and answers.samefile(questions):
         raise ValueError(f"--answers {answers} is the file of the questions: choose another")
-    left, refused, chat = unanswered(asked, answers), [], Chat(processor)
+    digest = weights_digest(model)
+    left, refused, chat = unanswered(asked, answers, digest), [], Chat(processor)
     with open(answers, "ab") as file, tqdm(total=len(asked), initial=len(asked) - len(left)) as bar:
         for start in range(0, len(left), batch_size):
             batch, images = [], []
@@ -409,7 +418,8 @@ def answer_file(
                 generate(model, processor, [entry.messages for entry in batch], images, **options) if batch else []
             )
             for entry, answer in zip(batch, replies, strict=True):
-                line = {"id": entry.id, "prompt": entry.prompt, "answer": answer, "asked": entry.fingerprint()}
+                line = {"id": entry.id, "prompt": entry.prompt, "answer": answer}
+                line |= {"asked": entry.fingerprint(), "model": digest}
                 # a half of a surrogate pair, which only an id can hold, is written as it was: escaped
                 file.write(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
             file.flush()
