@@ -35,7 +35,7 @@ from train_llava.chat import Chat
 from train_llava.cli import check_positive, device, parse_arguments, run_command
 from train_llava.model import BITS_HELP, load_checkpoint
 from train_llava.pictures import open_image
-from train_llava.readers import read_jsonl
+from train_llava.readers import BadRecordError, read_jsonl
 from train_llava.records import IMAGE_TOKEN, Record, pictures_of, text_of, to_messages
 from train_llava.run_folder import check_base
 
@@ -281,7 +281,7 @@ def read_question(record: Record, number: int, folder: Path) -> Question:
         ValueError: it is no question; the message is the reason.
     """
     if not isinstance(record, dict):
-        raise ValueError("it is no object")
+        raise record if isinstance(record, BadRecordError) else ValueError("it is no object")
     pictures = pictures_of(record)
     if not all(isinstance(name, str) for name in pictures):
         raise ValueError("a picture is neither a file nor an address")
