@@ -108,7 +108,7 @@ def load_adapter(model: LlavaForConditionalGeneration, adapter_name_or_path: str
     folder, name = Path(adapter_name_or_path), "adapter_config.json"
     try:
         config = PeftConfig.from_pretrained(adapter_name_or_path)
-        if not (isinstance(config, LoraConfig) and config.target_modules):
+        if not isinstance(config, LoraConfig):
             raise ValueError("it is no LoRA adapter's")
         name = next((path.name for path in folder.glob("adapter_model.*")), "adapter_model.safetensors")
         saved = load_peft_weights(adapter_name_or_path, device="cpu", key_mapping=RENAMED)
@@ -117,7 +117,7 @@ def load_adapter(model: LlavaForConditionalGeneration, adapter_name_or_path: str
             raise ValueError(f"{folder / name} cannot be read: {error}") from error
         raise ValueError(f"{adapter_name_or_path} is no adapter folder, and no adapter on the hub") from error
     check_base(adapter_name_or_path, model, model_name)
-    targets = config.target_modules
+    targets = config.target_modules or set()
     config.target_modules = _rename(targets) if isinstance(targets, str) else set(map(_rename, targets))
     try:
         adapted = PeftModel.from_pretrained(model, adapter_name_or_path, config=config, key_mapping=RENAMED)
