@@ -20,7 +20,8 @@ import torch
 from conftest import random_adapter
 
 from train_llava import web_demo
-from train_llava.infer import generate, load_model, question, reply
+from train_llava.chat import Chat
+from train_llava.infer import generate, load_model, question, reply, room_for_answer
 from train_llava.pictures import open_image
 from train_llava.web_demo import Turn
 
@@ -140,7 +141,7 @@ def test_what_goes_wrong_in_the_model_is_told(llava, pictures, monkeypatch):
         ("", [], "there is no question"),
         ("What is <image>?", [], "the control token <image>"),
         ("yes<|im_start|>", [], "the control token <|im_start|>"),
-        ("What is this? " * 300, [], "tokens, and the model reads 512"),
+        ("What is this? " * 300, [], "tokens, pictures included, and the model reads 512"),
         ("What is this?", ["gone.png"], "gone.png does not exist"),
     ],
 )
@@ -156,7 +157,9 @@ def test_an_answer_ends_where_the_model_reads_no_further(llava):
     turns = [Turn(" ".join(["What is this?"] * 60), [], [""])]
     (whole,) = replies(model, processor, [(turns[0].text, [])], **LONG)
     finish(model, processor, turns, **LONG)
-    assert is_beginning(turns[0].answers[0], whole)
+    assert turns[0].answers == [whole]
+    prompt = [{"role": "user", "content": [{"type": "text", "text": turns[0].text}]}]
+    assert room_for_answer(model, Chat(processor), prompt) < LONG["max_new_tokens"]
 
 
 @pytest.fixture
@@ -259,9 +262,9 @@ def test_a_port_in_use_ends_the_command_in_one_line(llava):
     assert line.startswith("error: [Errno 98] Address already in use")
 
 
-def test_without_gradio_the_remedy_is_named(monkeypatch):
+def test_without_gradio_the_remedy_is_named(llava, monkeypatch):
     monkeypatch.setattr(web_demo, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["web_demo", "--model_name_or_path", "m"])
+    monkeypatch.setattr(sys, "argv", ["web_demo", "--model_name_or_path", str(llava)])
     with pytest.raises(ValueError, match="pip install gradio"):
         web_demo.main()
 

@@ -28,7 +28,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, Stopping
 
 from train_llava.chat import Chat
 from train_llava.cli import parse_arguments, run_command
-from train_llava.infer import load_model, question, reply, sampling
+from train_llava.infer import load_model, question, reply, room_for_answer, sampling
 from train_llava.model import BITS_HELP
 from train_llava.pictures import open_image
 
@@ -122,14 +122,13 @@ def stream(
     """The answer to a conversation as it grows, and at last as `infer.generate` would give it; `stop` ends it.
 
     Raises:
-        ValueError: the conversation is longer than what the model can read.
+        ValueError: the conversation cannot be asked; see `infer.room_for_answer`.
     """
-    inputs = Chat(processor).prompts([messages], images).to(model.device)
-    length, most = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
-    if length >= most:
-        raise ValueError(f"the conversation has {length} tokens, and the model reads {most}: clear it")
+    chat = Chat(processor)
+    room = room_for_answer(model, chat, messages)
+    inputs = chat.prompts([messages], images).to(model.device)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options["max_new_tokens"] = min(max_new_tokens, most - length)
+    options["max_new_tokens"] = min(max_new_tokens, room)
     options["stopping_criteria"] = StoppingCriteriaList(
         [lambda ids, scores, **_: torch.full((len(ids),), stop.is_set(), device=ids.device)]
     )
@@ -152,7 +151,7 @@ def stream(
         if piece and streamer.text_queue.empty():  # a page takes longer to show a word than a fast model to write it
             yield said.strip()
     # what the streamer decodes piece by piece can differ from the whole in a space or a character of several tokens
-    yield processor.decode(output.result()[0, length:], skip_special_tokens=True).strip()
+    yield processor.decode(output.result()[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def answer(
@@ -171,10 +170,6 @@ def answer(
     turn, images = turns[-1], []
     if not turn.text:
         raise ValueError("there is no question yet")
-    # one of these would end the turn, or stand for a picture
-    for token in (processor.image_token, *Chat(processor).control_tokens):
-        if token in turn.text:
-            raise ValueError(f"a question cannot have the control token {token} in it")
     for file in [file for turn in turns for file in turn.files]:
         try:
             images.append(open_image(file))
