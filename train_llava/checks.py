@@ -66,7 +66,8 @@ def longest_items(trainer: LlavaTrainer) -> list[dict[str, Any]]:
             tokens[int(i)] = len(item["input_ids"])
         if len(tokens) == size + 64:
             break
-    return [dataset[i] for i in sorted(tokens, key=lambda i: -tokens[i])[:size]]
+    longest = sorted(tokens, key=lambda i: -tokens[i])[:size]
+    return [dataset[i] for i in longest or [0]]  # where none is good, [0] says so
 
 
 def peak_memory(device: torch.device) -> int:
@@ -106,11 +107,11 @@ def _try_once(trainer: LlavaTrainer) -> None:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     finite: dict[nn.Parameter, bool] = {}
 
-    def look(parameter: nn.Parameter) -> None:
+    def check_gradient(parameter: nn.Parameter) -> None:
         finite[parameter] = bool(torch.isfinite(parameter.grad).all())
         parameter.grad = None  # under ZeRO-2 no rank holds all gradients
 
-    hooks = [parameter.register_post_accumulate_grad_hook(look) for parameter in trained.values()]
+    hooks = [parameter.register_post_accumulate_grad_hook(check_gradient) for parameter in trained.values()]
     with trainer.accelerator.autocast():
         loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
     loss.backward()

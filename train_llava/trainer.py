@@ -99,7 +99,7 @@ class LlavaTrainer(Trainer):
             by_rate: dict[float, list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 by_rate.setdefault(self.learning_rates[part_of(names[parameter])], []).append(parameter)
-            groups += [group | {"params": found, "lr": rate} for rate, found in by_rate.items()]
+            groups += [group | {"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
         optimizer.param_groups[:] = groups
         return optimizer
 
