@@ -13,7 +13,6 @@ from conftest import CHATML, make_tokenizer
 from test_families import LLAMA3, MISTRAL, QWEN, QWEN3
 from transformers import PreTrainedTokenizerBase
 
-from train_llava.chat import complete_template, render
 from train_llava.export_gguf import (
     check_exportable,
     export_gguf,
@@ -23,6 +22,7 @@ from train_llava.export_gguf import (
     writes_bos,
 )
 from train_llava.model import load_checkpoint
+from train_llava.template import complete_template, render
 
 
 @pytest.fixture(scope="module")

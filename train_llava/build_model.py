@@ -35,12 +35,12 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from train_llava.chat import complete_template, end_of_turn_tokens
 from train_llava.checks import check_checkpoint, reference_outputs
 from train_llava.cli import opening, parse_arguments, run_command, written_whole
 from train_llava.model import complete_generation_config, count_parameters, pad_left
 from train_llava.records import IMAGE_TOKEN
 from train_llava.reports import write_card
+from train_llava.template import complete_template, end_of_turn_tokens
 
 
 @dataclass

@@ -19,9 +19,9 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.utils import is_gguf_available
 
-from train_llava.chat import ANSWER, QUESTION, end_of_turn_tokens, pieces_of
 from train_llava.cli import parse_arguments, run_command, written_whole
 from train_llava.model import load_checkpoint
+from train_llava.template import ANSWER, QUESTION, end_of_turn_tokens, pieces_of
 
 if is_gguf_available():
     import gguf

@@ -21,8 +21,9 @@ from transformers import (
 )
 from transformers.utils import is_bitsandbytes_available
 
-from train_llava.chat import complete_template, end_of_turn_tokens, image_side, image_tokens
+from train_llava.chat import image_side, image_tokens
 from train_llava.cli import device, opening
+from train_llava.template import complete_template, end_of_turn_tokens
 
 BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
