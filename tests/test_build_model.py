@@ -29,8 +29,9 @@ from transformers import (
 
 from train_llava.build_model import build_model
 from train_llava.data import LlavaCollator
-from train_llava.model import LoraArguments, describe_trainable, load_checkpoint, set_trainable
+from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.records import to_messages
+from train_llava.reports import describe_trainable
 from train_llava.template import complete_template, end_of_turn_tokens
 
 PICTURE = Image.new("RGB", (50, 30), "red")

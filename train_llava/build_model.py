@@ -37,10 +37,10 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from train_llava.checks import check_checkpoint, reference_outputs
 from train_llava.cli import opening, parse_arguments, run_command, written_whole
-from train_llava.model import complete_generation_config, count_parameters, pad_left
+from train_llava.model import count_parameters
 from train_llava.records import IMAGE_TOKEN
 from train_llava.reports import write_card
-from train_llava.template import complete_template, end_of_turn_tokens
+from train_llava.template import complete_generation_config, complete_template, end_of_turn_tokens
 
 
 @dataclass
@@ -198,7 +198,6 @@ def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool = F
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or end_of_turn_tokens(tokenizer)[0]
-    pad_left(tokenizer)
     return tokenizer
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaProcessor
@@ -15,6 +14,7 @@ from transformers import LlavaProcessor
 from train_llava.chat import IGNORE, Chat
 from train_llava.pictures import label, open_image, prepare_pictures, read_picture
 from train_llava.records import IMAGE_TOKEN, BadRecordError, load_records, text_of
+from train_llava.run_folder import log_bad_sample
 
 
 def to_item(row: dict[str, Any], image_dir: Path | None, at_least: int | None = None) -> dict[str, Any]:
@@ -160,22 +160,6 @@ class CheckedDataset(torch.utils.data.Dataset):
     def lengths(self) -> np.ndarray:
         """See `LlavaDataset.lengths`."""
         return self.dataset.lengths(self.chat)
-
-
-def log_bad_sample(log: Path, record: int | str, record_id: str, reason: str) -> int:
-    """Adds a bad record to a log that ranks and workers share, unless it is there; returns how many there are.
-
-    `record` is its place in the data, since ids may be missing or the same.
-    """
-    line = json.dumps({"record": record, "id": record_id, "reason": reason}, ensure_ascii=False) + "\n"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(log.with_suffix(".lock")), open(log, "a+", encoding="utf-8") as file:
-        file.seek(0)
-        lines = list(file)
-        if not any(known.startswith(line.partition(', "id": ')[0] + ",") for known in lines):
-            file.write(line)
-            lines.append(line)
-    return len(lines)
 
 
 class LlavaCollator:

@@ -17,13 +17,12 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import is_bitsandbytes_available
 
 from train_llava.chat import image_side, image_tokens
 from train_llava.cli import device, opening
-from train_llava.template import complete_template, end_of_turn_tokens
+from train_llava.template import complete_generation_config, complete_template
 
 BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
@@ -47,11 +46,6 @@ def features_of(config: LlavaConfig, side: int) -> int:
     with torch.device("meta"), torch.inference_mode():
         tower = AutoModel.from_config(config.vision_config)
         return tower(torch.empty(1, 3, side, side)).last_hidden_state.shape[1]
-
-
-def pad_left(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Has a tokenizer pad on the left, once saved too: plain transformers' batches get other answers otherwise."""
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
 
 
 def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor]:
@@ -87,21 +81,9 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor
     with opening(model_name_or_path):
         derived += complete_template(tokenizer)
     processor.chat_template = tokenizer.chat_template
-    pad_left(tokenizer)
     if derived:
         print(f"{model_name_or_path} lacks {' and '.join(derived)}: derived from its config", file=sys.stderr)
     return config, processor
-
-
-def complete_generation_config(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Has generation stop at every token that ends an answer, pad, and be greedy unless it was to sample, in place."""
-    stops = config.eos_token_id
-    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    ends = tokenizer.convert_tokens_to_ids(end_of_turn_tokens(tokenizer))
-    config.eos_token_id = [*(end for end in ends if end not in stops), *stops]
-    config.pad_token_id = tokenizer.pad_token_id
-    if not config.do_sample:  # settings of sampling that does not take place cannot be saved
-        config.temperature = config.top_p = config.top_k = config.min_p = config.typical_p = None
 
 
 def quantization(bits: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -247,17 +229,3 @@ def set_trainable(
         for name, parameter in model.model.vision_tower.named_parameters():
             parameter.requires_grad_(name not in unread)
     return model
-
-
-def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> str:
-    """A table of what trains: each part's trainable parameters, all it has, and its learning rate."""
-    lines = [f"{'':<16}{'trainable':>16}{'of':>16}{'learning rate':>16}"]
-    for part, (trainable, total) in count_parameters(model).items():
-        rate = f"{learning_rates[part]:g}" if trainable else ""
-        lines.append(f"{part:<16}{trainable:>16,}{total:>16,}{rate:>16}".rstrip())
-    if isinstance(model, PeftModel):
-        layers = model.base_model.model.model.language_model.layers
-        bare = {name.partition(".")[2] for name, p in layers.named_parameters() if p.ndim > 2 and "lora_" not in name}
-        if bare:
-            lines.append(f"no adapter on {', '.join(sorted(bare))}: no linear layers")
-    return "\n".join(lines)

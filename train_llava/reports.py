@@ -4,16 +4,16 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.figure import Figure
+from peft import PeftModel
+from torch import nn
+from transformers import TrainingArguments
 from yaml import YAMLError
 
-if TYPE_CHECKING:
-    from train_llava.model import LoraArguments
-    from train_llava.train import DataArguments, ModelArguments, TrainArguments
-
+from train_llava.model import LoraArguments, count_parameters
 
 FILE = "README.md"
 INTRO = "A LLaVA, which answers questions about pictures. `AutoModelForImageTextToText` and `AutoProcessor` open it."
@@ -51,10 +51,10 @@ def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
 
 
 def write_run_card(
-    model_arguments: "ModelArguments",
-    lora_arguments: "LoraArguments",
-    data_arguments: "DataArguments",
-    args: "TrainArguments",
+    model_arguments: Any,
+    lora_arguments: LoraArguments,
+    data_arguments: Any,
+    args: TrainingArguments,
     records: int | None,
     learning_rates: dict[str, float],
     log_history: list[dict[str, Any]],
@@ -154,3 +154,17 @@ def carry_card(adapter: Path, merged: Path) -> None:
         card.save(merged / FILE)
         for picture in adapter.glob("*.png"):
             shutil.copy(picture, merged)
+
+
+def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> str:
+    """A table of what trains: each part's trainable parameters, all it has, and its learning rate."""
+    lines = [f"{'':<16}{'trainable':>16}{'of':>16}{'learning rate':>16}"]
+    for part, (trainable, total) in count_parameters(model).items():
+        rate = f"{learning_rates[part]:g}" if trainable else ""
+        lines.append(f"{part:<16}{trainable:>16,}{total:>16,}{rate:>16}".rstrip())
+    if isinstance(model, PeftModel):
+        layers = model.base_model.model.model.language_model.layers
+        bare = {name.partition(".")[2] for name, p in layers.named_parameters() if p.ndim > 2 and "lora_" not in name}
+        if bare:
+            lines.append(f"no adapter on {', '.join(sorted(bare))}: no linear layers")
+    return "\n".join(lines)

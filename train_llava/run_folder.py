@@ -5,6 +5,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
@@ -165,3 +166,19 @@ def check_output_dir(output_dir: str, resume: bool) -> None:
         raise ValueError(
             f"--output_dir {output_dir} holds {holds[0].name}: choose another, or --resume_from_checkpoint true"
         )
+
+
+def log_bad_sample(log: Path, record: int | str, record_id: str, reason: str) -> int:
+    """Adds a bad record to a log that ranks and workers share, unless it is there; returns how many there are.
+
+    `record` is its place in the data, since ids may be missing or the same.
+    """
+    line = json.dumps({"record": record, "id": record_id, "reason": reason}, ensure_ascii=False) + "\n"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(log.with_suffix(".lock")), open(log, "a+", encoding="utf-8") as file:
+        file.seek(0)
+        lines = list(file)
+        if not any(known.startswith(line.partition(', "id": ')[0] + ",") for known in lines):
+            file.write(line)
+            lines.append(line)
+    return len(lines)
