@@ -21,13 +21,16 @@ from transformers import (
     GptOssConfig,
     Lfm2Config,
     Mamba2Config,
+    Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3MoeConfig,
     Qwen3NextConfig,
+    SiglipConfig,
     pipeline,
 )
 
 from train_llava.build_model import build_model
+from train_llava.checks import reference_outputs
 from train_llava.data import LlavaCollator
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.records import to_messages
@@ -405,3 +408,33 @@ def test_training_refuses_packing_where_conversations_see_each_other(parts, corp
     with pytest.raises(ValueError, match="--packing: a gpt_oss does not keep the conversations of a row apart"):
         run_train(monkeypatch, tmp_path / "llava", corpus, tmp_path / "run", "--packing", "true", "--max_steps", "1")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_parts_say_alone_keeps_no_graph(parts, processor):
+    tower = CLIPModel.from_pretrained(parts["clip"]).vision_model
+    outputs = reference_outputs(tower, Qwen2ForCausalLM.from_pretrained(parts["qwen2"]), processor, -2)
+    assert [output.requires_grad for output in outputs] == [False, False]  # a graph would hold both models in memory
+
+
+def test_a_tied_model_may_have_either_of_the_two_names(parts, tmp_path):
+    save_language_model(tmp_path / "tied", Qwen2Config(**LM, tie_word_embeddings=True))
+    weights = load_file(tmp_path / "tied" / "model.safetensors")
+    embedding = weights.pop("model.embed_tokens.weight")
+    shutil.copytree(tmp_path / "tied", tmp_path / "head")
+    save_file(weights | {"lm_head.weight": embedding}, tmp_path / "head" / "model.safetensors", {"format": "pt"})
+    build_model(str(parts["clip"]), str(tmp_path / "head"), str(tmp_path / "llava"))
+    model, _ = load_checkpoint(str(tmp_path / "llava"))
+    assert torch.equal(model.get_input_embeddings().weight[: len(embedding)], embedding)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_another_towers_weights_are_refused(parts, tmp_path):
+    vision = NARROW | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 7}
+    config = SiglipConfig(text_config=NARROW | {"num_hidden_layers": 1, "vocab_size": 64}, vision_config=vision)
+    siglip = tmp_path / "siglip"
+    config.save_pretrained(siglip)
+    for name in ("model.safetensors", "preprocessor_config.json"):
+        shutil.copy(parts["clip"] / name, siglip)
+    with pytest.raises(ValueError, match="siglip"):
+        build_model(str(siglip), str(parts["qwen2"]), str(tmp_path / "llava"))
+    assert not (tmp_path / "llava").exists()
