@@ -66,8 +66,8 @@ def check_exportable(config: LlavaConfig) -> None:
         f"rope scaling ({text.rope_parameters['rope_type']})": text.rope_parameters["rope_type"] != "default",
         "sliding windows": text.model_type == "qwen2" and text.use_sliding_window,
     }
-    for what, found in hindrances.items():
-        if found:
+    for what, applies in hindrances.items():
+        if applies:
             raise ValueError(f"{what} cannot be exported to GGUF")
 
 

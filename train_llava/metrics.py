@@ -130,8 +130,8 @@ def _vqa_text(text: str) -> str:
     thousands, plain = re.search(r"\d,\d", text), text
     for mark in PUNCTUATION:
         plain = plain.replace(mark, "" if thousands or f"{mark} " in text or f" {mark}" in text else " ")
-    said = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", plain).lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in said if word not in ARTICLES)
+    plain_words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", plain).lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in plain_words if word not in ARTICLES)
 
 
 def cider(predictions: list[Prediction]) -> list[float]:

@@ -71,8 +71,8 @@ def put_section(text: str, section: str) -> str:
     if earlier := re.search(rf"^{re.escape(HELD_OUT)}[ \t\r]*$(\s*\n(?:{lines}).*)*", text, re.MULTILINE):
         return text[: earlier.start()] + section + text[earlier.end() :]
     licence = LICENCE.splitlines()[0]
-    before, found, after = text.partition(f"{licence}\n")
-    return f"{before.rstrip()}\n\n{section}\n\n{found}{after}"
+    before, rest, after = text.partition(f"{licence}\n")
+    return f"{before.rstrip()}\n\n{section}\n\n{rest}{after}"
 
 
 def main() -> None:

@@ -102,9 +102,9 @@ def shown(turns: list[Turn], column: int) -> list[dict[str, Any]]:
     """One chat as Gradio's Chatbot takes it, which renders every text as HTML, Markdown or not."""
     messages = []
     for turn in turns:
-        asked, said = ({"type": "text", "text": escape(text)} for text in (turn.text, turn.answers[column]))
+        asked, answered = ({"type": "text", "text": escape(text)} for text in (turn.text, turn.answers[column]))
         messages.append({"role": "user", "content": [*({"path": file} for file in turn.files), asked]})
-        messages.append({"role": "assistant", "content": [said]})
+        messages.append({"role": "assistant", "content": [answered]})
     return messages
 
 
@@ -144,12 +144,12 @@ def stream(
             streamer.end()
 
     Thread(target=run, daemon=True).start()
-    said = ""
-    yield said  # there is something to stop
+    answered = ""
+    yield answered  # there is something to stop
     for piece in streamer:
-        said += piece
+        answered += piece
         if piece and streamer.text_queue.empty():  # a page takes longer to show a word than a fast model to write it
-            yield said.strip()
+            yield answered.strip()
     # what the streamer decodes piece by piece can differ from the whole in a space or a character of several tokens
     yield processor.decode(output.result()[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
@@ -180,8 +180,8 @@ def answer(
             if stop.is_set():
                 break
             asked = prompt(turns, column)
-            for said in stream(model, processor, asked, images, stop, lock, with_adapter=column == 0, **options):
-                turn.answers[column] = said
+            for answered in stream(model, processor, asked, images, stop, lock, with_adapter=column == 0, **options):
+                turn.answers[column] = answered
                 yield
     finally:
         stop.set()  # who has closed the page needs no answer
@@ -194,10 +194,10 @@ def example_pictures(folder: str) -> list[str]:
         OSError, ValueError: there is no such folder, or no picture in it.
     """
     kinds = Image.registered_extensions()
-    found = sorted(str(path) for path in Path(folder).absolute().iterdir() if path.suffix.lower() in kinds)
-    if not found:
+    paths = sorted(str(path) for path in Path(folder).absolute().iterdir() if path.suffix.lower() in kinds)
+    if not paths:
         raise ValueError(f"--examples {folder} has no picture in it")
-    return found[:MOST_EXAMPLES]
+    return paths[:MOST_EXAMPLES]
 
 
 def make_page(
