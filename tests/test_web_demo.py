@@ -243,7 +243,7 @@ def test_a_port_in_use_ends_the_command_in_one_line(llava):
 
 def test_without_gradio_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(web_demo, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["web_demo", "--model_name_or_path", "m"])
+    monkeypatch.setattr(sys, "argv", ["web_demo", "--model_name_or_path", "."])
     with pytest.raises(ValueError, match="pip install gradio"):
         web_demo.main()
 
