@@ -55,7 +55,7 @@ def test_a_cuda_build_without_a_gpu_computes_on_the_cpu(cuda_build, llava, corpu
         ("/nowhere", "no name on the hub"),
         ("~/nowhere", "no name on the hub"),
         ("output/run/nowhere", "no name on the hub"),
-        ("output/", "no name on the hub"),
+        ("nowhere/", "no name on the hub"),
         (r"C:\models\nowhere", "no name on the hub"),
         ("模型", "no name on the hub"),
         ("", "no name on the hub"),
