@@ -112,8 +112,9 @@ def complete_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         raise ValueError(f"{name} has no chat template: take the model's chat version")
     tokenizer.chat_template = template
     try:
-        if _take_pictures(tokenizer):
-            lacked.append("a chat template that takes pictures")
+        prelude = _take_pictures(tokenizer)
+        if prelude:
+            lacked.append(f"a chat template that takes pictures{' in strings' * (prelude == AS_PARTS)}")
         begins = tokenizer("?")["input_ids"][0] == tokenizer.bos_token_id
         if begins and not pieces_of(tokenizer, TWO_TURNS)[0].startswith(tokenizer.bos_token):
             tokenizer.chat_template = "{{- bos_token }}" + tokenizer.chat_template
@@ -133,8 +134,11 @@ def complete_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return lacked
 
 
-def _take_pictures(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Has the chat template write strings and lists of parts alike, with `<image>` for a picture, unless it does."""
+def _take_pictures(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Has the chat template write strings and lists of parts alike, with `<image>` for a picture, unless it does.
+
+    Returns what was put in front of it.
+    """
     text, template, required = {"type": "text", "text": "?"}, tokenizer.chat_template, []
     turns = [{"role": "user", "content": [text, {"type": "image"}, text]}, {"role": "assistant", "content": [text]}]
     for messages in (turns, [{"role": "system", "content": [text]}, *turns]):
@@ -152,7 +156,7 @@ def _take_pictures(tokenizer: PreTrainedTokenizerBase) -> bool:
             reason = str(error)
             continue
         if all(parts == strings and parts.count(IMAGE_TOKEN) == 1 for parts, strings in pairs):
-            return bool(prelude)
+            return prelude
         reason = f"the chat template does not write {IMAGE_TOKEN} where a text holds it"
     raise ValueError(reason)
 
