@@ -1,36 +1,45 @@
-# Sourced by run_zero2.sh and run_tests.sh: afterwards `python3` has the packages of a requirements file.
+# Sourced by run_zero2.sh and run_tests.sh: afterwards `python3` has the packages of a requirements file and, from any
+# folder, train_llava; `repo` is the folder of this file.
 #   source env.sh requirements.txt
 # An active environment that has them all is used as it is; otherwise they go into .venv.
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 
 has_packages() { # PYTHON FILE: does this Python have every package that the file (and the one it includes) pins?
-  "$1" - "$2" <<'PYTHON'
-import sys
-from importlib.metadata import PackageNotFoundError, version
+  "$1" - "$repo/$2" 2>/dev/null <<'PYTHON'
+import os, sys
+from importlib.metadata import version
+from packaging.requirements import Requirement
 
-def pins(path):
-    for line in open(path):
+def lines(path):
+    for line in open(path, encoding="utf-8"):
         line = line.split("#")[0].strip()
         if line.startswith("-r "):
-            yield from pins(line[3:])
-        elif line:
-            yield line.split("==")
+            yield from lines(os.path.join(os.path.dirname(path), line[3:].strip()))
+        elif line and not line.startswith("-"):
+            yield Requirement(line)
 
-try:
-    sys.exit(any(version(name).split("+")[0] != wanted for name, wanted in pins(sys.argv[1])))
-except PackageNotFoundError:
-    sys.exit(1)
+wanted = [line for line in lines(sys.argv[1]) if line.marker is None or line.marker.evaluate()]
+sys.exit(not all(line.specifier.contains(version(line.name), prereleases=True) for line in wanted))
 PYTHON
 }
 
-if ! has_packages "$(command -v python3)" "$1"; then
-  if ! [ -x .venv/bin/python ]; then
-    echo "making .venv with $(python3 --version)"
-    python3 -m venv .venv
+if ! has_packages python3 "$1"; then
+  python=$repo/.venv/bin/python remedy="remove $repo/.venv"
+  [ -x "$python" ] || python=python3 remedy="put the folder of such a python3 first in PATH"
+  if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+    version=$("$python" --version 2>&1) || version="not there"
+    echo "error: Python 3.11, 3.12 or 3.13 is needed, and $python is $version: $remedy" >&2
+    return 1
   fi
-  export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
-  if ! has_packages .venv/bin/python "$1"; then
+  if [ "$python" = python3 ]; then
+    echo "making $repo/.venv with $(python3 --version)"
+    python3 -m venv "$repo/.venv" || { rm -rf "$repo/.venv"; return 1; }
+  fi
+  export VIRTUAL_ENV=$repo/.venv PATH=$repo/.venv/bin:$PATH
+  if ! has_packages python3 "$1"; then
     echo "installing $1 into .venv, some minutes the first time"
-    .venv/bin/python -m pip install --disable-pip-version-check -r "$1"
+    python3 -m pip install --disable-pip-version-check -r "$repo/$1"
   fi
 fi
 

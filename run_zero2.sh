@@ -2,7 +2,8 @@
 # Trains a LLaVA with DeepSpeed ZeRO-2, on every GPU or, on a machine without one, on two CPU ranks.
 #   bash run_zero2.sh                                           the embedded example: OpenMoji pictures, some minutes
 #   bash run_zero2.sh --model_name_or_path M --data_path D --train_type lora --output_dir O …     your own run
-# The arguments are those of `python -m train_llava.train`. Settings in the environment:
+# The arguments are those of `python -m train_llava.train`, and paths those of the folder the command is given in.
+# Settings in the environment:
 #   INCLUDE=localhost:4,5   the devices to use, as DeepSpeed's --include takes them
 #   CPU_RANKS=2             how many processes on a machine without a GPU
 #   MASTER_PORT=29500       another one for each run at the same time on one machine
@@ -12,15 +13,25 @@
 #                           others by ssh, and the command is given there alone
 #   MASTER_ADDR=10.0.0.1    the first node's address, which the others can reach
 set -euo pipefail
-cd "$(dirname "$0")"
-source env.sh requirements.txt
+source "$(dirname "$0")/env.sh" requirements.txt
 
 if [ $# -eq 0 ]; then
-  exec bash examples/openmoji/run.sh
+  exec bash "$repo/examples/openmoji/run.sh"
 fi
+export PYTHONSAFEPATH=1 # a datasets.py of the caller's folder is not the library
+arguments=(--deepspeed "$repo/ds_zero2_no_offload.json")
+for argument in "$@"; do
+  case $argument in -h | --help) exec python3 -m train_llava.train --help ;; esac
+  # DeepSpeed's settings that are not in the caller's folder are those of this one
+  file=${argument#--deepspeed=}
+  case $file in ds_*.json) [ -e "$file" ] || argument=${argument%"$file"}$repo/$file ;; esac
+  arguments+=("$argument")
+done
 
-launcher=(--master_port "${MASTER_PORT:-29500}" --log_level warning)
+# the ranks and this script tell what went wrong: DeepSpeed's launcher would repeat the command in an error line
+launcher=(--master_port "${MASTER_PORT:-29500}" --log_level critical)
 if [ -n "${HOSTFILE:-}" ]; then
+  [ -f "$HOSTFILE" ] || { echo "error: HOSTFILE=$HOSTFILE does not exist" >&2; exit 1; }
   launcher+=(--hostfile "$HOSTFILE")
   [ -z "${MASTER_ADDR:-}" ] || launcher+=(--master_addr "$MASTER_ADDR")
   [ -z "${NODE_RANK:-}" ] || launcher+=(--no_ssh --node_rank "$NODE_RANK")
@@ -35,8 +46,10 @@ elif [ "${DS_ACCELERATOR:-}" = cpu ] && [ -z "${HOSTFILE:-}" ]; then
 fi
 # hides what DeepSpeed and torch say to each other about deprecated names
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
+ERROR_DIR=$(mktemp -d) # where the ranks see which errors have been printed already
+export ERROR_DIR
 set -m # the launcher gets a process group of its own, so that signals reach it and its ranks through the lines below
-deepspeed "${launcher[@]}" --module train_llava.train --deepspeed ds_zero2_no_offload.json "$@" &
+deepspeed "${launcher[@]}" --module train_llava.train "${arguments[@]}" &
 run=$!
 # Told to stop, the launcher would die and leave its ranks running; the ranks themselves end with a checkpoint
 stop_ranks='import psutil, sys
@@ -50,5 +63,8 @@ while kill -0 $run 2>/dev/null; do
   wait $run && code=0 || code=$?
 done
 # CPU ranks leave the shared memory that they talk through, 64 MB each
-rm -f /dev/shm/deepspeed_allreduce_buffer_"$(id -u)"_*_"${MASTER_PORT:-29500}"_*
+rm -rf "$ERROR_DIR" /dev/shm/deepspeed_allreduce_buffer_"$(id -u)"_*_"${MASTER_PORT:-29500}"_*
+if [ $code -gt 192 ]; then
+  echo "error: a rank was ended by signal $((256 - code)) (9: often for want of memory)" >&2
+fi
 exit $code

@@ -25,9 +25,9 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
-from train_llava.chat import complete_template
 from train_llava.data import LlavaCollator, LlavaDataset
 from train_llava.records import IMAGE_TOKEN
+from train_llava.template import complete_template
 
 QWEN2 = Path(__file__).parent.parent / "examples/openmoji/parts/qwen2"
 PICTURES, BATCH, ROUNDS = 128, 16, 7
@@ -62,12 +62,13 @@ def throughput(folder: Path) -> None:
         noise.resize((224, 224), Image.Resampling.BICUBIC).save(folder / "images" / f"{i}.jpg", quality=90)
     (folder / "chat.json").write_text(json.dumps([record(i) for i in range(PICTURES)]))
     processor = make_processor()
-    dataset, collator = LlavaDataset(str(folder)), LlavaCollator(processor)
+    dataset, texts = LlavaDataset(str(folder)), LlavaDataset(str(folder), decode=False)
+    collator = LlavaCollator(processor)
     files = [folder / "images" / f"{i}.jpg" for i in range(PICTURES)]
 
     def one_by_one() -> None:
         for i in range(PICTURES):
-            item = dataset.item(i, decode=False)
+            item = texts[i]
             with Image.open(files[i]) as image:
                 text = processor.apply_chat_template(item["messages"])
                 processor(images=image.convert("RGB"), text=text, return_tensors="pt")
@@ -107,21 +108,21 @@ def walk(dataset: LlavaDataset, queue: multiprocessing.Queue) -> None:
     """A data-loader worker's pass over all records."""
     before = private_mb()
     for i in range(len(dataset)):
-        dataset.item(i, decode=False)
+        dataset[i]
     queue.put(private_mb() - before)
 
 
 def scale(folder: Path) -> None:
     """Prints the time and the memory that half a million records take."""
     path = folder / "large.json"
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write("[" + ",\n".join(json.dumps(record(i)) for i in range(RECORDS)) + "]")
     before = private_mb()
     start = time.monotonic()
     dataset = LlavaDataset(str(path))
     first = time.monotonic() - start
     start = time.monotonic()
-    dataset = LlavaDataset(str(path))
+    dataset = LlavaDataset(str(path), decode=False)
     second = time.monotonic() - start
     parent = private_mb() - before
     context = multiprocessing.get_context("fork")

@@ -6,7 +6,6 @@ from bitsandbytes.nn import Int8Params, Params4bit
 from conftest import run_train
 from safetensors.torch import load_file
 
-from train_llava import checkpoint
 from train_llava.data import LlavaCollator, LlavaDataset
 from train_llava.infer import load_model
 from train_llava.model import count_parameters, load_checkpoint
@@ -49,7 +48,7 @@ def test_lora_trains_on_a_model_in_4_bits(llava, corpus, tmp_path, monkeypatch, 
 def test_what_few_bits_cannot_do_is_said_in_one_line(llava, corpus, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--bits goes with --train_type lora"):
         run_train(monkeypatch, llava, corpus, tmp_path / "run", "--train_type", "full", "--bits", "4")
-    monkeypatch.setattr(checkpoint, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("train_llava.model.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         load_checkpoint(str(llava), bits=8)
     assert not (tmp_path / "run").exists()

@@ -1,24 +1,41 @@
 """The assembled checkpoint holds both models unchanged, opens with transformers alone, and fails cleanly."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from conftest import CHATML
+from conftest import CHATML, NARROW, make_tokenizer, run_train, turns
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    CLIPImageProcessorPil,
     CLIPModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GenerationConfig,
+    GptOssConfig,
+    Lfm2Config,
+    Mamba2Config,
+    Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+    SiglipConfig,
     pipeline,
 )
 
 from train_llava.build_model import build_model
-from train_llava.chat import complete_template, end_of_turn_tokens
-from train_llava.model import load_checkpoint
+from train_llava.checks import reference_outputs
+from train_llava.data import LlavaCollator
+from train_llava.model import LoraArguments, load_checkpoint, set_trainable
+from train_llava.records import to_messages
+from train_llava.reports import describe_trainable
+from train_llava.template import complete_template, end_of_turn_tokens
 
 PICTURE = Image.new("RGB", (50, 30), "red")
 
@@ -117,7 +134,7 @@ def test_end_of_turn_token_is_read_off_the_template(parts):
     [
         ("clip", "missing", "missing"),
         ("missing", "qwen2", "missing"),
-        ("qwen2", "qwen2", "not a CLIP or SigLIP vision tower"),
+        ("qwen2", "qwen2", "is a qwen2 model, not a vision tower"),
         ("clip", "no_template", "no chat template"),
     ],
 )
@@ -125,6 +142,7 @@ def test_a_wrong_part_is_named_and_nothing_is_left(parts, tmp_path, vision, lang
     tokenizer = AutoTokenizer.from_pretrained(parts["qwen2"])
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "no_template")
+    shutil.copy(parts["qwen2"] / "config.json", tmp_path / "no_template")
     folders = parts | {"missing": tmp_path / "missing", "no_template": tmp_path / "no_template"}
     with pytest.raises((OSError, ValueError), match=message):
         build_model(str(folders[vision]), str(folders[language]), str(tmp_path / "out" / "model"))
@@ -150,3 +168,273 @@ def test_a_checkpoint_that_differs_from_its_parts_is_refused(parts, tmp_path, mo
     with pytest.raises(ValueError, match="text-only logits differ"):
         build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "model"))
     assert list(tmp_path.iterdir()) == []
+
+
+LM = NARROW | {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256}
+
+
+def save_language_model(folder, config, model_class=None):
+    """A random language model of some architecture, with the tiny chat tokenizer."""
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    make_tokenizer(folder, special, CHATML, "<|im_end|>", "<|endoftext|>")
+    config.get_text_config().update({"vocab_size": 320, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": None})
+    torch.manual_seed(0)
+    model = model_class(config) if model_class else AutoModelForCausalLM.from_config(config)
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def rows_of(output: str) -> dict[str, str]:
+    """The table that build_model prints."""
+    return {line[:26].strip(): line[26:] for line in output.splitlines() if len(line) > 26}
+
+
+def test_the_table_says_what_was_measured(parts, tmp_path, capsys):
+    build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "llava"))
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["what is learnt"] == "each answer with <|im_end|>, where generation stops"
+    assert rows["generation prompt"] == r"as in training, '<|im_end|>\n<|im_start|>assistant\n'"
+    assert rows["packed against alone"].startswith("equal (difference ")
+    assert rows["batched against single"].startswith("equal (difference ")
+    assert rows["tokens a picture"] == "16 written, 16 features"
+
+
+def without(folder, copy, lost):
+    """A copy of a checkpoint that lacks the weights whose names hold `lost`."""
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if lost not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("part", "lost", "message"),
+    [
+        ("qwen2", "layers.1.", "lacks weights of the language model, model.layers.1.input_layernorm.weight"),
+        ("qwen2", "lm_head", "lacks weights of the language model, lm_head.weight"),
+        ("clip", "vision_model.encoder.layers.2.", "lacks weights of its vision tower, .*layers.2.layer_norm1.bias"),
+        ("clip", "position_embedding", "lacks weights of its vision tower, .*position_embedding"),
+    ],
+)
+def test_a_part_that_lacks_weights_is_refused(parts, tmp_path, part, lost, message):
+    broken = parts | {part: without(parts[part], tmp_path / "broken", lost)}
+    with pytest.raises(ValueError, match=message):
+        build_model(str(broken["clip"]), str(broken["qwen2"]), str(tmp_path / "out" / "llava"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_clip_without_its_text_side_will_do(parts, llava, tmp_path):
+    clip = without(parts["clip"], tmp_path / "clip", "text_model.")
+    build_model(str(clip), str(parts["qwen2"]), str(tmp_path / "llava"))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "llava", llava))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def edited(folder, copy, file, **settings):
+    """A copy of a checkpoint with other settings in one of its JSON files."""
+    shutil.copytree(folder, copy)
+    (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | settings))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "its weights are quantised"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantised"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "transformers has no code for a own"),
+        ({"model_type": "t5"}, "is a t5, which is no model of that kind"),
+    ],
+)
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_language_model_that_a_llava_cannot_hold_is_refused(parts, tmp_path, settings, message, trust):
+    folder = edited(parts["qwen2"], tmp_path / "edited", "config.json", **settings)
+    with pytest.raises(ValueError, match=f"edited .*{message}"):
+        build_model(str(parts["clip"]), str(folder), str(tmp_path / "llava"), trust_remote_code=trust)
+    assert not (tmp_path / "llava").exists()
+
+
+def test_an_architecture_that_does_not_run_as_one_is_refused(parts, tmp_path):
+    config = Mamba2Config(hidden_size=32, num_heads=4, head_dim=16, n_groups=1, state_size=8, num_hidden_layers=1)
+    save_language_model(tmp_path / "lm", config)
+    with pytest.raises(ValueError, match="do not run as one LLaVA"):
+        build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+    assert not (tmp_path / "llava").exists()
+
+
+@pytest.mark.parametrize("layer", [-30, -5, 4, 50])
+def test_a_layer_out_of_range_is_refused(parts, tmp_path, layer):
+    with pytest.raises(ValueError, match=f"--vision_feature_layer {layer}: the tower has hidden states -4 to 3"):
+        build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "llava"), vision_feature_layer=layer)
+
+
+def test_settings_of_sampling_that_never_takes_place_can_be_saved(parts, tmp_path):
+    sampling = {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    greedy = edited(parts["qwen2"], tmp_path / "greedy", "generation_config.json", **sampling)
+    drawn = edited(parts["qwen2"], tmp_path / "drawn", "generation_config.json", **sampling, do_sample=True)
+    for folder in (greedy, drawn):
+        build_model(str(parts["clip"]), str(folder), str(tmp_path / "llava" / folder.name))
+    assert GenerationConfig.from_pretrained(tmp_path / "llava" / "greedy").temperature is None
+    assert GenerationConfig.from_pretrained(tmp_path / "llava" / "drawn").to_diff_dict().items() >= sampling.items()
+
+
+def test_a_language_model_with_a_tower_of_its_own_gives_its_text_half(parts, tmp_path, capsys):
+    vision = NARROW | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 7}
+    config = Gemma3Config(text_config=LM | {"sliding_window": 8}, vision_config=vision, mm_tokens_per_image=4)
+    whole = save_language_model(tmp_path / "lm", config, Gemma3ForConditionalGeneration)
+    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+    model, _ = load_checkpoint(str(tmp_path / "llava"))
+    assert model.config.text_config.model_type == "gemma3_text"
+    ids = torch.tensor([[5, 40, 7, 80, 33]])
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=ids).logits[..., :320], whole(input_ids=ids).logits)
+
+
+def test_a_llava_lends_its_tower(parts, llava, tmp_path):
+    build_model(str(llava), str(parts["qwen2"]), str(tmp_path / "llava"))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "llava", llava))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_pad_resizes_to_what_the_tower_takes(parts, tmp_path):
+    clip = tmp_path / "clip"
+    shutil.copytree(parts["clip"], clip)
+    CLIPImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 28, "width": 28}).save_pretrained(clip)
+    build_model(str(clip), str(parts["qwen2"]), str(tmp_path / "llava"), image_aspect_ratio="pad")
+    processor = AutoProcessor.from_pretrained(tmp_path / "llava")
+    wide = Image.new("RGB", (80, 20), "red")
+    pixels = processor.image_processor(wide, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 28, 28)
+    red = pixels[0, 0] > 1  # the padding is of the mean colour
+    assert red.any(dim=0).all()  # both sides are kept
+    assert 6 <= red.any(dim=1).sum() <= 8  # a quarter as high as wide
+
+
+SMALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LINEAR_ATTENTION = {f"linear_{name}": n for name, n in (
+    ("num_key_heads", 2), ("num_value_heads", 2), ("key_head_dim", 16), ("value_head_dim", 16))}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "packs"),
+    [
+        (Qwen3MoeConfig(**LM, **SMALL_EXPERTS), True),
+        (GptOssConfig(**LM, num_local_experts=4, num_experts_per_tok=2, sliding_window=8), False),
+        (
+            Lfm2Config(
+                **{name: value for name, value in LM.items() if name != "head_dim"},
+                layer_types=["conv", "full_attention"],
+                block_multiple_of=8,
+                initializer_range=0.3,
+            ),
+            False,
+        ),
+        (
+            Qwen3NextConfig(
+                **LM, **SMALL_EXPERTS, **LINEAR_ATTENTION, layer_types=["linear_attention", "full_attention"]
+            ),
+            False,
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_packing_is_claimed_where_it_holds(parts, tmp_path, capsys, config, packs):
+    save_language_model(tmp_path / "lm", config)
+    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+    row = rows_of(capsys.readouterr().out)["packed against alone"]
+    assert row.startswith("equal" if packs else "not equal: training refuses --packing")
+    model, processor = load_checkpoint(str(tmp_path / "llava"))
+    texts = ("What is this?", "a red square"), ("And this? " * 5, "a blue circle, " * 4)
+    items = [
+        {"id": str(i), "images": [], "messages": to_messages({"conversations": turns(*pair)})}
+        for i, pair in enumerate(texts)
+    ]
+    with torch.inference_mode():
+        packed, alone = (model(**LlavaCollator(processor, packing=p)(items)).loss for p in (True, False))
+    assert (abs(packed - alone) < 1e-6) == packs
+
+
+def test_what_has_no_linear_layer_gets_no_adapter_and_the_table_says_so(parts, tmp_path):
+    save_language_model(tmp_path / "lm", Qwen3MoeConfig(**LM, **SMALL_EXPERTS))
+    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+    model = set_trainable(load_checkpoint(str(tmp_path / "llava"))[0], "lora", LoraArguments(lora_r=2))
+    table = describe_trainable(model, dict.fromkeys(("vision tower", "projector", "language model"), 1e-4))
+    assert table.splitlines()[-1] == "no adapter on mlp.experts.down_proj, mlp.experts.gate_up_proj: no linear layers"
+    adapted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("self_attn.q_proj.lora_A" in name for name in adapted)
+    assert not any("experts" in name for name in adapted)
+
+
+@pytest.mark.parametrize("lost", [("num_additional_image_tokens",), ("vision_feature_select_strategy",), (
+    "patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")])  # fmt: skip
+def test_a_processor_of_an_older_version_gets_the_tokens_of_its_tower(llava, tmp_path, capsys, lost):
+    old = tmp_path / "old"
+    shutil.copytree(llava, old)
+    settings = json.loads((old / "processor_config.json").read_text())
+    kept = {name: value for name, value in settings.items() if name not in lost}
+    (old / "processor_config.json").write_text(json.dumps(kept))
+    model, processor = load_checkpoint(str(old))
+    assert "lacks the number of tokens a picture has" in capsys.readouterr().err
+    assert (processor.patch_size, processor.num_additional_image_tokens) == (7, 1)
+    inputs = processor(images=PICTURE, text="<image>\nhi", return_tensors="pt")
+    assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+
+
+def test_a_batch_is_answered_as_its_questions_alone(llava):
+    model, processor = (kind.from_pretrained(llava) for kind in (AutoModelForImageTextToText, AutoProcessor))
+    assert processor.tokenizer.padding_side == "left"
+    questions = ["<image>\nhi", "<image>\nWhat is this, and what is it not?", "这是什么?\n<image>"]
+    texts = [
+        processor.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+        for text in questions
+    ]
+    pictures = [Image.new("RGB", (50, 30), color) for color in ("red", "green", "blue")]
+
+    def answers(texts, pictures):
+        inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+        return model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :].tolist()
+
+    assert answers(texts, pictures) == [answers([texts[i]], [pictures[i]])[0] for i in range(3)]
+
+
+def test_training_refuses_packing_where_conversations_see_each_other(parts, corpus, tmp_path, monkeypatch):
+    config = GptOssConfig(**LM, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
+    save_language_model(tmp_path / "lm", config)
+    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+    with pytest.raises(ValueError, match="--packing: a gpt_oss does not keep the conversations of a row apart"):
+        run_train(monkeypatch, tmp_path / "llava", corpus, tmp_path / "run", "--packing", "true", "--max_steps", "1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_parts_say_alone_keeps_no_graph(parts, processor):
+    tower = CLIPModel.from_pretrained(parts["clip"]).vision_model
+    outputs = reference_outputs(tower, Qwen2ForCausalLM.from_pretrained(parts["qwen2"]), processor, -2)
+    assert [output.requires_grad for output in outputs] == [False, False]  # a graph would hold both models in memory
+
+
+def test_a_tied_model_may_have_either_of_the_two_names(parts, tmp_path):
+    save_language_model(tmp_path / "tied", Qwen2Config(**LM, tie_word_embeddings=True))
+    weights = load_file(tmp_path / "tied" / "model.safetensors")
+    embedding = weights.pop("model.embed_tokens.weight")
+    shutil.copytree(tmp_path / "tied", tmp_path / "head")
+    save_file(weights | {"lm_head.weight": embedding}, tmp_path / "head" / "model.safetensors", {"format": "pt"})
+    build_model(str(parts["clip"]), str(tmp_path / "head"), str(tmp_path / "llava"))
+    model, _ = load_checkpoint(str(tmp_path / "llava"))
+    assert torch.equal(model.get_input_embeddings().weight[: len(embedding)], embedding)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_another_towers_weights_are_refused(parts, tmp_path):
+    vision = NARROW | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 7}
+    config = SiglipConfig(text_config=NARROW | {"num_hidden_layers": 1, "vocab_size": 64}, vision_config=vision)
+    siglip = tmp_path / "siglip"
+    config.save_pretrained(siglip)
+    for name in ("model.safetensors", "preprocessor_config.json"):
+        shutil.copy(parts["clip"] / name, siglip)
+    with pytest.raises(ValueError, match="siglip"):
+        build_model(str(siglip), str(parts["qwen2"]), str(tmp_path / "llava"))
+    assert not (tmp_path / "llava").exists()

@@ -7,10 +7,10 @@ from PIL import Image
 from tokenizers import AddedToken, processors
 from transformers import CLIPImageProcessorPil, GenerationConfig, LlavaProcessor
 
-from train_llava.chat import IGNORE, Chat, complete_template
+from train_llava.chat import IGNORE, Chat
 from train_llava.checks import check_conversations, conversation
-from train_llava.model import complete_generation_config
 from train_llava.records import text_of
+from train_llava.template import complete_generation_config, complete_template
 
 TOKENS = ("<s>", "</s>", "<u>", "<a>", "<e>")
 

@@ -2,14 +2,27 @@
 
 import os
 import re
+from ast import literal_eval
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from conftest import CHATML, make_tokenizer
+from test_families import LLAMA3, MISTRAL, QWEN, QWEN3
+from transformers import PreTrainedTokenizerBase
 
-from train_llava.export_gguf import check_exportable, export_gguf, export_pictures, interleave, modelfile, render
+from train_llava.export_gguf import (
+    check_exportable,
+    export_gguf,
+    export_pictures,
+    interleave,
+    modelfile,
+    writes_bos,
+)
 from train_llava.model import load_checkpoint
+from train_llava.template import complete_template, render
 
 
 @pytest.fixture(scope="module")
@@ -67,26 +80,95 @@ def go(template: str, messages: list[dict[str, str]]) -> str:
     out, shown = [], [True]
     _, body, _ = re.split(r"\{\{ range \$i, \$m := \.Messages \}\}|\{\{ end \}\}$", template)
     for i, message in enumerate(messages):
-        for piece in re.split(r"(\{\{.*?\}\})", body):
-            if match := re.fullmatch(r'\{\{ if eq \$m\.Role "(\w+)" \}\}', piece):
-                shown.append(shown[-1] and message["role"] == match[1])
-            elif piece == "{{ if eq $i 0 }}":
-                shown.append(shown[-1] and i == 0)
-            elif piece == "{{ end }}":
+        last = i == len(messages) - 1
+        values = {"if eq $i 0": i == 0, "if $last": last, "if not $last": not last}
+        values |= {f'if eq $m.Role "{role}"': message["role"] == role for role in ("system", "user", "assistant")}
+        for piece in re.split(r'(\{\{ (?:"(?:[^"\\]|\\.)*"|.*?) \}\})', body):
+            action = piece[3:-3] if piece.startswith("{{ ") else None
+            if action in values:
+                shown.append(shown[-1] and values[action])
+            elif action == "else":
+                shown[-1] = shown[-2] and not shown[-1]
+            elif action == "end":
                 shown.pop()
-            elif shown[-1]:
-                out.append(message["content"] if piece == "{{ $m.Content }}" else piece)
+            elif action == "$m.Content":
+                out += [message["content"]] * shown[-1]
+            elif action is None or action.startswith('"'):
+                out += [piece if action is None else literal_eval(action)] * shown[-1]
+            else:
+                assert action == "$last := eq (len (slice $.Messages $i)) 1"
     assert shown == [True]
     return "".join(out)
 
 
-@pytest.mark.parametrize("roles", [["user"], ["user", "assistant", "user"], ["system", "user", "assistant", "user"]])
-def test_ollama_writes_conversations_as_the_chat_template_does(llava, roles):
-    _, processor = load_checkpoint(str(llava))
-    turns = [(role, f"text {i}") for i, role in enumerate(roles)]
-    template = modelfile(processor.tokenizer).split('"""')[1]
-    written = go(template, [{"role": role, "content": text} for role, text in turns])
-    assert written == render(processor.tokenizer, turns)
+MISTRAL_SYSTEM = (
+    "{{ '<s>' }}{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
+    "{% set ns.system = m.content + '\\n\\n' %}{% elif m.role == 'user' %}"
+    "{{ '[INST] ' + ns.system + m.content + ' [/INST]' }}{% set ns.system = '' %}"
+    "{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
+)
+GPT_OSS = (
+    "{% for m in messages %}{{ '<|start|>' + m.role + '<|message|>' + m.content + ('<|return|>' if loop.last and "
+    "m.role == 'assistant' else '<|end|>') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant<|message|>' }}{% endif %}"
+)
+BRACES = (
+    """{% for m in messages %}"""
+    """{{ '{{ "' + m.role + '" }}: \"\"\"\\\\\u3000{' + m.content + '}\"\"\"<|im_end|>' }}{% endfor %}"""
+    """{% if add_generation_prompt %}{{ '{{ "assistant" }}: \"\"\"\\\\\u3000{' }}{% endif %}"""
+)
+# special tokens, template, tokens that end an answer
+TEMPLATES = {
+    "chatml": (QWEN, CHATML, ["<|im_end|>"]),
+    "a thinking switch": (QWEN, QWEN3, ["<|im_end|>"]),
+    "a first token": (
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), LLAMA3, ["<|eot_id|>"],
+    ),
+    "no system message": (("<s>", "</s>", "[INST]", "[/INST]"), MISTRAL, ["</s>"]),
+    "the system message in the question": (("<s>", "</s>", "[INST]", "[/INST]"), MISTRAL_SYSTEM, ["</s>"]),
+    "two ends": (("<|start|>", "<|message|>", "<|end|>", "<|return|>"), GPT_OSS, ["<|return|>", "<|end|>"]),
+    "quotes and braces": (QWEN, BRACES, ["<|im_end|>"]),
+}  # fmt: skip
+
+
+def tokenizer_of(name: str, folder: Path) -> PreTrainedTokenizerBase:
+    special, template, ends = TEMPLATES[name]
+    tokenizer = make_tokenizer(folder, special, template, ends[0], None)
+    if template.startswith("{{ '"):
+        tokenizer.bos_token = special[0]
+    complete_template(tokenizer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ollama_hands_over_what_the_chat_template_does(tmp_path, name):
+    tokenizer, ends = tokenizer_of(name, tmp_path), TEMPLATES[name][2]
+    written = modelfile(tokenizer)
+    _, template, tail = written.split('"""')
+    assert re.findall(r'PARAMETER stop "(.*)"', tail) == ends
+    forms = [["user"], ["user", "assistant", "user"], ["user", "assistant"] * 2 + ["user"]]
+    if name != "no system message":
+        forms += [["system", *form] for form in forms]
+    for roles in forms:
+        messages = [{"role": role, "content": f"text {i}"} for i, role in enumerate(roles)]
+        parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        expected = render(tokenizer, parts, answer_next=True)
+        # Ollama writes the first token in front
+        assert (tokenizer.bos_token or "") * writes_bos(tokenizer) + go(template, messages) == expected
+    assert writes_bos(tokenizer) == (tokenizer.bos_token is not None)
+
+
+def test_a_template_that_ollama_cannot_write_leaves_nothing_behind(llava, tmp_path):
+    model, processor = load_checkpoint(str(llava))
+    model.save_pretrained(tmp_path / "counts")
+    counting = CHATML.replace("'<|im_start|>' +", "'<|im_start|>' + loop.index | string +")
+    processor.tokenizer.chat_template = counting.replace("'<|im_start|>assistant", "'<|im_start|>9assistant")
+    complete_template(processor.tokenizer)
+    processor.chat_template = processor.tokenizer.chat_template
+    processor.save_pretrained(tmp_path / "counts")
+    with pytest.raises(ValueError, match="in a way that Ollama's cannot"):
+        export_gguf(str(tmp_path / "counts"), str(tmp_path / "gguf"))
+    assert [path.name for path in tmp_path.iterdir()] == ["counts"]
 
 
 def test_what_llama_cpp_would_compute_otherwise_is_refused(llava, tmp_path):

@@ -338,12 +338,13 @@ def test_a_checkpoint_of_llava_hf_opens_and_learns_to_stop(llava, tmp_path, caps
     assert processor.tokenizer.decode(input_ids).replace("<image>" * 16, "<image>") == f"{prompt} yes{eos} "
 
 
-def test_code_of_a_checkpoint_runs_only_when_trusted(parts, tmp_path):
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_of_a_language_model_is_never_run(parts, tmp_path, trust):
     folder = tmp_path / "lm"
     make_tokenizer(folder, QWEN, CHATML, "<|im_end|>", "<|endoftext|>")
     config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
-    with pytest.raises((OSError, ValueError), match="trust_remote_code"):
-        build_model(str(parts["clip"]), str(folder), str(tmp_path / "out"))
+    with pytest.raises((OSError, ValueError), match="transformers has no code for a own"):
+        build_model(str(parts["clip"]), str(folder), str(tmp_path / "out"), trust_remote_code=trust)
     assert not (tmp_path / "ran").exists()

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import run_train
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 
 from train_llava import evaluate, model_card
 from train_llava.merge_lora import merge_lora
+from train_llava.reports import ancestors, plot_loss, write_card
 
 SHORT = ["--max_steps", "1", "--preflight", "false", "--lora_r", "4"]
 
@@ -50,11 +51,11 @@ def test_a_card_says_what_a_model_was_made_of_and_how(llava, parts, corpus, adap
 
 def test_names_of_the_hub_are_linked(tmp_path):
     made_of = ["openai/clip-vit-large-patch14-336", "parts/of/mine", "Qwen/Qwen1.5-4B-Chat"]
-    model_card.write_card(tmp_path, "m", made_of, ["liuhaotian/LLaVA-CC3M-Pretrain-595K"], [])
+    write_card(tmp_path, "m", made_of, ["liuhaotian/LLaVA-CC3M-Pretrain-595K"], [])
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.base_model == [made_of[0], made_of[2]]
     assert data.datasets == ["liuhaotian/LLaVA-CC3M-Pretrain-595K"]
-    model_card.write_card(tmp_path, "m", made_of, [], [], adapter_of="me/llava")
+    write_card(tmp_path, "m", made_of, [], [], adapter_of="me/llava")
     assert ModelCard.load(tmp_path / "README.md").data.base_model == ["me/llava"]
 
 
@@ -77,6 +78,67 @@ def test_an_evaluation_is_put_into_the_card_once(llava, corpus, adapter, tmp_pat
     }
     assert results["cider"] == round(metrics["cider"], 4)
     assert ModelCard.load(adapter / "README.md").data.made_of == ModelCard(before).data.made_of
+
+
+def test_a_card_keeps_what_people_wrote(adapter, tmp_path):
+    folder, evaluation = tmp_path / "run", tmp_path / "evaluation"
+    folder.mkdir()
+    evaluation.mkdir()
+    scores = {"n": 4, "exact_match": 0.25, "intervals": {"exact_match": [0.1, 0.6]}}
+    (evaluation / "metrics.json").write_text(json.dumps(scores))
+    (evaluation / "captions.png").write_bytes(b"a sheet")
+    card = ModelCard.load(adapter / "README.md")
+    theirs = EvalResult("visual-question-answering", "vqa", "VQAv2", "accuracy", 0.5)
+    card.data.license, card.data.language, card.data.co2 = "mit", ["zh"], {"emissions": 3}
+    card.data.model_name, card.data.eval_results = "my name", [theirs]
+    before, licence, after = card.text.partition("## Licence\n")
+    notes = "## Notes\n\nMine.\n\n## Held-out answers by hand\n\n| a |\n|---|\n\n"
+    card.text = f"{before}{notes}{licence}{after}\n## Thanks\n\nTo you.\n"
+    card.save(folder / "README.md")
+    model_card.add_evaluation(folder, evaluation)
+    once = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(once.replace("(captions.png)\n", "(captions.png)\nBelow the sheet.\n"))
+    (evaluation / "metrics.json").write_text(json.dumps(scores | {"exact_match": 0.5}))
+    (evaluation / "captions.png").unlink()  # it could not be drawn
+    model_card.add_evaluation(folder, evaluation)
+    text, data = (folder / "README.md").read_text(), ModelCard.load(folder / "README.md").data
+    for written in (
+        "Mine.",
+        "answers by hand\n\n| a |\n|---|",
+        "To you.",
+        "Below the sheet.",
+        "| exact match | 50.0% |",
+    ):
+        assert text.count(written) == 1, written
+    assert "25.0%" not in text
+    assert "captions.png" not in text
+    assert (data.license, data.language, data.co2, data.model_name) == ("mit", ["zh"], {"emissions": 3}, "my name")
+    assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("accuracy", 0.5), ("exact_match", 0.5)]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "7", "nonsense", '{"n": 1, "exact_match": "x"}',
+                                     '{"n": 1, "exact_match": 1, "intervals": {"exact_match": [1]}}',
+                                     "version https://git-lfs.github.com/spec/v1"])  # fmt: skip
+def test_what_is_no_evaluation_is_refused_and_the_card_stays(adapter, tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content)
+    before = (adapter / "README.md").read_bytes()
+    with pytest.raises(ValueError, match=f"{tmp_path.name} holds no metrics.json that evaluate wrote"):
+        model_card.add_evaluation(adapter, tmp_path)
+    assert (adapter / "README.md").read_bytes() == before
+
+
+def test_a_card_with_a_broken_head_is_named(adapter, tmp_path):
+    (tmp_path / "metrics.json").write_text('{"n": 1, "exact_match": 1, "intervals": {"exact_match": [0, 1]}}')
+    (tmp_path / "README.md").write_text("---\na: [\n---\nMine.\n")
+    with pytest.raises(ValueError, match=r"README.md has a head that cannot be read"):
+        model_card.add_evaluation(tmp_path, tmp_path)
+    assert ancestors(str(tmp_path)) == [str(tmp_path)]
+
+
+def test_a_run_that_logged_nothing_has_a_curve_without_a_warning(tmp_path, recwarn):
+    plot_loss([], tmp_path / "loss.png")
+    assert not recwarn.list
+    assert (tmp_path / "loss.png").exists()
 
 
 def test_what_has_no_card_or_no_metrics_is_refused(adapter, tmp_path):

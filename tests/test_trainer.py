@@ -1,5 +1,6 @@
 """Nothing is lost: runs that are killed, stopped, poisoned, or run out of disk; and what each switch leaves alone."""
 
+import gc
 import json
 import shutil
 import signal
@@ -7,15 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from conftest import logged, run_train, run_zero2, turns, zero2_command
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_data import ITEMS, gradients
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer
 
+from train_llava import checks
 from train_llava.data import LlavaCollator, LlavaDataset
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.run_folder import UNFINISHED, check_resumable, finished_checkpoint, is_finished
@@ -172,9 +175,124 @@ def test_preflight_finds_a_model_that_is_not_saved_as_it_is(llava, corpus, tmp_p
             weight.neg_()
 
     monkeypatch.setattr(LlavaForConditionalGeneration, "save_pretrained", save_with_a_fault)
-    with pytest.raises(ValueError, match=r"preflight: the loss is .* once saved and read back"):
+    with pytest.raises(
+        ValueError, match=r"preflight: .*layers\.0\.mlp\.up_proj\.weight is not saved as it is in memory"
+    ):
         run_train(monkeypatch, llava, corpus, tmp_path / "run", *FAST, "--max_steps", "2", "--train_type", "full")
     assert not list((tmp_path / "run").glob("preflight*"))
+
+
+def change_a_file(folder: Path, change: str) -> None:
+    """Does to a folder just saved what a fault in saving might."""
+    weights = next(folder.glob("*model.safetensors"))
+    if change == "template":
+        template = folder / "chat_template.jinja"
+        template.write_text(template.read_text() + "{{ 'Bye' }}")
+    elif change == "picture":
+        config = folder / "processor_config.json"
+        config.write_text(config.read_text().replace("0.48145466", "0.5"))
+    else:
+        tensors = load_file(weights)
+        name = next(name for name in tensors if change.split()[0] in name)
+        value = tensors.pop(name)
+        if "changed" in change:
+            tensors[name] = value + 1
+        if "renamed" in change:
+            tensors[name.replace("layers", "layer")] = value
+        if "left over" in change:
+            tensors |= {name: value, "left.over": value.clone()}
+        save_file(tensors, weights, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("train_type", "change"),
+    [
+        *(("full", f"v_proj {fault}") for fault in ("changed", "missing", "renamed", "left over")),
+        *(("lora", f"lora_B {fault}") for fault in ("changed", "missing")),
+        ("lora", "projector changed"),
+        ("projector", "template"),
+        ("lora", "picture"),
+    ],
+)
+def test_preflight_finds_every_fault_of_saving(llava, corpus, tmp_path, monkeypatch, train_type, change):
+    save = LlavaProcessor.save_pretrained
+
+    def save_with_a_fault(self, folder, *args, **kwargs):
+        save(self, folder, *args, **kwargs)
+        change_a_file(Path(folder), change)
+
+    monkeypatch.setattr(LlavaProcessor, "save_pretrained", save_with_a_fault)
+    with pytest.raises(ValueError, match=r"preflight: .* is not saved as it is in memory"):
+        run_train(monkeypatch, llava, corpus, tmp_path / "run", *FAST, "--max_steps", "2", "--train_type", train_type)
+
+
+def test_preflight_loads_nothing_and_keeps_no_gradients(llava, corpus, tmp_path, monkeypatch):
+    """What it holds beside the model is one gradient and, while it compares, one tensor."""
+    opened, held = [], []
+    from_pretrained = LlavaForConditionalGeneration.from_pretrained.__func__
+    monkeypatch.setattr(
+        LlavaForConditionalGeneration,
+        "from_pretrained",
+        classmethod(
+            lambda cls, name, *args, **kwargs: opened.append(name) or from_pretrained(cls, name, *args, **kwargs)
+        ),
+    )
+    peak_memory = checks.peak_memory
+
+    def gradients_held(device):
+        held.append(sum(p.grad is not None for p in gc.get_objects() if isinstance(p, torch.nn.Parameter)))
+        return peak_memory(device)
+
+    monkeypatch.setattr(checks, "peak_memory", gradients_held)
+    run_train(monkeypatch, llava, corpus, tmp_path / "run", *FAST, "--max_steps", "1", "--train_type", "full")
+    assert opened == [str(llava)]
+    assert held == [0]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("linux", 3 * 1024), ("darwin", 3), ("win32", 7)])
+def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, name, expected):
+    """`ru_maxrss` is in KiB on Linux, in bytes on macOS, and Windows has no such module."""
+    usage = SimpleNamespace(ru_maxrss=3)
+    module = None if name == "win32" else SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: usage)
+    monkeypatch.setitem(sys.modules, "resource", module)
+    monkeypatch.setattr(sys, "platform", name)
+    monkeypatch.setattr(
+        checks.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=7))
+    )
+    assert checks.peak_memory(torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("train_type", ["lora", "full", "freeze_vision", "projector"])
+def test_every_type_trains_in_bf16(llava, corpus, tmp_path, monkeypatch, train_type):
+    arguments = [*FAST, "--max_steps", "4", "--train_type", train_type, "--lora_dropout", "0", "--save_strategy", "no"]
+    exact = run_train(monkeypatch, llava, corpus, tmp_path / "fp32", *arguments)
+    rough = run_train(monkeypatch, llava, corpus, tmp_path / "bf16", *arguments, "--bf16", "true")
+    assert rough == pytest.approx(exact, rel=5e-3)
+    assert rough != exact
+
+
+def test_the_held_out_loss_is_that_of_all_answer_tokens(llava, corpus, tmp_path, monkeypatch):
+    """Whatever the batch size: the sum of the tokens' losses over their number, as one batch of all records has it."""
+    arguments = ["--max_steps", "1", "--learning_rate", "1e-20", "--eval_data_path", corpus, "--preflight", "false"]
+    arguments += ["--train_type", "projector", "--save_strategy", "no"]
+    losses = []
+    for i, more in enumerate(
+        ([1], [3], [10], [3, "--packing", "true"], [3, "--train_sampling_strategy", "group_by_length"])
+    ):
+        output = tmp_path / str(i)
+        run_train(monkeypatch, llava, corpus, output, *arguments, "--per_device_eval_batch_size", *more)
+        losses += logged(output, "eval_loss")
+    model, processor = load_checkpoint(str(llava))
+    dataset = LlavaDataset(str(corpus))
+    expected = model(**LlavaCollator(processor)([dataset[i] for i in range(16)])).loss.item()
+    assert losses == pytest.approx([expected] * 5, abs=1e-6)
+
+
+def test_what_differs_from_trainer_is_still_called_by_it():
+    """A method that transformers renames would be overridden in vain, in silence."""
+    own = [name for name in vars(LlavaTrainer) if not name.startswith("__")]
+    assert "_save_checkpoint" in own
+    assert all(callable(getattr(Trainer, name, None)) for name in own)
 
 
 @pytest.mark.parametrize("train_type", ["lora", "full"])

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from html import unescape
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -19,7 +20,8 @@ import torch
 from conftest import random_adapter
 
 from train_llava import web_demo
-from train_llava.infer import generate, load_model, question, reply
+from train_llava.chat import Chat
+from train_llava.infer import generate, load_model, question, reply, room_for_answer
 from train_llava.pictures import open_image
 from train_llava.web_demo import Turn
 
@@ -107,9 +109,12 @@ def test_stop_ends_an_answer_and_the_next_question_works(llava, adapter, picture
     turns.append(Turn("Where is Paris?", [], ["", ""]))
     finish(model, processor, turns, max_new_tokens=8)
     images = [open_image(pictures[0])]
+    first, said = question("What is this?", 1), turns[0].answers[0]
+    asked = [[first, reply(said), question("Where is Paris?", 0)], [question("Where is Paris?", 1)]]
     for column, around in ((0, model), (1, load_model(str(llava))[0])):
-        messages = web_demo.conversation(turns, column)[:-1]
-        assert generate(around, processor, [messages], images, 8) == [turns[1].answers[column]]
+        assert web_demo.prompt(turns, column) == asked[column]
+        assert generate(around, processor, [asked[column]], images, 8) == [turns[1].answers[column]]
+    assert [len(web_demo.shown(turns, column)) for column in (0, 1)] == [4, 4]
 
 
 def test_a_closed_page_ends_its_answer_and_frees_the_model(llava, pictures):
@@ -135,8 +140,8 @@ def test_what_goes_wrong_in_the_model_is_told(llava, pictures, monkeypatch):
     [
         ("", [], "there is no question"),
         ("What is <image>?", [], "the control token <image>"),
-        ("yes<|im_end|>", [], "the control token <|im_end|>"),
-        ("What is this? " * 300, [], "tokens, and the model reads 512"),
+        ("yes<|im_start|>", [], "the control token <|im_start|>"),
+        ("What is this? " * 300, [], "tokens, pictures included, and the model reads 512"),
         ("What is this?", ["gone.png"], "gone.png does not exist"),
     ],
 )
@@ -152,7 +157,9 @@ def test_an_answer_ends_where_the_model_reads_no_further(llava):
     turns = [Turn(" ".join(["What is this?"] * 60), [], [""])]
     (whole,) = replies(model, processor, [(turns[0].text, [])], **LONG)
     finish(model, processor, turns, **LONG)
-    assert is_beginning(turns[0].answers[0], whole)
+    assert turns[0].answers == [whole]
+    prompt = [{"role": "user", "content": [{"type": "text", "text": turns[0].text}]}]
+    assert room_for_answer(model, Chat(processor), prompt) < LONG["max_new_tokens"]
 
 
 @pytest.fixture
@@ -172,7 +179,7 @@ def ask(client: Client, text: str, *files: str | Path, heat: float = 0, name: st
     box = {"text": text, "files": [handle_file(file) for file in files]}
     *_, chat = client.predict(box, heat, api_name=name)
     parts = [part for message in chat for part in message["content"]]
-    return [part["text"] if part["type"] == "text" else Path(part["file"]).name for part in parts]
+    return [unescape(part["text"]) if part["type"] == "text" else Path(part["file"]).name for part in parts]
 
 
 def test_sessions_see_nothing_of_each_other(page, llava, pictures):
@@ -210,8 +217,22 @@ def test_retry_asks_the_last_question_again_and_may_draw(page, pictures):
     assert ask(client, "", name="/retry") == greedy
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "train_llava.web_demo", *map(str, arguments)]
+# the page with a model that says back, word by word, what it was told, and how often it was asked
+ECHO = """
+from itertools import count
+from train_llava import web_demo
+times = count(1)
+def echo(model, processor, messages, *_, **__):
+    words = messages[-1]["content"][-1]["text"].split(" ") + [str(next(times))]
+    yield from (" ".join(words[:i]) for i in range(len(words) + 1))
+web_demo.stream = echo
+web_demo.main()
+"""
+
+
+def command(*arguments: str | Path, code: str | None = None) -> list[str]:
+    begin = ["-m", "train_llava.web_demo"] if code is None else ["-c", code]
+    return [sys.executable, *begin, *map(str, arguments)]
 
 
 @pytest.mark.parametrize(
@@ -241,19 +262,19 @@ def test_a_port_in_use_ends_the_command_in_one_line(llava):
     assert line.startswith("error: [Errno 98] Address already in use")
 
 
-def test_without_gradio_the_remedy_is_named(monkeypatch):
+def test_without_gradio_the_remedy_is_named(llava, monkeypatch):
     monkeypatch.setattr(web_demo, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["web_demo", "--model_name_or_path", "m"])
+    monkeypatch.setattr(sys, "argv", ["web_demo", "--model_name_or_path", str(llava)])
     with pytest.raises(ValueError, match="pip install gradio"):
         web_demo.main()
 
 
 @contextmanager
-def served(*arguments: str | Path) -> Iterator[str]:
+def served(*arguments: str | Path, code: str | None = None) -> Iterator[str]:
     """The command, running; gives the page's address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    words = command(*arguments, "--port", port)
+    words = command(*arguments, "--port", port, code=code)
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         address = process.stdout.readline().strip()
         try:
@@ -268,7 +289,7 @@ def served(*arguments: str | Path) -> Iterator[str]:
 
 
 @contextmanager
-def browser(address: str) -> Iterator[Any]:
+def browser(address: str, language: str = "en-US") -> Iterator[Any]:
     """A browser of one's own that has the page open."""
     if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
         pytest.skip("there is no Chromium here: apt-get install chromium chromium-driver")
@@ -276,6 +297,7 @@ def browser(address: str) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1100,900"):
         options.add_argument(argument)
+    options.add_experimental_option("prefs", {"intl.accept_languages": language})
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     try:
@@ -407,3 +429,44 @@ def test_a_browser_shows_both_chats_and_stops_them(llava, adapter, pictures):
             replies(m, processor, [("Where is Paris?", pictures[:1])], max_new_tokens=200) for m in (adapted, base)
         ]
         assert [told(driver, "bot", column) for column in (0, 1)] == expected
+
+
+@pytest.fixture(scope="module")
+def echo(llava) -> Iterator[str]:
+    """The page's address with a model that says what it was told."""
+    with served("--model_name_or_path", llava, code=ECHO) as address:
+        yield address
+
+
+@pytest.mark.parametrize("language", ["en-US", "zh-CN", "de", "ja"])
+def test_a_browser_shows_texts_as_they_are_and_no_button_that_does_harm(echo, pictures, language):
+    texts = [
+        'a<b and 3   <img src="http://127.0.0.2/x.png"> <script>1</script> <!-- -->',
+        '&lt; &amp;lt; $$x^2$$ \\(y\\) **bold** `code` <b>bold</b> src="/file',
+    ]
+    with browser(echo, language) as driver:
+        assert driver.execute_script("return navigator.language") == language
+        for i, text in enumerate(texts):
+            type_in(driver, text, *pictures[:i])
+            until(lambda i=i: idle(driver, i + 1))
+        before = told(driver, "bot")
+        button(driver, "Retry").click()
+        until(lambda: told(driver, "bot")[1].startswith(texts[1] + " ") and told(driver, "bot") != before)
+        until(lambda: idle(driver, 2))
+        said = told(driver, "bot")
+        assert [answer.rpartition(" ")[0] for answer in said] == texts
+        assert told(driver, "user") == texts
+        visible = [element.text for element in find(driver, ".message-content")]
+        assert visible == [texts[0], said[0], texts[1], said[1]]
+        buttons = [element for element in find(driver, ".block:has([role=log]) button") if element.is_displayed()]
+        script = "return arguments[0].filter(button => !button.closest('a, .image-container'))"
+        copies = driver.execute_script(script, buttons)
+        assert len(copies) == 3  # of the first question and of both answers
+        assert len(buttons) == 6  # a picture is shown larger by two, and downloaded by one
+        (box,) = find(driver, "textarea")
+        for copy, text in zip(copies, [texts[0], *said], strict=True):
+            copy.click()
+            box.clear()
+            box.send_keys("\ue009v\ue009")  # Control and v
+            until(lambda text=text: box.get_attribute("value") == text)
+        assert hosts(driver) == {"127.0.0.1"}

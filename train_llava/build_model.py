@@ -1,4 +1,4 @@
-"""Puts a CLIP vision tower and a chat language model together into one LLaVA checkpoint, and proves that it did.
+"""Puts a vision tower and a chat language model together into one LLaVA checkpoint, and proves that it did.
 
     python -m train_llava.build_model \
         --vision_model_name_or_path openai/clip-vit-large-patch14-336 \
@@ -9,6 +9,8 @@ Both models keep their weights; only the projector between them is new. The fold
 `LlavaForConditionalGeneration` checkpoint: weights, processor, chat template and generation config.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,31 +18,36 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BaseImageProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from train_llava.chat import complete_template, end_of_turn_tokens
 from train_llava.checks import check_checkpoint, reference_outputs
 from train_llava.cli import opening, parse_arguments, run_command, written_whole
-from train_llava.model import complete_generation_config, count_parameters
+from train_llava.model import count_parameters
 from train_llava.records import IMAGE_TOKEN
 from train_llava.reports import write_card
+from train_llava.template import complete_generation_config, complete_template, end_of_turn_tokens
 
 
 @dataclass
 class BuildArguments:
-    vision_model_name_or_path: str = field(metadata={"help": "CLIP or SigLIP: a folder or a hub id."})
+    vision_model_name_or_path: str = field(
+        metadata={"help": "A vision model over a grid of patches, such as CLIP, SigLIP, DINOv2: folder or hub id."}
+    )
     language_model_name_or_path: str = field(metadata={"help": "A causal language model with a chat template."})
     output_dir: str = field(metadata={"help": "The LLaVA checkpoint to write; it must not exist yet."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
@@ -62,54 +69,63 @@ class BuildArguments:
         },
     )
     skip_checks: bool = field(default=False, metadata={"help": "Do not run the assembled model before naming it."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a checkpoint."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a tokenizer."})
 
 
-def load_part(auto_class: Any, name_or_path: str, **options: Any) -> tuple[PreTrainedModel, set[str]]:
+def part_config(name_or_path: str) -> PreTrainedConfig:
+    """The configuration of one of the two models.
+
+    Raises:
+        ValueError: it cannot be opened, or no LLaVA could hold such a model; the message says why.
+    """
+    with opening(name_or_path):
+        settings, _ = PreTrainedConfig.get_config_dict(name_or_path)
+        if (model_type := settings.get("model_type")) not in CONFIG_MAPPING:
+            raise ValueError(f"transformers has no code for a {model_type}, and a LLaVA cannot bring its own")
+        if "quantization_config" in settings:
+            raise ValueError("its weights are quantised: take the model that they were made from")
+        return AutoConfig.from_pretrained(name_or_path)
+
+
+def load_part(auto_class: Any, name_or_path: str, dtype: Any) -> tuple[PreTrainedModel, set[str]]:
     """One of the two models, and the names of those of its weights that its folder lacks.
 
     Raises:
-        ValueError: it cannot be opened, or not so that a LLaVA could hold it; the message says why.
+        ValueError: it cannot be opened, or is no model of that kind; the message says which.
     """
+    config = part_config(name_or_path)
+    if auto_class is AutoModelForCausalLM and type(config) not in auto_class._model_mapping:
+        auto_class = AutoModelForImageTextToText  # it may have a language model in it
+    if type(config) not in auto_class._model_mapping:
+        raise ValueError(f"{name_or_path} is a {config.model_type}, which is no model of that kind")
     with opening(name_or_path):
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=options.get("trust_remote_code", False))
-        if type(config).__module__.startswith("transformers_modules"):
-            raise ValueError(f"it is a {config.model_type}, whose code comes with it, and a LLaVA checkpoint has none")
-        if getattr(config, "quantization_config", None):
-            raise ValueError("its weights are quantised: take the model they were made from")
-        if auto_class is AutoModelForCausalLM and type(config) not in auto_class._model_mapping:
-            auto_class = AutoModelForImageTextToText
-        if type(config) not in auto_class._model_mapping:
-            raise ValueError(f"it is a {config.model_type}, which is no such model")
-        model, loading = auto_class.from_pretrained(name_or_path, output_loading_info=True, **options)
+        model, loading = auto_class.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
     return model.eval(), set(loading["missing_keys"])
 
 
 def load_vision_tower(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The vision transformer of a published CLIP or SigLIP, or of a checkpoint that holds the tower alone.
+    """A vision model's encoder, of a checkpoint that holds it alone or inside a larger model, such as CLIP.
 
     Raises:
-        ValueError: the checkpoint has no vision tower of that kind, or not all of its weights.
+        ValueError: the checkpoint has no vision tower, or not all of its weights.
     """
-    model, missing = load_part(AutoModel, name_or_path, dtype=dtype)
+    model, missing = load_part(AutoModel, name_or_path, dtype)
     tower = model.get_encoder("image")
-    if tower.config.model_type == "siglip2_vision_model":
-        raise ValueError(f"{name_or_path} takes pictures of any size (NaFlex): take a SigLIP 2 of one picture size")
-    if tower.config.model_type not in ("clip_vision_model", "siglip_vision_model"):
-        raise ValueError(f"{name_or_path} is a {model.config.model_type} model, not a CLIP or SigLIP vision tower")
+    if tower.main_input_name != "pixel_values":
+        raise ValueError(f"{name_or_path} is a {model.config.model_type} model, not a vision tower")
     prefix = next(name for name, module in model.named_modules() if module is tower)
     if lacking := sorted(name for name in missing if name.startswith(prefix)):
         raise ValueError(f"{name_or_path} lacks weights of its vision tower, {lacking[0]} for one")
     return tower
 
 
-def load_language_model(name_or_path: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
     """A causal language model; of one that comes with a vision tower of its own, such as Gemma 3, the text half.
 
     Raises:
         ValueError: there is none of that name, or not all of its weights.
     """
-    model, missing = load_part(AutoModelForCausalLM, name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, missing = load_part(AutoModelForCausalLM, name_or_path, dtype)
     if missing:
         raise ValueError(f"{name_or_path} lacks weights of the language model, {min(missing)} for one")
     if model.get_decoder() is model.base_model:
@@ -122,46 +138,52 @@ def load_language_model(name_or_path: str, dtype: str, trust_remote_code: bool =
     return half.eval()
 
 
-def make_processor(
-    vision_model_name_or_path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    tower: PreTrainedModel,
-    vision_feature_select_strategy: str,
-    image_aspect_ratio: str = "crop",
-) -> LlavaProcessor:
-    """The processor that writes as many `<image>` tokens as the tower gives features, for this tower and tokenizer.
+def load_image_processor(name_or_path: str, image_aspect_ratio: str) -> BaseImageProcessor:
+    """The vision tower's own image processor, or one that pads to a square of the same size, as LLaVA-1.5's does.
 
     Raises:
-        ValueError: the tower's image processor makes pictures of another size than the tower takes.
+        ValueError: there is none of that name, or none that makes one picture of one size.
     """
-    with opening(vision_model_name_or_path):
-        image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path)
-    if image_aspect_ratio == "pad":
-        from transformers import LlavaImageProcessor  # here, since it warns of a missing torchvision when imported
+    with opening(name_or_path):
+        image_processor = AutoImageProcessor.from_pretrained(name_or_path)
+        pixel_values = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
+        if pixel_values.ndim != 4 or pixel_values.shape[-1] != pixel_values.shape[-2]:
+            raise ValueError("it cuts pictures of any size (as NaFlex does): take a tower of one square picture size")
+    if image_aspect_ratio == "crop":
+        return image_processor
+    from transformers import LlavaImageProcessor  # here, since it warns of a missing torchvision when imported
 
-        kept = ("resample", "image_mean", "image_std", "rescale_factor")
-        settings = {name: value for name, value in image_processor.to_dict().items() if name in kept}
-        size = {"height": tower.config.image_size, "width": tower.config.image_size}
-        image_processor = LlavaImageProcessor(do_pad=True, do_center_crop=False, size=size, crop_size=size, **settings)
-    made = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[-1]
-    if made != tower.config.image_size:
+    kept = ("resample", "image_mean", "image_std", "rescale_factor")
+    settings = {name: value for name, value in image_processor.to_dict().items() if name in kept}
+    size = {"height": pixel_values.shape[-1], "width": pixel_values.shape[-1]}
+    return LlavaImageProcessor(do_pad=True, do_center_crop=False, size=size, crop_size=size, **settings)
+
+
+@torch.inference_mode()
+def ask_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, name: str) -> tuple[int, int, int]:
+    """What a tower does with a picture of the size that its image processor makes.
+
+    Returns:
+        How many tokens it gives, how many of these stand beside those of the patches, and how many hidden states.
+
+    Raises:
+        ValueError: it does not take such a picture, or gives no grid of patches.
+    """
+    pixel_values = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].to(tower.dtype)
+    side, patch = pixel_values.shape[-1], getattr(tower.config, "patch_size", None)
+    try:
+        states = tower(pixel_values, output_hidden_states=True).hidden_states
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"the image processor of {vision_model_name_or_path} makes pictures of {made} pixels a side, "
-            f"its vision tower takes {tower.config.image_size}"
-        )
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=tower.config.patch_size,
-        vision_feature_select_strategy=vision_feature_select_strategy,
-        num_additional_image_tokens=number_of_class_tokens(tower),
-        chat_template=tokenizer.chat_template,
-    )
-
-
-def number_of_class_tokens(tower: PreTrainedModel) -> int:
-    """How many tokens the tower gives beside one per patch: 1 for CLIP, 0 for SigLIP."""
-    return tower.embeddings.num_positions - tower.embeddings.num_patches
+            f"the image processor of {name} makes pictures of {side} pixels a side, its vision tower takes "
+            f"{getattr(tower.config, 'image_size', 'others')}: {error}"
+        ) from error
+    if states is None or not isinstance(patch, int) or len({state.shape for state in states}) > 1:
+        raise ValueError(f"{name} is a {tower.config.model_type}, whose hidden states are not one grid of patches")
+    tokens, patches = states[0].shape[-2], (side // patch) ** 2
+    if states[0].ndim != 3 or tokens < patches:
+        raise ValueError(f"{name} gives {tokens} tokens for {patches} patches, which are no grid")
+    return tokens, tokens - patches, len(states)
 
 
 def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -172,11 +194,10 @@ def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool = F
     """
     with opening(language_model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, trust_remote_code=trust_remote_code)
-    complete_template(tokenizer)
+        complete_template(tokenizer)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or end_of_turn_tokens(tokenizer)[0]
-    tokenizer.padding_side = "left"  # or batches of questions, which plain transformers pads, get other answers
     return tokenizer
 
 
@@ -184,6 +205,7 @@ def assemble(
     vision_tower: PreTrainedModel,
     language_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    image_seq_length: int,
     vision_feature_layer: int = -2,
     vision_feature_select_strategy: str = "default",
 ) -> LlavaForConditionalGeneration:
@@ -198,7 +220,7 @@ def assemble(
         vision_config=vision_tower.config,
         text_config=language_model.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=vision_tower.embeddings.num_positions - (vision_feature_select_strategy == "default"),
+        image_seq_length=image_seq_length,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
         pad_token_id=tokenizer.pad_token_id,
@@ -220,12 +242,25 @@ def assemble(
     return model.eval()
 
 
-def published(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A LLaVA's weights with the tower's named as in published checkpoints, which is what other engines look for.
+def published_names(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """A LLaVA's weights with the tower's named as in published checkpoints.
 
-    transformers renames the rest itself, and writes a checkpoint that it has read under the names it had.
+    Other engines look for these; they know CLIP and SigLIP as a LLaVA's towers. transformers renames the rest itself,
+    and writes a checkpoint that it has read under the names it had.
     """
+    weights = model.state_dict()
+    if model.config.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        return weights
     return {name.replace(".vision_tower.", ".vision_tower.vision_model."): tensor for name, tensor in weights.items()}
+
+
+@contextmanager
+def running_as_one() -> Iterator[None]:
+    """Turns what an architecture raises that cannot be a LLaVA's language model or tower into one ValueError."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueError(f"the two do not run as one LLaVA of transformers: {error}") from error
 
 
 def build_model(*arguments: Any, **named: Any) -> None:
@@ -237,30 +272,41 @@ def build_model(*arguments: Any, **named: Any) -> None:
     given = BuildArguments(*arguments, **named)
     layer, strategy = given.vision_feature_layer, given.vision_feature_select_strategy
     with written_whole(given.output_dir) as folder:
+        part_config(given.language_model_name_or_path)  # before code that comes with a tokenizer may run
         tokenizer = load_tokenizer(given.language_model_name_or_path, given.trust_remote_code)
         print(f"language model  {given.language_model_name_or_path}")
-        language_model = load_language_model(given.language_model_name_or_path, given.dtype, given.trust_remote_code)
+        language_model = load_language_model(given.language_model_name_or_path, given.dtype)
         print(f"vision tower    {given.vision_model_name_or_path}")
         vision_tower = load_vision_tower(given.vision_model_name_or_path, language_model.dtype)
-        states = vision_tower.config.num_hidden_layers + 1
+        image_processor = load_image_processor(given.vision_model_name_or_path, given.image_aspect_ratio)
+        tokens, beside, states = ask_tower(vision_tower, image_processor, given.vision_model_name_or_path)
         if not -states <= layer < states:
             raise ValueError(f"--vision_feature_layer {layer}: the tower has hidden states {-states} to {states - 1}")
         if strategy == "auto":
-            strategy = "default" if number_of_class_tokens(vision_tower) else "full"
-        processor = make_processor(
-            given.vision_model_name_or_path, tokenizer, vision_tower, strategy, given.image_aspect_ratio
+            strategy = "default" if beside else "full"
+        processor = LlavaProcessor(
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            patch_size=vision_tower.config.patch_size,
+            vision_feature_select_strategy=strategy,
+            num_additional_image_tokens=beside,
+            chat_template=tokenizer.chat_template,
         )
         if not given.skip_checks:
             references = reference_outputs(vision_tower, language_model, processor, layer)
-        model = assemble(vision_tower, language_model, tokenizer, layer, strategy)
-        model.save_pretrained(folder, state_dict=published(model.state_dict()))
+        with running_as_one():
+            model = assemble(
+                vision_tower, language_model, tokenizer, tokens - (strategy == "default"), layer, strategy
+            )
+        model.save_pretrained(folder, state_dict=published_names(model))
         processor.save_pretrained(folder)
         parts = [given.vision_model_name_or_path, given.language_model_name_or_path]
         note = "Put together and not trained yet: the projector is random."
         write_card(folder, Path(given.output_dir).name, parts, [], [note])
         sizes = [(part, f"{total:,} parameters") for part, (_, total) in count_parameters(model).items()]
         del model, vision_tower, language_model  # the checks load the saved model: never two in memory
-        checks = [] if given.skip_checks else check_checkpoint(folder, *references)
+        with running_as_one():
+            checks = [] if given.skip_checks else check_checkpoint(folder, *references)
     for what, outcome in [*sizes, *checks, ("written to", given.output_dir)]:
         print(f"{what:<26}{outcome}")
 

@@ -13,8 +13,6 @@ from transformers import LlavaProcessor
 from train_llava.pictures import prepare_pictures
 from train_llava.records import IMAGE_TOKEN, BadRecordError, text_of
 from train_llava.template import TWO_TURNS, Form, end_of, opens_like, pieces_of, render, special_tokens
-from train_llava.template import complete_template as complete_template
-from train_llava.template import end_of_turn_tokens as end_of_turn_tokens
 
 IGNORE = -100  # the label that cross entropy leaves out
 
@@ -45,7 +43,6 @@ class Chat:
     def __init__(self, processor: LlavaProcessor, max_length: int | None = None):
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
         self.side, self.image_tokens = image_side(processor), image_tokens(processor)
-        self.end_of_turn_tokens = end_of_turn_tokens(self.tokenizer)
         written = "".join(self.pieces(TWO_TURNS))
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content in written}
         self.control_tokens = (added | special_tokens(self.tokenizer)) - {processor.image_token}

@@ -18,7 +18,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -51,35 +50,35 @@ worker: dict[str, Any] = {}  # what a process opens once: the data set and, with
 
 def open_data(arguments: CheckArguments) -> None:
     """Opens the data set, and the model's processor, in a process."""
-    worker["dataset"] = LlavaDataset(arguments.data_path, arguments.image_dir)
+    worker["dataset"] = LlavaDataset(arguments.data_path, arguments.image_dir, decode=arguments.decode_pictures)
     worker["chat"] = None
     if arguments.model_name_or_path is not None:
         _, processor = load_processor(arguments.model_name_or_path)
         worker["chat"] = Chat(processor, arguments.max_length)
-    worker["decode"] = arguments.decode_pictures
 
 
 def look_through(start: int, stop: int) -> dict[str, list]:
     """What the records from `start` to `stop` are like: their faults, and the sizes of the good ones."""
-    dataset, chat, decode = worker["dataset"], worker["chat"], worker["decode"]
-    found: dict[str, list] = {"faults": [], "tokens": [], "characters": [], "sides": []}
+    dataset, chat = worker["dataset"], worker["chat"]
+    findings: dict[str, list] = {"faults": [], "tokens": [], "characters": [], "sides": []}
     for i in range(start, stop):
         try:
-            item = dataset.item(i, decode)
+            item = dataset[i]
             if chat is not None:
-                found["tokens"].append(len(chat.labelled(item)["labels"]))
-            found["characters"].append(
+                findings["tokens"].append(len(chat.labelled(item)["labels"]))
+            findings["characters"].append(
                 sum(len(part.get("text", "")) for m in item["messages"] for part in m["content"])
             )
-            found["sides"] += [side for image in item["images"] for side in image.size]
+            findings["sides"] += [side for image in item["images"] for side in image.size]
         except BadRecordError as error:
-            found["faults"].append(error.args)
-    return found
+            findings["faults"].append(error.args)
+    return findings
 
 
 def kind_of(reason: str) -> str:
     """A reason without the names and numbers of one record, so that like faults are counted together."""
-    return re.sub(r"'[^']*'|<[^>]*>|\S*[/.]\S+|\d+", "…", reason)
+    named = r"^.+?(?= (?:cannot be|does not|lies outside|is a folder|is an address|is not in the|is the name) )"
+    return re.sub(rf"{named}|'[^']*'|<(?!image>|video>|audio>)[^>]*>|\S*[/.]\S+|\d+", "…", reason)
 
 
 def summary(values: list[int]) -> dict[str, float]:
@@ -88,10 +87,10 @@ def summary(values: list[int]) -> dict[str, float]:
     return {name: float(np.percentile(values, q)) for name, q in at.items()} if values else {}
 
 
-def draw_histograms(found: dict[str, list], path: Path) -> None:
+def draw_histograms(findings: dict[str, list], path: Path) -> None:
     """Draws how long the conversations are and how large the pictures, one panel each."""
     names = {"tokens": "tokens a conversation", "characters": "characters a conversation", "sides": "pixels a side"}
-    panels = [(label, found[name]) for name, label in names.items() if found[name]]
+    panels = [(label, findings[name]) for name, label in names.items() if findings[name]]
     figure = Figure(figsize=(4.5 * len(panels), 3), layout="constrained")
     for axes, (label, values) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
         axes.hist(values, bins=40)
@@ -107,11 +106,11 @@ def show_sample(dataset: LlavaDataset, chat: Chat) -> str:
         except BadRecordError:
             continue
         input_ids, labels = item["input_ids"], item["labels"]
-        tokenizer, pieces = chat.processor.tokenizer, []
-        for said, group in groupby(zip(input_ids, labels, strict=True), lambda pair: pair[1] != IGNORE):
-            ids = [token_id for token_id, _ in group]
-            pictures = [k for k, _ in groupby(ids)] if not said else ids
-            pieces.append(f"⟦{tokenizer.decode(ids)}⟧" if said else tokenizer.decode(pictures))
+        image_token_id, tokenizer, pieces = chat.processor.image_token_id, chat.processor.tokenizer, []
+        for learnt, group in groupby(zip(input_ids, labels, strict=True), lambda pair: pair[1] != IGNORE):
+            runs = groupby(token_id for token_id, _ in group)
+            ids = [i for token_id, run in runs for i in ([token_id] if token_id == image_token_id else run)]
+            pieces.append(f"⟦{tokenizer.decode(ids)}⟧" if learnt else tokenizer.decode(ids))
         return f"record {item['id']!r}, {len(input_ids)} tokens:\n" + "".join(pieces)
     return "no record is good"
 
@@ -120,22 +119,22 @@ def main() -> None:
     (arguments,) = parse_arguments(CheckArguments)
     open_data(arguments)
     total = len(worker["dataset"])
-    found: dict[str, list] = {"faults": [], "tokens": [], "characters": [], "sides": []}
+    findings: dict[str, list] = {"faults": [], "tokens": [], "characters": [], "sides": []}
     starts = range(0, total, CHUNK)
     with ProcessPoolExecutor(arguments.num_proc, get_context("spawn"), open_data, (arguments,)) as pool:
         parts = pool.map(look_through, starts, [min(start + CHUNK, total) for start in starts])
         for part in tqdm(parts, total=len(starts), desc="looking", unit=f" x {CHUNK} records"):
             for name, values in part.items():
-                found[name] += values
+                findings[name] += values
 
     kinds: dict[str, list] = {}
-    for record_id, reason in found["faults"]:
+    for record_id, reason in findings["faults"]:
         kinds.setdefault(kind_of(reason), []).append({"id": record_id, "reason": reason})
     report = {
         "records": total,
-        "bad": len(found["faults"]),
+        "bad": len(findings["faults"]),
         "faults": {kind: {"count": len(bad), "examples": bad[:EXAMPLES]} for kind, bad in kinds.items()},
-        **{name: summary(found[name]) for name in ("tokens", "characters", "sides") if found[name]},
+        **{name: summary(findings[name]) for name in ("tokens", "characters", "sides") if findings[name]},
     }
     print(f"{total:,} records, {report['bad']:,} bad")
     for kind, bad in sorted(kinds.items(), key=lambda entry: -len(entry[1])):
@@ -143,7 +142,7 @@ def main() -> None:
         for example in bad[:EXAMPLES]:
             print(f"{'':11}{example['id']}: {example['reason']}")
     for name in ("tokens", "characters", "sides"):
-        if found[name]:
+        if findings[name]:
             print(f"{name:<11}" + "  ".join(f"{key} {value:,.0f}" for key, value in report[name].items()))
     if worker["chat"] is not None:
         print(show_sample(worker["dataset"], worker["chat"]))
@@ -151,12 +150,11 @@ def main() -> None:
         path = Path(arguments.report)
         path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"written to {path}")
-        if found["characters"]:
-            draw_histograms(found, path.with_suffix(".png"))
+        if findings["characters"]:
+            draw_histograms(findings, path.with_suffix(".png"))
             print(f"written to {path.with_suffix('.png')}")
-    sys.exit(1 if found["faults"] else 0)
+    sys.exit(1 if findings["faults"] else 0)
 
 
 if __name__ == "__main__":
-    matplotlib.use("Agg")
     run_command(main)

@@ -1,107 +1,150 @@
 """Before a long run, what would fail after hours is tried once: a step, saving, and reading back what was saved."""
 
-import resource
 import shutil
-from collections.abc import Callable
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
-from peft import PeftModel
 from PIL import Image
 from torch import nn
-from transformers import GenerationConfig, LlavaProcessor, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
+from torch.optim import SGD
+from transformers import (
+    AutoProcessor,
+    GenerationConfig,
+    LlavaProcessor,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
+from transformers.integrations import get_reporting_integration_callbacks, is_deepspeed_zero3_enabled
+from transformers.utils import is_liger_kernel_available
 
 from train_llava.chat import IGNORE, Chat, form_of
 from train_llava.data import CheckedDataset
 from train_llava.model import count_parameters, load_checkpoint
+from train_llava.pictures import prepare_pictures
 from train_llava.records import IMAGE_TOKEN
-from train_llava.run_folder import read_back
+from train_llava.run_folder import differing_tensor
 from train_llava.trainer import LlavaTrainer
 
 
-def longest_batch(trainer: LlavaTrainer) -> dict[str, Any]:
-    """One rank's batch of the longest records of the data, or of a stream's first."""
+def check_options(args: TrainingArguments, model: nn.Module) -> None:
+    """Asks the libraries for what the arguments name, before data is read or anything written.
+
+    Raises:
+        ValueError: there is nothing of that name, or it needs a package that is not installed.
+    """
+    if args.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise ValueError(f"--metric_for_best_model {args.metric_for_best_model}: training measures the loss only")
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ValueError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
+        get_scheduler(args.lr_scheduler_type, SGD([torch.zeros(1)]), 1, 2, args.lr_scheduler_kwargs)
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"--optim, --lr_scheduler_type or --report_to: {error}") from error
+
+
+def longest_items(trainer: LlavaTrainer) -> list[dict[str, Any]]:
+    """A batch's number of the longest good records, by their tokens, or of a stream's first.
+
+    Those that seem the longest (see `LlavaDataset.lengths`) are tokenised, until there are 64 more good ones.
+    """
     dataset, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
-    if isinstance(dataset, CheckedDataset):
-        items = [dataset[int(i)] for i in np.argsort(dataset.dataset.lengths())[-size:]]
-    else:
-        items = list(islice(dataset, size))
-    batch = trainer.data_collator(items)
-    return trainer._prepare_inputs(batch)
-
-
-def loss_of(trainer: LlavaTrainer, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """The loss of a batch, in the precision that the run computes in."""
-    with trainer.accelerator.autocast():
-        return trainer.compute_loss(model, dict(batch))
+    if not isinstance(dataset, CheckedDataset):
+        return list(islice(dataset, size))
+    tokens: dict[int, int] = {}
+    for i in np.argsort(-dataset.lengths(), kind="stable"):
+        if (item := dataset.good_item(int(i))) is not None:
+            tokens[int(i)] = len(item["input_ids"])
+        if len(tokens) == size + 64:
+            break
+    longest = sorted(tokens, key=lambda i: -tokens[i])[:size]
+    return [dataset[i] for i in longest or [0]]  # where none is good, [0] says so
 
 
 def peak_memory(device: torch.device) -> int:
     """The most memory used so far, in bytes: of the GPU, or, without one, of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # here, since Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def preflight(trainer: LlavaTrainer, load_base: Callable[[], tuple[nn.Module, Any]]) -> None:
+def preflight(trainer: LlavaTrainer) -> None:
     """Tries forward, backward, saving and reading back on one rank, and says what memory the run will take.
 
-    The model's weights, and the random numbers that the run will draw, stay as they are. `load_base` opens, once more,
-    the checkpoint that the run starts from: a saved adapter is read back on top of it.
+    The model's weights, and the random numbers that the run will draw, stay as they are.
 
     Raises:
-        ValueError: the loss or a gradient is missing or not finite, or the saved model is not the one in memory.
+        ValueError: the loss or a gradient is missing or not finite, or what is saved is not what is in memory.
     """
     if trainer.is_world_process_zero():
         if is_deepspeed_zero3_enabled():
             print("preflight left out: under ZeRO-3 no rank holds the whole model")
         else:
             with torch.random.fork_rng():
-                _try_once(trainer, load_base)
+                _try_once(trainer)
     trainer.accelerator.wait_for_everyone()
 
 
-def _try_once(trainer: LlavaTrainer, load_base: Callable[[], tuple[nn.Module, Any]]) -> None:
+def _try_once(trainer: LlavaTrainer) -> None:
     args = trainer.args
     model = trainer.model.to(args.device).train()
-    batch = longest_batch(trainer)
-    loss = loss_of(trainer, model, batch)
+    items = longest_items(trainer)
+    batch = trainer.data_collator(items)
+    pixel_values = batch["pixel_values"]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    finite: dict[nn.Parameter, bool] = {}
+
+    def check_gradient(parameter: nn.Parameter) -> None:
+        finite[parameter] = bool(torch.isfinite(parameter.grad).all())
+        parameter.grad = None  # under ZeRO-2 no rank holds all gradients
+
+    hooks = [parameter.register_post_accumulate_grad_hook(check_gradient) for parameter in trained.values()]
+    with trainer.accelerator.autocast():
+        loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
     loss.backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and (parameter.grad is None or not torch.isfinite(parameter.grad).all()):
-            fault = "no gradient" if parameter.grad is None else "a gradient that is not finite"
+    for hook in hooks:
+        hook.remove()
+    for name, parameter in trained.items():
+        if not finite.get(parameter):
+            fault = "a gradient that is not finite" if parameter in finite else "no gradient"
             raise ValueError(f"preflight: {name} gets {fault} (loss {loss.item():.4f})")
-    model.zero_grad()
     peak = peak_memory(args.device)
 
     folder = Path(args.output_dir) / "preflight"
     try:
         model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-        read_back(folder, model)
-        with torch.no_grad():
-            expected = loss_of(trainer, model.eval(), batch).item()
-            if isinstance(model, PeftModel):
-                base, _ = load_base()
-                again = PeftModel.from_pretrained(base, folder)
-            else:
-                again, _ = load_checkpoint(str(folder), "auto")
-            found = loss_of(trainer, again.to(args.device).eval(), batch).item()
+        if (name := differing_tensor(folder, model)) is not None:
+            raise ValueError(f"preflight: {name} is not saved as it is in memory")
+        saved, images = AutoProcessor.from_pretrained(folder), [image for item in items for image in item["images"]]
+        ours, theirs = (
+            processor.tokenizer.apply_chat_template([item["messages"] for item in items], return_dict=False)
+            for processor in (trainer.processing_class, saved)
+        )
+        if ours != theirs or (images and not prepare_pictures(saved.image_processor, images).equal(pixel_values)):
+            raise ValueError("preflight: the processor is not saved as it is in memory")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if not abs(found - expected) <= (1e-4 if model.dtype == torch.float32 else 2e-2) * abs(expected):
-        raise ValueError(f"preflight: the loss is {expected:.6f}, and {found:.6f} once saved and read back")
 
-    trains = sum(trainable for trainable, _ in count_parameters(model).values())
-    # AdamW's two moments and, under DeepSpeed, the fp32 weights, each rank holding its part of them under ZeRO
-    optimizer = trains * (12 / args.world_size if trainer.is_deepspeed_enabled else 8)
+    numbers = sum(trainable for trainable, _ in count_parameters(model).values())
+    # gradients, AdamW's two moments and, under DeepSpeed, fp32 weights; under ZeRO each rank holds its part of them
+    more = numbers * (14 / args.world_size if trainer.is_deepspeed_enabled else 12)
     print(
-        f"preflight: {len(batch['labels'])} of the longest records forward and backward, saved, read back alike (loss "
-        f"{expected:.4f}); {peak / 1e9:.1f} GB, and {optimizer / 1e9:.1f} GB more a rank for the optimizer"
+        f"preflight: {len(items)} of the longest records forward and backward, saved, read back alike (loss "
+        f"{loss.item():.4f}); {peak / 1e9:.1f} GB, and {more / 1e9:.1f} GB more a rank for gradients and optimizer"
     )
 
 
@@ -151,11 +194,11 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
     hidden = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True).hidden_states
     outcome.append(("vision features", _equal("vision features", hidden[config.vision_feature_layer], features)))
     outcome += check_conversations(chat, model.generation_config)
-    packed = packing_difference(model, chat)
-    packs = "equal" if packed <= tolerance(model.dtype) else "not equal: training refuses --packing"
+    packed, noise = packing_difference(model, chat)
+    packs = "equal" if packed <= noise else "not equal: training refuses --packing"
     outcome.append(("packed against alone", f"{packs} (difference {packed:.0e})"))
     batched = batching_difference(model, processor)
-    if not batched <= tolerance(model.dtype):
+    if not batched <= max(noise, tolerance(model.dtype)):
         raise ValueError(f"in a batch its logits differ from those alone by {batched:.0e} of the largest")
     outcome.append(("batched against single", f"equal (difference {batched:.0e})"))
 
@@ -174,6 +217,23 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
     answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     outcome.append(("a picture and a question", f"{answer.shape[1] - inputs['input_ids'].shape[1]} tokens generated"))
     return outcome
+
+
+def check_claims(model: nn.Module, processor: LlavaProcessor, packing: bool) -> None:
+    """Measures, on a model that may have been assembled elsewhere, what training claims of it.
+
+    Raises:
+        ValueError: see `check_conversations`; or `packing` is asked for and the model cannot keep conversations apart.
+    """
+    chat = Chat(processor)
+    check_conversations(chat, model.generation_config)
+    if packing and not is_deepspeed_zero3_enabled():  # where no rank holds the whole model
+        packed, noise = packing_difference(model, chat)
+        if packed > noise:
+            raise ValueError(
+                f"--packing: a {model.config.text_config.model_type} does not keep the conversations of a row apart "
+                f"(logits differ by {packed:.0e} of the largest from those of each alone)"
+            )
 
 
 def conversation(*texts: str) -> list[dict[str, Any]]:
@@ -223,22 +283,23 @@ def check_conversations(chat: Chat, generation_config: GenerationConfig) -> list
 
 
 @torch.inference_mode()
-def packing_difference(model: nn.Module, chat: Chat) -> float:
-    """The largest difference of logits between two conversations alone and packed into one row, of the largest logit.
+def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, float]:
+    """How much a conversation's logits differ between alone and packed behind another, and what the noise may make.
 
     Some architectures cannot tell one conversation from the next by `position_ids`: those with linear attention or
-    convolutions, and those that make their masks without them.
+    convolutions, and those that make their masks without them. The noise is three times what the same comparison
+    gives for the conversation in front, which sees nothing of the one behind it.
     """
-    texts = ("What is the capital of France?", "Paris."), ("Name a colour.", "Red, or blue, as you like it.")
     rows = []
-    for question, answer in texts:
+    for question, answer in (("What is the capital of France?", "Paris."), ("Name a colour.", "Red, or blue.")):
         messages = conversation(question, answer)
         messages[0]["content"].pop(0)
         rows.append(torch.from_numpy(chat.encode(messages)[0])[None].to(model.device))
+    first, second = (model(input_ids=row, use_cache=False).logits for row in rows)
     position_ids = torch.cat([torch.arange(row.shape[1], device=model.device) for row in rows])[None]
-    alone = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows], dim=1)
     packed = model(input_ids=torch.cat(rows, dim=1), position_ids=position_ids, use_cache=False).logits
-    return difference(packed, alone)
+    noise = difference(packed[:, : first.shape[1]], first)
+    return difference(packed[:, first.shape[1] :], second), max(1e-5, 3 * noise)
 
 
 @torch.inference_mode()

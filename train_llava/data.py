@@ -1,27 +1,24 @@
 """From records to the tensors the model is trained on: records → messages → token ids and labels → padded batch."""
 
-import fcntl
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaProcessor
 
 from train_llava.chat import IGNORE, Chat
-from train_llava.pictures import open_image, prepare_pictures, read_picture
-from train_llava.records import BadRecordError, find_records, load_records, table_rows
+from train_llava.pictures import label, open_image, prepare_pictures, read_picture
+from train_llava.records import IMAGE_TOKEN, BadRecordError, load_records, text_of
+from train_llava.run_folder import log_bad_sample
 
 
-def to_item(
-    row: dict[str, Any], pictures: Path | None, at_least: int | None = None, decode: bool = True
-) -> dict[str, Any]:
-    """A row of the table as an item of a data set, its pictures opened unless not to `decode`; see `LlavaDataset`.
+def to_item(row: dict[str, Any], image_dir: Path | None, at_least: int | None = None) -> dict[str, Any]:
+    """A row of the table as an item of a data set, its pictures opened; see `LlavaDataset`.
 
     Raises:
         BadRecordError: the record or one of its pictures cannot be used.
@@ -29,24 +26,23 @@ def to_item(
     try:
         if row["fault"] is not None:
             raise ValueError(row["fault"])
-        images = []
-        if decode:
-            sources = [(read_picture(pictures, name), name) for name in row["images"]]
-            sources += [(content, f"picture {i}") for i, content in enumerate(row["image_bytes"])]
-            images = [open_image(source, name, at_least) for source, name in sources]
+        sources = [(read_picture(image_dir, name), label(name)) for name in row["images"]]
+        sources += [(content, f"picture {i}") for i, content in enumerate(row["image_bytes"])]
+        images = [open_image(source, name, at_least) for source, name in sources]
     except (OSError, ValueError) as error:
         raise BadRecordError(row["id"], str(error)) from error
-    said = {"messages": json.loads(row["messages"]), "images": images}
-    return {"id": row["id"], **said, "language": row["language"], "answers": row["answers"]}
+    kept = {key: row[key] for key in ("id", "language", "answers", "references")}
+    return kept | {"messages": json.loads(row["messages"]), "images": images}
 
 
 class LlavaDataset(torch.utils.data.Dataset):
-    """The records of one or several data sets; `[i]` gives `id`, `messages`, `images`, `language` and `answers`.
+    """The records of one or several data sets; `[i]` gives `id`, `messages`, `images`, `language`, `answers` and
+    `references`.
 
     The records lie in Arrow files on disk and are mapped into memory, so that neither this process nor a data-loader
     worker holds them; pictures are opened when their record is asked for. `data_weights` says how often a pass goes
     through each source: 2 is twice, 0.5 is half of its records, always the same half. With `at_least`, large JPEGs are
-    decoded smaller (see `open_image`).
+    decoded smaller (see `open_image`); without `decode`, items come without their pictures.
 
     Raises:
         OSError, ValueError: a source is not there or not in any format (see `records`); `[i]`: the record is bad.
@@ -58,13 +54,12 @@ class LlavaDataset(torch.utils.data.Dataset):
         image_dir: str | None = None,
         data_weights: list[float] | None = None,
         at_least: int | None = None,
+        decode: bool = True,
     ):
         paths = [data_path] if isinstance(data_path, str) else data_path
-        weights = data_weights or [1.0] * len(paths)
-        if len(weights) != len(paths):
-            raise ValueError(f"--data_weights names {len(weights)} weights for {len(paths)} data paths")
-        self.tables, self.pictures = zip(*(load_records(path, image_dir) for path in paths), strict=True)
-        self.at_least = at_least
+        weights = weights_of(paths, data_weights)
+        self.tables, self.image_dirs = zip(*(load_records(path, image_dir) for path in paths), strict=True)
+        self.at_least, self.decode = at_least, decode
         rng = np.random.default_rng(0)
         picked = []
         for source, (table, weight) in enumerate(zip(self.tables, weights, strict=True)):
@@ -80,23 +75,49 @@ class LlavaDataset(torch.utils.data.Dataset):
         return len(self.index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.item(index)
-
-    def item(self, index: int, decode: bool = True) -> dict[str, Any]:
-        """`[index]`; without its pictures if they are not to be decoded."""
         source, row = self.index[index]
-        return to_item(self.tables[source][int(row)], self.pictures[source], self.at_least, decode)
+        record = self.tables[source][int(row)]
+        if not self.decode:
+            record |= {"images": [], "image_bytes": []}
+        return to_item(record, self.image_dirs[source], self.at_least)
 
-    def lengths(self) -> list[int]:
-        """The records' lengths in characters, by which like can be put with like without opening a picture."""
-        columns = [table.data.column("length").to_numpy() for table in self.tables]
-        return [int(columns[source][row]) for source, row in self.index]
+    def lengths(self, chat: Chat) -> np.ndarray:
+        """About how many tokens each record has, pictures included: to sort by, without opening a picture.
+
+        A token holds about as many bytes of text in any language: 200 records, from short to long, tell how many.
+        """
+        sizes = []
+        for source, table in enumerate(self.tables):
+            length, *lists = (table.data.column(name) for name in ("length", "images", "image_bytes"))
+            size = np.stack([length, pc.add(*map(pc.list_value_length, lists))])
+            sizes.append(size[:, self.index[self.index[:, 0] == source, 1]])
+        text_bytes, images = np.concatenate(sizes, axis=1)
+        text_bytes -= len(f"{IMAGE_TOKEN}\n") * images
+        sample = np.argsort(text_bytes)[np.linspace(0, len(self) - 1, min(len(self), 200), dtype=int)]
+        messages = [self.tables[source].data.column("messages")[int(row)] for source, row in self.index[sample]]
+        texts = ["\n".join(map(text_of, json.loads(text.as_py()))) for text in messages]
+        tokens = sum(map(len, chat.tokenizer(texts, verbose=False)["input_ids"]))
+        return text_bytes * (tokens / max(text_bytes[sample].sum(), 1)) + images * chat.image_tokens
+
+
+def weights_of(paths: list[str], data_weights: list[float] | None) -> list[float]:
+    """How often a pass goes through each data path.
+
+    Raises:
+        ValueError: there is not one weight, 0 or more, for each path.
+    """
+    weights = data_weights or [1.0] * len(paths)
+    if len(weights) != len(paths):
+        raise ValueError(f"--data_weights names {len(weights)} weights for {len(paths)} data paths")
+    if not all(0 <= weight < np.inf for weight in weights):
+        raise ValueError(f"--data_weights {' '.join(map(str, weights))}: a weight is a number from 0")
+    return weights
 
 
 class CheckedDataset(torch.utils.data.Dataset):
     """A data set for training, in which a bad record never reaches the model.
 
-    A record that cannot be used (see `LlavaDataset` and `Chat.encode`) is written once, with its id and the
+    A record that cannot be used (see `LlavaDataset` and `Chat.encode`) is written once, with its index, its id and the
     reason, to the file `log`, and the next good one takes its place: batches keep their size, ranks stay in step, and
     what is seen does not depend on the number of workers.
 
@@ -113,60 +134,32 @@ class CheckedDataset(torch.utils.data.Dataset):
         max_bad_fraction: float = 0.01,
     ):
         self.dataset, self.chat, self.log = dataset, chat, log
-        self.bad_samples, self.most = bad_samples, max_bad_fraction * len(dataset)
+        self.bad_samples, self.limit = bad_samples, max_bad_fraction * len(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for i in range(index, index + len(self)):
-            try:
-                return self.chat.labelled(self.dataset[i % len(self)])
-            except BadRecordError as error:
-                if self.bad_samples == "error":
-                    raise
-                found = log_bad_sample(self.log, *error.args)
-            if found > self.most:
-                raise ValueError(
-                    f"{found} of {len(self)} records are bad, more than --max_bad_fraction: see {self.log}"
-                )
+            if (item := self.good_item(i % len(self))) is not None:
+                return item
         raise ValueError("no record is good")
 
+    def good_item(self, index: int) -> dict[str, Any] | None:
+        """The item of this very record, None where it is bad."""
+        try:
+            return self.chat.labelled(self.dataset[index])
+        except BadRecordError as error:
+            if self.bad_samples == "error":
+                raise
+            bad = log_bad_sample(self.log, index, *error.args)
+        if bad > self.limit:
+            raise ValueError(f"{bad} of {len(self)} records are bad, more than --max_bad_fraction: see {self.log}")
+        return None
 
-def log_bad_sample(log: Path, record_id: str, reason: str) -> int:
-    """Adds a bad record to a log that ranks and workers share, unless it is there; returns how many there are."""
-    line = json.dumps({"id": record_id, "reason": reason}, ensure_ascii=False)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        lines = file.read().splitlines()
-        if line not in lines:
-            file.write(line + "\n")
-            lines.append(line)
-    return len(lines)
-
-
-def stream_items(data_path: str | list[str], image_dir: str | None, chat: Chat, log: Path) -> datasets.IterableDataset:
-    """The items of data sets of shards that are too large for the disk, read as they come, and again from the start.
-
-    Every rank and worker reads shards of its own. What is bad is logged and left out; as the stream has no end, ranks
-    stay in step.
-    """
-    shards = []
-    for path in [data_path] if isinstance(data_path, str) else data_path:
-        files, pictures = find_records(path, image_dir)
-        shards += [(path, [file], pictures) for file in files] or [(path, [], None)]
-
-    def items(shards: list[tuple[str, list[Path], Path | None]]) -> Iterator[dict[str, Any]]:
-        for path, files, pictures in shards:
-            for row in table_rows(path, files, pictures):
-                try:
-                    yield chat.labelled(to_item(row, pictures, chat.side))
-                except BadRecordError as error:
-                    log_bad_sample(log, *error.args)
-
-    return datasets.IterableDataset.from_generator(items, gen_kwargs={"shards": shards}).repeat(None)
+    def lengths(self) -> np.ndarray:
+        """See `LlavaDataset.lengths`."""
+        return self.dataset.lengths(self.chat)
 
 
 class LlavaCollator:

@@ -19,9 +19,9 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.utils import is_gguf_available
 
-from train_llava.chat import end_of_turn_tokens
 from train_llava.cli import parse_arguments, run_command, written_whole
 from train_llava.model import load_checkpoint
+from train_llava.template import ANSWER, QUESTION, end_of_turn_tokens, pieces_of
 
 if is_gguf_available():
     import gguf
@@ -30,7 +30,7 @@ if is_gguf_available():
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PRE_TOKENIZERS = {WORDS + r"\p{N}" + REST: "qwen2", WORDS + r"\p{N}{1,3}" + REST: "llama-bpe"}
-QUESTION, ANSWER = "QUESTION1", "ANSWER1"  # stand for texts in a rendered conversation
+SYSTEM = ("system", ("text",))
 
 
 @dataclass
@@ -66,8 +66,8 @@ def check_exportable(config: LlavaConfig) -> None:
         f"rope scaling ({text.rope_parameters['rope_type']})": text.rope_parameters["rope_type"] != "default",
         "sliding windows": text.model_type == "qwen2" and text.use_sliding_window,
     }
-    for what, found in hindrances.items():
-        if found:
+    for what, applies in hindrances.items():
+        if applies:
             raise ValueError(f"{what} cannot be exported to GGUF")
 
 
@@ -111,11 +111,12 @@ def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase,
     writer.add_token_merges([" ".join(pair) for pair in written["model"]["merges"]])
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.convert_tokens_to_ids(end_of_turn_tokens(tokenizer)[0]))
+    ends = tokenizer.convert_tokens_to_ids(end_of_turn_tokens(tokenizer))
+    writer.add_eos_token_id(ends[0])
+    if len(ends) > 1:
+        writer.add_eot_token_id(ends[1])
     writer.add_pad_token_id(tokenizer.pad_token_id)
-    # The model was trained on what the template writes; engines that add this token do not write it twice
-    text = render(tokenizer, [("user", "?")])
-    writer.add_add_bos_token(tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token))
+    writer.add_add_bos_token(writes_bos(tokenizer))
     writer.add_chat_template(tokenizer.chat_template)
 
 
@@ -231,51 +232,75 @@ def export_pictures(
     write(writer, names, picture_tensors(model, class_token))
 
 
-def render(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]]) -> str:
-    """Turns of (role, text), and the handing over to the assistant, as the chat template writes them."""
-    messages: list[dict[str, Any]] = [
-        {"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns
-    ]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template begins with the tokenizer's first token. llama.cpp then does not write it twice."""
+    before = pieces_of(tokenizer, (QUESTION,), answer_next=True)[0]
+    return tokenizer.bos_token is not None and before.startswith(tokenizer.bos_token)
 
 
 def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Ollama's description of the model. Its template is Go's, put together from what the chat template writes."""
-    talk = render(tokenizer, [("user", QUESTION), ("assistant", ANSWER), ("user", QUESTION)])
-    before_first, handed_over, before_second, _ = re.split(f"{QUESTION}|{ANSWER}", talk)
-    # in front of every question stands the same; in front of the first there may be a default system message as well
-    opening = next(before_first[i:] for i in range(len(before_first) + 1) if before_second.endswith(before_first[i:]))
-    told = render(tokenizer, [("system", ANSWER), ("user", QUESTION)])
-    system, after_system, _ = re.split(f"{QUESTION}|{ANSWER}", told)
+    """Ollama's description of the model. Its template is Go's, put together from what the chat template writes.
+
+    Raises:
+        ValueError: what the chat template writes around a text depends on more than the messages beside it.
+    """
+    first, to_answer, after_answer, to_generate = pieces_of(tokenizer, (QUESTION, ANSWER, QUESTION), answer_next=True)
+    more = (to_answer, after_answer, to_generate)
+    expected = {
+        (QUESTION,): (first, to_generate),
+        (QUESTION, ANSWER, QUESTION, ANSWER, QUESTION): (first, to_answer, after_answer, *more),
+    }
+    try:
+        before_system, after_system, _ = pieces_of(tokenizer, (SYSTEM, QUESTION), answer_next=True)
+        expected[(SYSTEM, QUESTION, ANSWER, QUESTION)] = (before_system, after_system, *more)
+    except ValueError:  # it takes no system message
+        before_system = None
+    for form, pieces in expected.items():
+        if tuple(pieces_of(tokenizer, form, answer_next=True)) != pieces:
+            roles = ", ".join(role for role, _ in form)
+            raise ValueError(f"the chat template writes a conversation of {roles} in a way that Ollama's cannot")
+
+    def go(text: str) -> str:
+        """A text in Go's template, quoted where it would not be read as it is; Ollama adds the first token itself."""
+        if writes_bos(tokenizer):
+            text = text.removeprefix(tokenizer.bos_token)
+        if not re.search(r'[{}"]', text) and text.replace("\n", "").isprintable():
+            return text
+        escaped = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+        return f'{{{{ "{"".join(escaped)}" }}}}'
+
+    system = go(first) if before_system is None else go(before_system) + "{{ $m.Content }}" + go(after_system)
     template = (
-        "{{ range $i, $m := .Messages }}"
-        '{{ if eq $m.Role "system" }}' + system + "{{ $m.Content }}" + after_system.removesuffix(opening) + "{{ end }}"
-        '{{ if eq $m.Role "user" }}{{ if eq $i 0 }}' + before_first.removesuffix(opening) + "{{ end }}"
-        + opening + "{{ $m.Content }}" + handed_over + "{{ end }}"
-        '{{ if eq $m.Role "assistant" }}{{ $m.Content }}' + before_second.removesuffix(opening) + "{{ end }}"
+        "{{ range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+        '{{ if eq $m.Role "system" }}' + system + "{{ end }}"
+        '{{ if eq $m.Role "user" }}{{ if eq $i 0 }}' + go(first) + "{{ end }}{{ $m.Content }}"
+        "{{ if $last }}" + go(to_generate) + "{{ else }}" + go(to_answer) + "{{ end }}{{ end }}"
+        '{{ if eq $m.Role "assistant" }}{{ $m.Content }}{{ if not $last }}' + go(after_answer) + "{{ end }}{{ end }}"
         "{{ end }}"
     )  # fmt: skip
+    stops = "".join(f'PARAMETER stop "{token}"\n' for token in end_of_turn_tokens(tokenizer))
     return (
         f'FROM ./model-f16.gguf\nFROM ./mmproj-f16.gguf\nTEMPLATE """{template}"""\n'
-        f'PARAMETER stop "{end_of_turn_tokens(tokenizer)[0]}"\nPARAMETER temperature 0\n'
+        f"{stops}PARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"
     )
 
 
-def export_gguf(model_name_or_path: str, output_dir: str, class_token: str = "last") -> None:
-    """Writes `model-f16.gguf`, `mmproj-f16.gguf` and `Modelfile` to a new folder.
+def export_gguf(*arguments: Any, **named: Any) -> None:
+    """Writes `model-f16.gguf`, `mmproj-f16.gguf` and `Modelfile` to a new folder; takes what `ExportArguments` takes.
 
     Raises:
         ValueError: there is no such checkpoint, or llama.cpp would compute something else with it; nothing is left
             behind.
     """
+    given = ExportArguments(*arguments, **named)
     if not is_gguf_available():
         raise ValueError("this needs a package that is not installed: pip install gguf")
-    model, processor = load_checkpoint(model_name_or_path)
-    check_exportable(model.config)
-    with written_whole(output_dir) as folder:
+    with written_whole(given.output_dir) as folder:
+        model, processor = load_checkpoint(given.model_name_or_path)
+        check_exportable(model.config)
+        (folder / "Modelfile").write_text(modelfile(processor.tokenizer), encoding="utf-8", newline="\n")
         export_text(model, processor, folder / "model-f16.gguf")
-        export_pictures(model, processor, class_token, folder / "mmproj-f16.gguf")
-        (folder / "Modelfile").write_text(modelfile(processor.tokenizer), encoding="utf-8")
+        export_pictures(model, processor, given.class_token, folder / "mmproj-f16.gguf")
 
 
 def main() -> None:

@@ -5,30 +5,48 @@
     python -m train_llava.infer --model_name_or_path output/run --questions questions.jsonl --answers answers.jsonl
 
 The first prints the answer alone. The second is a chat; `/image FILE` shows it another picture. The third answers a
-file of `{"id", "image", "prompt"}` lines in batches and, run again, goes on where it stopped.
+file of `{"id", "image", "prompt"}` lines in batches and, run again, goes on where it stopped. `image` or `images` are
+files, addresses or data URIs, one or a list; a conversation that ends with a question may stand under `messages`.
 """
 
+import hashlib
 import json
+import os
+import re
+import shutil
+import string
 import sys
+import urllib.parse
 import urllib.request
+from collections import defaultdict
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from PIL import Image
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TextStreamer
 
 from train_llava.chat import Chat
-from train_llava.cli import parse_arguments, run_command
+from train_llava.cli import check_positive, device, parse_arguments, run_command
 from train_llava.model import BITS_HELP, load_checkpoint
 from train_llava.pictures import open_image
-from train_llava.records import read_jsonl
+from train_llava.readers import BadRecordError, read_jsonl
+from train_llava.records import IMAGE_TOKEN, Record, pictures_of, text_of, to_messages
+from train_llava.run_folder import check_base
 
-MOST_BYTES = 50 << 20  # of a picture from the network
+MAX_BYTES = 50 << 20  # of a picture from the network
+ADDRESSES = ("http://", "https://", "data:")
+# The parts of a LLaVA as transformers named them before 4.52, and their names today
+RENAMED = {
+    r"^language_model\.lm_head": "lm_head",
+    r"^language_model\.model": "model.language_model",
+    r"^(vision_tower|multi_modal_projector)": r"model.\1",
+}
 
 
 @dataclass
@@ -56,6 +74,11 @@ class InferArguments:
             raise ValueError("give one of --prompt, --interactive true and --questions")
         if (self.questions is None) != (self.answers is None):
             raise ValueError("--questions and --answers go together")
+        if self.questions is not None and self.image:
+            raise ValueError("--image goes with --prompt or --interactive: a file of questions names its own pictures")
+        check_positive(self, "batch_size", "max_new_tokens")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("--temperature is 0 or above, and --top_p above 0 and at most 1")
 
 
 def load_model(
@@ -70,24 +93,45 @@ def load_model(
     if adapter_name_or_path is not None:
         model = load_adapter(model, adapter_name_or_path, model_name_or_path)
     if not bits:
-        model = model.to(torch.accelerator.current_accelerator() or "cpu")
+        model = model.to(device())
     return model.eval(), processor
 
 
 def load_adapter(model: LlavaForConditionalGeneration, adapter_name_or_path: str, model_name: str) -> PeftModel:
-    """Puts a LoRA adapter on a model, and makes sure that every tensor of it found its place there."""
+    """Puts a LoRA adapter on a model, and makes sure that every tensor of it found its place there.
+
+    One that was saved by transformers before 4.52, where the parts of a LLaVA had other names, is read, too.
+
+    Raises:
+        ValueError: it cannot be opened, or was trained on another model; the message says which.
+    """
+    folder, name = Path(adapter_name_or_path), "adapter_config.json"
     try:
-        saved = load_peft_weights(adapter_name_or_path, device="cpu")
-    except (OSError, ValueError) as error:
+        config = PeftConfig.from_pretrained(adapter_name_or_path)
+        if not isinstance(config, LoraConfig):
+            raise ValueError("it is no LoRA adapter's")
+        name = next((path.name for path in folder.glob("adapter_model.*")), "adapter_model.safetensors")
+        saved = load_peft_weights(adapter_name_or_path, device="cpu", key_mapping=RENAMED)
+    except Exception as error:  # a broken file raises whatever its reader does
+        if (folder / name).exists():
+            raise ValueError(f"{folder / name} cannot be read: {error}") from error
         raise ValueError(f"{adapter_name_or_path} is no adapter folder, and no adapter on the hub") from error
+    check_base(adapter_name_or_path, model, model_name)
+    targets = config.target_modules or set()
+    config.target_modules = _rename(targets) if isinstance(targets, str) else set(map(_rename, targets))
     try:
-        adapted = PeftModel.from_pretrained(model, adapter_name_or_path)
+        adapted = PeftModel.from_pretrained(model, adapter_name_or_path, config=config, key_mapping=RENAMED)
         fits = get_peft_model_state_dict(adapted).keys() == saved.keys()
-    except (RuntimeError, ValueError):  # shapes that differ; names that are not there
+    except Exception:  # shapes that differ, names that are not there, and what else PEFT meets
         fits = False
     if not fits:
         raise ValueError(f"the adapter {adapter_name_or_path} was trained on another model than {model_name}")
     return adapted
+
+
+def _rename(target: str) -> str:
+    """The name of a layer, or a pattern of names, as transformers before 4.52 had it, in today's."""
+    return re.sub(r"language_model(\\?\.)model(?=\\?\.)", r"model\1language_model", target)
 
 
 def sampling(temperature: float, top_p: float) -> dict[str, Any]:
@@ -95,6 +139,32 @@ def sampling(temperature: float, top_p: float) -> dict[str, Any]:
     if temperature == 0:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": temperature, "top_p": top_p}
+
+
+def _parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pictures and texts of a conversation; a message may be a text alone."""
+    contents = [message["content"] for message in messages]
+    return [part for c in contents for part in ([{"type": "text", "text": c}] if isinstance(c, str) else c)]
+
+
+def room_for_answer(
+    model: LlavaForConditionalGeneration | PeftModel, chat: Chat, messages: list[dict[str, Any]]
+) -> int:
+    """How many tokens the answer to a conversation may have before the model's context is full.
+
+    Raises:
+        ValueError: the context is full already, the chat template refuses the conversation, or a text in it holds a
+            control token, which would end a turn, begin one, or stand for a picture.
+    """
+    for part in _parts(messages):
+        for token in (chat.processor.image_token, *sorted(chat.control_tokens)):
+            if token in part.get("text", ""):
+                raise ValueError(f"the control token {token} stands in a text: leave it out")
+    length = chat.prompts([messages], [])["input_ids"].shape[1]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    if length >= limit:
+        raise ValueError(f"the conversation has {length} tokens, pictures included, and the model reads {limit}")
+    return limit - length
 
 
 @torch.inference_mode()
@@ -109,28 +179,44 @@ def generate(
     """Answers to conversations that end with a question; `images` in the order of their `<image>` tokens.
 
     Greedy, unless `options`, which go to `model.generate`, say something else (see `sampling`).
+
+    Raises:
+        ValueError: one of them cannot be asked; see `room_for_answer`.
     """
-    inputs = Chat(processor).prompts(conversations, images).to(model.device)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False} | options)
+    chat = Chat(processor)
+    room = min(room_for_answer(model, chat, messages) for messages in conversations)
+    if room < max_new_tokens and len(conversations) > 1:  # one by one: who has less room cuts nobody else's answer
+        answers, left = [], iter(images)
+        for messages in conversations:
+            shown = [next(left) for part in _parts(messages) if part["type"] == "image"]
+            answers += generate(model, processor, [messages], shown, max_new_tokens, **options)
+        return answers
+    inputs = chat.prompts(conversations, images).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=min(room, max_new_tokens), **{"do_sample": False} | options)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
 
 def fetch_image(name: str) -> Image.Image:
-    """The picture at a path or an http(s) address, or, for "-", on standard input.
+    """The picture at a path, an http(s) address or in a data URI, or, for "-", on standard input.
 
     Raises:
         OSError, ValueError: it is not there, or no picture.
     """
     if name == "-":
         return open_image(sys.stdin.buffer.read(), "the picture on standard input")
-    if name.startswith(("http://", "https://")):
-        with urllib.request.urlopen(name, timeout=30) as response:
-            content = response.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"{name} is larger than {MOST_BYTES >> 20} MB")
-        return open_image(content, name)
-    return open_image(Path(name))
+    if not name.startswith(ADDRESSES):
+        return open_image(Path(name))
+    short = name if len(name) < 200 else f"{name[:60]}…"
+    try:
+        # what an address cannot hold, such as Chinese, goes in percent signs
+        with urllib.request.urlopen(urllib.parse.quote(name, safe=string.punctuation), timeout=30) as response:
+            content = response.read(MAX_BYTES + 1)
+    except (OSError, ValueError, HTTPException) as error:
+        raise OSError(f"{short} gives no picture: {error!r}") from error
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{short} is larger than {MAX_BYTES >> 20} MB")
+    return open_image(content, short)
 
 
 def question(text: str, pictures: int) -> dict[str, Any]:
@@ -151,7 +237,6 @@ def chat(
 ) -> None:
     """Questions from the terminal, answers as they come; the whole conversation is kept."""
     messages, new = [], len(images)
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     while True:
         try:
             text = input("> ").strip()
@@ -159,17 +244,143 @@ def chat(
             text = ""
         if not text:
             return
-        if text.startswith("/image "):
-            try:
+        try:
+            if text.startswith("/image "):
                 images.append(fetch_image(text.removeprefix("/image ").strip()))
                 new += 1
-            except (OSError, ValueError) as error:
-                print(f"error: {error}", file=sys.stderr)
-            continue
-        messages.append(question(text, new))
-        new = 0
-        (answer,) = generate(model, processor, [messages], images, streamer=streamer, **options)
-        messages.append(reply(answer))
+                continue
+            asked = [*messages, question(text, new)]
+            streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            (answer,) = generate(model, processor, [asked], images, streamer=streamer, **options)
+            messages, new = [*asked, reply(answer)], 0
+        except Exception as error:  # whatever it is, the conversation stays as it was before
+            print(f"error: {error}", file=sys.stderr)
+
+
+class Question(NamedTuple):
+    """A line of a file of questions."""
+
+    id: Any
+    prompt: str
+    messages: list[dict[str, Any]]
+    pictures: list[str]  # paths, addresses, data URIs
+
+    def fingerprint(self) -> str:
+        """What is asked, about which pictures: by their content, where they are files."""
+        digest = hashlib.sha256(json.dumps(self.messages).encode())
+        for name in self.pictures:
+            is_file = not name.startswith(ADDRESSES) and Path(name).is_file()
+            digest.update(hashlib.sha256(Path(name).read_bytes() if is_file else name.encode()).digest())
+        return digest.hexdigest()[:16]
+
+
+def read_question(record: Record, number: int, folder: Path) -> Question:
+    """A line of a file of questions; pictures are named relative to `folder`.
+
+    Raises:
+        ValueError: it is no question; the message is the reason.
+    """
+    if not isinstance(record, dict):
+        raise record if isinstance(record, BadRecordError) else ValueError("it is no object")
+    pictures = pictures_of(record)
+    if not all(isinstance(name, str) for name in pictures):
+        raise ValueError("a picture is neither a file nor an address")
+    prompt = record.get("prompt")
+    if isinstance(prompt, str):
+        tags = "" if IMAGE_TOKEN in prompt else f"{IMAGE_TOKEN}\n" * len(pictures)
+        turns = [{"role": "user", "content": tags + prompt}]
+    elif isinstance(record.get("messages"), list):
+        turns = record["messages"]
+    else:
+        raise ValueError("it has no prompt")
+    answered = [*turns, {"role": "assistant", "content": "?"}]
+    messages = to_messages({"messages": answered, "images": pictures})[:-1]
+    if not isinstance(prompt, str):
+        prompt = text_of(messages[-1])
+    names = [name if name.startswith(ADDRESSES) else str(folder / name) for name in pictures]
+    return Question(str(number) if record.get("id") is None else record["id"], prompt, messages, names)
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a .jsonl file.
+
+    Raises:
+        OSError, ValueError: it is not there, or a line of it is no question.
+    """
+    questions = []
+    for number, record in enumerate(read_jsonl(path)):
+        try:
+            questions.append(read_question(record, number, path.parent))
+        except ValueError as error:
+            raise ValueError(f"{path}, question {number + 1}: {error}") from error
+    return questions
+
+
+def read_answers(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines of a file of answers, each with what it says; without a last one that a kill has torn.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or another program wrote it.
+    """
+    *lines, torn = path.read_bytes().split(b"\n")
+    read = []
+    for number, line in enumerate([*lines, torn], 1):
+        try:
+            content = json.loads(line)
+        except ValueError:
+            # where a kill cut it, a line still begins as all do
+            if number > len(lines) and (line.startswith(b'{"id": ') or b'{"id": '.startswith(line)):
+                break
+            content = None
+        if not (isinstance(content, dict) and {"id", "prompt", "answer"} <= content.keys()):
+            raise ValueError(f"--answers {path}, line {number}, is no answer of this command: choose another file")
+        read.append((line + b"\n", content))
+    return read
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """By what a model, with its adapter, is told from another: the first numbers of its tensors."""
+    numbers = [p.flatten()[:8].float().tolist() for p in model.parameters() if p.is_floating_point()]
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
+
+
+def unanswered(questions: list[Question], answers: Path, digest: str) -> list[Question]:
+    """The questions that a file of answers lacks, which are asked of the model of that `weights_digest`.
+
+    A line that a kill has torn is cut off it, and so are answers to what is asked otherwise now, or about another
+    picture; all else stays as it is.
+
+    Raises:
+        OSError, ValueError: see `read_answers`; or another model gave the answers.
+    """
+    if not answers.exists():
+        return questions
+    lines = read_answers(answers)
+    if any(content.get("model", digest) != digest for _, content in lines):
+        raise ValueError(f"--answers {answers} has answers of another model: choose another file")
+    waiting = defaultdict(list)
+    for asked in questions:
+        waiting[str(asked.id)].append(asked)
+    ids, kept = set(waiting), []
+    for line, content in lines:
+        same = [
+            asked
+            for asked in waiting[str(content["id"])]
+            if asked.prompt == content["prompt"] and content.get("asked") in (None, asked.fingerprint())
+        ]
+        if same:
+            waiting[str(content["id"])].remove(same[0])
+        if same or str(content["id"]) not in ids:
+            kept.append(line)
+    if len(kept) < len(lines):
+        print(f"{len(lines) - len(kept)} lines of {answers} answer what was asked before: left out", file=sys.stderr)
+    if b"".join(kept) != answers.read_bytes():
+        answers = answers.resolve()
+        whole = answers.with_name(f".{answers.name}.new")
+        whole.write_bytes(b"".join(kept))
+        shutil.copymode(answers, whole)
+        os.replace(whole, answers)
+    return [asked for asked in questions if any(asked is other for other in waiting[str(asked.id)])]
 
 
 def answer_file(
@@ -182,32 +393,40 @@ def answer_file(
 ) -> None:
     """Answers a file of questions; those that the file of answers has already are not asked again.
 
+    A question that cannot be asked is named, and does not keep the others from their answers.
+
     Raises:
-        OSError, ValueError: a file, a line or a picture cannot be read; what was answered before is kept.
+        OSError, ValueError: a file or a line cannot be read, and nothing was asked; or some questions could not be
+            asked, and all others are answered.
     """
-    asked = []
-    for number, line in enumerate(read_jsonl(questions)):
-        if not isinstance(line.get("prompt"), str):
-            raise ValueError(f"{questions}, question {number + 1}, has no prompt")
-        named = line.get("image", [])
-        asked.append((str(line.get("id", number)), line["prompt"], [named] if isinstance(named, str) else named))
-    done = set()
-    if answers.exists():
-        whole = answers.read_text(encoding="utf-8").rpartition("\n")[0]  # a line without its end was cut off by a kill
-        answers.write_text(whole + "\n" if whole else "", encoding="utf-8")
-        done = {line["id"] for line in read_jsonl(answers)}
-    left = [entry for entry in asked if entry[0] not in done]
-    with open(answers, "a", encoding="utf-8") as file, tqdm(total=len(asked), initial=len(asked) - len(left)) as bar:
+    asked = read_questions(questions)
+    if answers.exists() and answers.samefile(questions):
+        raise ValueError(f"--answers {answers} is the file of the questions: choose another")
+    digest = weights_digest(model)
+    left, refused, chat = unanswered(asked, answers, digest), [], Chat(processor)
+    with open(answers, "ab") as file, tqdm(total=len(asked), initial=len(asked) - len(left)) as bar:
         for start in range(0, len(left), batch_size):
-            batch = left[start : start + batch_size]
-            images = [open_image(questions.parent / name) for _, _, names in batch for name in names]
-            conversations = [[question(prompt, len(names))] for _, prompt, names in batch]
-            found = generate(model, processor, conversations, images, **options)
-            for (question_id, prompt, _), answer in zip(batch, found, strict=True):
-                line = {"id": question_id, "prompt": prompt, "answer": answer}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            batch, images = [], []
+            for entry in left[start : start + batch_size]:
+                try:
+                    room_for_answer(model, chat, entry.messages)
+                    images += [fetch_image(name) for name in entry.pictures]
+                    batch.append(entry)
+                except (OSError, ValueError) as error:
+                    refused.append(f"question {entry.id!r}: {error}")
+            replies = (
+                generate(model, processor, [entry.messages for entry in batch], images, **options) if batch else []
+            )
+            for entry, answer in zip(batch, replies, strict=True):
+                line = {"id": entry.id, "prompt": entry.prompt, "answer": answer}
+                line |= {"asked": entry.fingerprint(), "model": digest}
+                # a half of a surrogate pair, which only an id can hold, is written as it was: escaped
+                file.write(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
             file.flush()
             bar.update(len(batch))
+    if refused:
+        print(*refused, sep="\n", file=sys.stderr)
+        raise ValueError(f"{len(refused)} of {len(asked)} questions could not be asked; {refused[0]}")
 
 
 def main() -> None:

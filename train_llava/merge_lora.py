@@ -6,6 +6,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,18 +23,21 @@ class MergeArguments:
     output_dir: str = field(metadata={"help": "The checkpoint to write; it must not exist yet."})
 
 
-def merge_lora(model_name_or_path: str, adapter_name_or_path: str, output_dir: str) -> None:
+def merge_lora(*arguments: Any, **named: Any) -> None:
     """Adds the adapter's low-rank updates to the weights, puts its projector in place, and saves the outcome.
+
+    Takes what `MergeArguments` takes.
 
     Raises:
         OSError, ValueError: an input cannot be opened or the saved checkpoint differs; nothing is left behind.
     """
-    with written_whole(output_dir) as folder:
-        model, processor = load_model(model_name_or_path, adapter_name_or_path)
+    given = MergeArguments(*arguments, **named)
+    with written_whole(given.output_dir) as folder:
+        model, processor = load_model(given.model_name_or_path, given.adapter_name_or_path)
         merged = model.merge_and_unload()
         merged.save_pretrained(folder)
         processor.save_pretrained(folder)
-        carry_card(Path(adapter_name_or_path), folder)
+        carry_card(Path(given.adapter_name_or_path), folder)
         saved, _ = load_checkpoint(str(folder))
         for (name, ours), theirs in zip(saved.named_parameters(), merged.parameters(), strict=True):
             if not torch.equal(ours, theirs.to("cpu")):

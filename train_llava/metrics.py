@@ -1,16 +1,21 @@
 """What answers are worth beside the reference ones: a score for each question, then means with their intervals.
 
 A prediction is a dict with `prediction`, `reference`, the `language` of the question or None, and `answers`: what
-several people said, for visual question answering, or nothing.
+several people said, for visual question answering, or nothing. Where several references are right, as the captions of
+a COCO picture are, `references` holds all of them.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import zip_longest
 from math import log, sqrt
+from pathlib import Path
 from statistics import NormalDist, mean
 from typing import Any
+from unicodedata import category, normalize
 
 import numpy as np
 
@@ -22,12 +27,35 @@ METRICS = {
     "cider": "CIDEr-D",
     "vqa_accuracy": "VQA accuracy",
 }
-# A word is a run of letters and digits; Chinese and Japanese characters, which nothing separates, are words each
-IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-WORD = re.compile(rf"[{IDEOGRAPH}]|[^\W_{IDEOGRAPH}]+(?:['’][^\W_{IDEOGRAPH}]+)*")
+# A word is a run of letters and digits with their combining marks, by which Hindi, Thai and Arabic write vowels.
+# Chinese and Japanese characters, which nothing separates, are words each
+MARKS = "".join(c for c in map(chr, range(0x1F000)) if category(c).startswith("M"))
+IDEOGRAPH = "\u3040-\u3098\u309b-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+LETTERS = rf"[^\W_{IDEOGRAPH}](?:[^\W_{IDEOGRAPH}]|[{MARKS}])*"
+WORD = re.compile(rf"[{IDEOGRAPH}][{MARKS}]*|{LETTERS}(?:['’]{LETTERS})*")
+# What the program of the VQA challenge (GT-Vision-Lab/VQA, vqaEval.py) takes for the same
 COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-NUMBERS = {word: str(i) for i, word in enumerate(COUNTED)}
+NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(COUNTED)}
 ARTICLES = ("a", "an", "the")
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+ENDINGS = {
+    "n't": "ai are ca could did do does had has have is might must need ought sha should was were wo would",
+    "n't've": "could had might should would",
+    "'ve": "could might must not should they we what where who would you",
+    "'d": "he how it someone something there they where who you",
+    "'d've": "he it she somebody someone something there they we who you",
+    "'ll": "how it somebody someone something they what who why you",
+    "'re": "there they what why you",
+    "'s": "he how somebody someone that there what when where who why",
+    "": "ma'am o'clock 'ow's'at 'twas y'all y'all'll y'all'd've",
+}
+CONTRACTIONS = {
+    whole[:i] + whole[i + 1 :]: whole  # written with one apostrophe too few
+    for ending, stems in ENDINGS.items()
+    for whole in (stem + ending for stem in stems.split())
+    for i, character in enumerate(whole)
+    if character == "'"
+} | {"somebody'd": "somebodyd"}
 RESAMPLES = 1000
 
 Prediction = dict[str, Any]
@@ -35,19 +63,26 @@ Prediction = dict[str, Any]
 
 def words(text: str) -> list[str]:
     """The words of a text in lower case, without punctuation."""
-    return WORD.findall(text.lower())
+    return WORD.findall(normalize("NFC", text.lower()))
+
+
+def references(prediction: Prediction) -> list[str]:
+    """All answers that are right."""
+    return prediction.get("references") or [prediction["reference"]]
 
 
 def is_exact(prediction: Prediction) -> bool:
-    """Whether an answer equals its reference letter by letter."""
-    return prediction["prediction"].strip() == prediction["reference"].strip()
+    """Whether an answer equals one of its references letter by letter."""
+    answer, *right = (normalize("NFC", text).strip() for text in (prediction["prediction"], *references(prediction)))
+    return answer in right
 
 
 def token_f1(prediction: Prediction) -> float:
     """The harmonic mean of the shares of the answer's and of the reference's words that are in the other, as SQuAD's
-    (Rajpurkar et al., 2016), but that articles count."""
-    answer, reference = Counter(words(prediction["prediction"])), Counter(words(prediction["reference"]))
-    return 2 * (answer & reference).total() / max(1, answer.total() + reference.total())
+    (Rajpurkar et al., 2016), but that articles count; the best over the references."""
+    answer = Counter(words(prediction["prediction"]))
+    right = [Counter(words(reference)) for reference in references(prediction)]
+    return max(2 * (answer & reference).total() / max(1, answer.total() + reference.total()) for reference in right)
 
 
 class Words:
@@ -64,33 +99,53 @@ def rouge_scorer() -> Any:
 
 
 def rouge_l(prediction: Prediction) -> float:
-    """ROUGE-L (Lin, 2004): the F score of the longest common subsequence of words."""
-    return rouge_scorer().score(prediction["reference"], prediction["prediction"])["rougeL"].fmeasure
+    """ROUGE-L (Lin, 2004): the F score of the longest common subsequence of words; the best over the references."""
+    return rouge_scorer().score_multi(references(prediction), prediction["prediction"])["rougeL"].fmeasure
 
 
 def vqa_accuracy(prediction: Prediction) -> float:
     """The accuracy of VQA (Antol et al., 2015): right as far as three people said the same, on average over the groups
-    that leave one of them out. Case, punctuation and articles do not count, and small numbers may be words."""
-    answer = _vqa_words(prediction["prediction"])
-    same = [answer == _vqa_words(given) for given in prediction["answers"]]
+    that leave one of them out. Where they were less than four, all that are left must have said it.
+
+    As in the challenge's program, texts are made alike (see `_vqa_text`) unless all people wrote the very same.
+    """
+    answer, *given = (
+        re.sub(r"[\n\t]", " ", normalize("NFC", text)).strip()
+        for text in (prediction["prediction"], *prediction["answers"])
+    )
+    if len(set(given)) > 1:
+        answer, *given = map(_vqa_text, (answer, *given))
+    same = [answer == text for text in given]
     if len(same) == 1:
         return float(same[0])
     return mean(min(1, (sum(same) - left_out) / min(3, len(same) - 1)) for left_out in same)
 
 
-def _vqa_words(text: str) -> list[str]:
-    return [NUMBERS.get(word, word) for word in words(text) if word not in ARTICLES]
+def _vqa_text(text: str) -> str:
+    """A text without what does not count: case, articles, punctuation, and how numbers and contractions are written.
+
+    A mark is taken out where it stands beside a space somewhere, all marks where a comma stands between digits, and is
+    a space otherwise; a point stays in front of a digit.
+    """
+    thousands, plain = re.search(r"\d,\d", text), text
+    for mark in PUNCTUATION:
+        plain = plain.replace(mark, "" if thousands or f"{mark} " in text or f" {mark}" in text else " ")
+    plain_words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", plain).lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in plain_words if word not in ARTICLES)
 
 
 def cider(predictions: list[Prediction]) -> list[float]:
-    """CIDEr-D of each answer (Vedantam et al., 2015), from 0 to 10, words rare in these references weighing more."""
-    counts = [[_ngrams(words(p[side])) for p in predictions] for side in ("prediction", "reference")]
-    seen_in = Counter(ngram for reference in counts[1] for ngram in reference)
-    scores = []
-    for answer, reference in zip(*counts, strict=True):
+    """CIDEr-D of each answer (Vedantam et al., 2015), from 0 to 10, words rare in these references weighing more; the
+    mean over the references."""
+    answers = [_ngrams(words(p["prediction"])) for p in predictions]
+    right = [[_ngrams(words(reference)) for reference in references(p)] for p in predictions]
+    seen_in = Counter(ngram for counts in right for ngram in set().union(*counts))
+    weights = {ngram: log(len(predictions) / times) for ngram, times in seen_in.items()}
+    unseen = log(len(predictions))
+
+    def similarity(answer: Counter, reference: Counter) -> float:
         vectors = [
-            {ngram: n * (log(len(predictions)) - log(max(1, seen_in[ngram]))) for ngram, n in side.items()}
-            for side in (answer, reference)
+            {ngram: n * weights.get(ngram, unseen) for ngram, n in side.items()} for side in (answer, reference)
         ]
         similarities = []
         for size in range(1, 5):
@@ -100,8 +155,12 @@ def cider(predictions: list[Prediction]) -> list[float]:
             similarities.append(dot / norms if norms else 0.0)
         # lengths in pairs of words, as the authors' program counts them
         longer = sum(n for g, n in answer.items() if len(g) == 2) - sum(n for g, n in reference.items() if len(g) == 2)
-        scores.append(10 * mean(similarities) * float(np.exp(-(longer**2) / 72)))
-    return scores
+        return 10 * mean(similarities) * float(np.exp(-(longer**2) / 72))
+
+    return [
+        mean(similarity(answer, reference) for reference in counts)
+        for answer, counts in zip(answers, right, strict=True)
+    ]
 
 
 def _ngrams(tokens: list[str]) -> Counter:
@@ -112,8 +171,10 @@ def bleu(predictions: list[Prediction]) -> float:
     """BLEU-4 over all answers (Papineni et al., 2002), from 0 to 1, counts of zero smoothed as sacrebleu does."""
     from sacrebleu.metrics import BLEU  # here, as above
 
-    answers, references = ([" ".join(words(p[side])) for p in predictions] for side in ("prediction", "reference"))
-    return BLEU(tokenize="none", force=True).corpus_score(answers, [references]).score / 100
+    answers = [" ".join(words(p["prediction"])) for p in predictions]
+    right = ([" ".join(words(reference)) for reference in references(p)] for p in predictions)
+    # the first references of all, the second ones, …
+    return BLEU(tokenize="none", force=True).corpus_score(answers, list(zip_longest(*right))).score / 100
 
 
 def wilson(hits: list[bool]) -> list[float]:
@@ -175,3 +236,20 @@ def difference(predictions: list[Prediction], others: list[Prediction]) -> tuple
     """How much more often one run is exact than another on the same questions, and the 95 % interval of that."""
     steps = [float(is_exact(a)) - float(is_exact(b)) for a, b in zip(predictions, others, strict=True)]
     return mean(steps), bootstrap(steps)
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """What an evaluation wrote into `metrics.json`.
+
+    Raises:
+        ValueError: the folder has none, or one that is something else.
+    """
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        for scores in (metrics, *metrics.get("by_language", {}).values()):
+            low, high = scores["intervals"]["exact_match"]
+            numbers = (scores["n"], scores["exact_match"], low, high, *(scores[m] for m in METRICS if m in scores))
+            sum(numbers)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} holds no metrics.json that evaluate wrote: {error!r}") from error
+    return metrics

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import is_bitsandbytes_available
 
-from train_llava.chat import complete_template, end_of_turn_tokens, image_side, image_tokens
+from train_llava.chat import image_side, image_tokens
+from train_llava.cli import device, opening
+from train_llava.template import complete_generation_config, complete_template
 
 BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
@@ -55,12 +57,16 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor
         ValueError: there is no checkpoint of that name, or it is not a LLaVA; the message says which.
     """
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path)
+        with opening(model_name_or_path):
+            config = AutoConfig.from_pretrained(model_name_or_path)
     except (OSError, ValueError) as error:
+        if Path(model_name_or_path).is_dir():
+            raise
         raise ValueError(f"{model_name_or_path} is no model folder, and no model that the hub would give") from error
     if config.model_type != "llava":
         raise ValueError(f"{model_name_or_path} is a {config.model_type} model, not a LLaVA: see build_model")
-    processor = AutoProcessor.from_pretrained(model_name_or_path)
+    with opening(model_name_or_path):
+        processor = AutoProcessor.from_pretrained(model_name_or_path)
     tokenizer = processor.tokenizer
     derived = []
     side = image_side(processor)
@@ -72,23 +78,12 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor
         processor.num_additional_image_tokens = features - (side // processor.patch_size) ** 2
         derived.append("the number of tokens a picture has")
     tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
-    derived += complete_template(tokenizer)
+    with opening(model_name_or_path):
+        derived += complete_template(tokenizer)
     processor.chat_template = tokenizer.chat_template
-    tokenizer.padding_side = "left"  # or batches of questions, which plain transformers pads, get other answers
     if derived:
         print(f"{model_name_or_path} lacks {' and '.join(derived)}: derived from its config", file=sys.stderr)
     return config, processor
-
-
-def complete_generation_config(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Has generation stop at every token that ends an answer, pad, and be greedy unless it was to sample, in place."""
-    stops = config.eos_token_id
-    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    ends = tokenizer.convert_tokens_to_ids(end_of_turn_tokens(tokenizer))
-    config.eos_token_id = [*(end for end in ends if end not in stops), *stops]
-    config.pad_token_id = tokenizer.pad_token_id
-    if not config.do_sample:  # settings of sampling that does not take place cannot be saved
-        config.temperature = config.top_p = config.top_k = config.min_p = config.typical_p = None
 
 
 def quantization(bits: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -109,9 +104,9 @@ def quantization(bits: int, dtype: torch.dtype) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    accelerator = torch.accelerator.current_accelerator()  # such weights are made where they stay
-    device = torch.accelerator.current_device_index() if accelerator else "cpu"
-    return {"quantization_config": config, "device_map": {"": device}}
+    # such weights are made where they stay, a GPU that has to be named by its number
+    place = "cpu" if device().type == "cpu" else torch.accelerator.current_device_index()
+    return {"quantization_config": config, "device_map": {"": place}}
 
 
 def load_checkpoint(
@@ -127,13 +122,20 @@ def load_checkpoint(
     """
     config, processor = load_processor(model_name_or_path)
     quantized = quantization(bits, config.dtype if dtype == "auto" else dtype) if bits else {}
-    model, loading = LlavaForConditionalGeneration.from_pretrained(
-        model_name_or_path,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        output_loading_info=True,
-        **quantized,
-    )
+    with opening(model_name_or_path):
+        model, loading = LlavaForConditionalGeneration.from_pretrained(
+            model_name_or_path,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            **quantized,
+        )
+        if Path(model_name_or_path, "generation_config.json").exists():  # broken, it would be left out without a word
+            GenerationConfig.from_pretrained(model_name_or_path)
+    for module in model.modules():
+        # or bitsandbytes, on CPUs with AVX512-BF16, repacks a layer when it first answers: no gradient passes it then
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if loading["missing_keys"]:
         raise ValueError(f"{model_name_or_path} lacks weights, {min(loading['missing_keys'])} for one")
     complete_generation_config(model.generation_config, processor.tokenizer)
@@ -164,7 +166,10 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConfig:
-    """Low-rank adapters on every linear layer inside the language model, the projector in full beside them."""
+    """Low-rank adapters on every linear layer inside the language model, the projector in full beside them.
+
+    A mixture's experts, which transformers keeps in one tensor a layer, are none, and `describe_trainable` says so.
+    """
     linear = {name.rsplit(".", 1)[-1] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)}
     return LoraConfig(
         r=arguments.lora_r,
@@ -224,12 +229,3 @@ def set_trainable(
         for name, parameter in model.model.vision_tower.named_parameters():
             parameter.requires_grad_(name not in unread)
     return model
-
-
-def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> str:
-    """A table of what trains: each part's trainable parameters, all it has, and its learning rate."""
-    lines = [f"{'':<16}{'trainable':>16}{'of':>16}{'learning rate':>16}"]
-    for part, (trainable, total) in count_parameters(model).items():
-        rate = f"{learning_rates[part]:g}" if trainable else ""
-        lines.append(f"{part:<16}{trainable:>16,}{total:>16,}{rate:>16}".rstrip())
-    return "\n".join(lines)

@@ -6,16 +6,21 @@
 `--push_to_hub true`, training uploads the card with the model; afterwards, `hf upload NAME output/run` does.
 """
 
-import json
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult
 
 from train_llava.cli import parse_arguments, run_command
-from train_llava.metrics import METRICS
-from train_llava.reports import FILE, HELD_OUT, LICENCE, cell, markdown
+from train_llava.metrics import METRICS, read_metrics
+from train_llava.reports import FILE, LICENCE, cell, markdown, read_card
+
+# How the lines of the section begin that this command writes
+HELD_OUT = "## Held-out answers"
+INTERVAL = "The exact match of all"
+SHEET = "![Held-out pictures, references and answers]"
 
 
 @dataclass
@@ -32,10 +37,7 @@ def add_evaluation(folder: Path, evaluation_dir: Path) -> None:
     """
     if not (folder / FILE).exists():
         raise ValueError(f"--model_name_or_path {folder} holds no {FILE}: name a folder that training wrote")
-    if not (evaluation_dir / "metrics.json").exists():
-        raise ValueError(f"--evaluation_dir {evaluation_dir} holds no metrics.json: name a folder that evaluate wrote")
-    metrics = json.loads((evaluation_dir / "metrics.json").read_text())
-    card = ModelCard.load(folder / FILE)
+    card, metrics = read_card(folder), read_metrics(evaluation_dir)
     columns = {"all": metrics} | metrics.get("by_language", {})
     rows = [["", *columns]]
     for metric, name in METRICS.items():
@@ -43,20 +45,34 @@ def add_evaluation(folder: Path, evaluation_dir: Path) -> None:
             rows.append([name, *(cell(scores, metric) for scores in columns.values())])
     low, high = metrics["intervals"]["exact_match"]
     rows.append(["questions", *(f"{scores['n']:,}" for scores in columns.values())])
-    note = f"The exact match of all lies between {low:.1%} and {high:.1%} (95 %)."
-    before, licence, _ = card.text.partition("## Licence\n")
-    before = before.partition(HELD_OUT)[0].strip()
-    shutil.copy(evaluation_dir / "captions.png", folder / "captions.png")
-    section = f"{HELD_OUT}\n{markdown(rows)}\n\n{note}\n\n![Held-out pictures, references and answers](captions.png)"
-    card.text = "\n\n".join(["", before, section, LICENCE if licence else ""])
-    result = {"task_type": "image-text-to-text", "dataset_type": "held-out", "dataset_name": "held-out pictures"}
-    card.data.model_name = folder.absolute().name
-    card.data.eval_results = [
-        EvalResult(**result, metric_type=metric, metric_name=name, metric_value=round(metrics[metric], 4))
+    section = [HELD_OUT, markdown(rows), f"{INTERVAL} lies between {low:.1%} and {high:.1%} (95 %)."]
+    if (evaluation_dir / "captions.png").exists():
+        section.append(f"{SHEET}(captions.png)")
+        shutil.copy(evaluation_dir / "captions.png", folder / "captions.png")
+    card.text = put_section(card.text, "\n\n".join(section))
+    ours = {"task_type": "image-text-to-text", "dataset_type": "held-out", "dataset_name": "held-out pictures"}
+    results = [result for result in card.data.eval_results or [] if result.dataset_type != ours["dataset_type"]]
+    card.data.model_name = card.data.model_name or folder.absolute().name
+    card.data.eval_results = results + [
+        EvalResult(**ours, metric_type=metric, metric_name=name, metric_value=round(metrics[metric], 4))
         for metric, name in METRICS.items()
         if metric in metrics
     ]
     card.save(folder / FILE)
+
+
+def put_section(text: str, section: str) -> str:
+    """Puts the section into a card's text, in place of an earlier one; without one, in front of the licence.
+
+    An earlier section is what stands under its heading as this command writes it, so that whatever people have
+    written, before, after or between, stays.
+    """
+    lines = "|".join(map(re.escape, ("|", INTERVAL, SHEET)))
+    if earlier := re.search(rf"^{re.escape(HELD_OUT)}[ \t\r]*$(\s*\n(?:{lines}).*)*", text, re.MULTILINE):
+        return text[: earlier.start()] + section + text[earlier.end() :]
+    licence = LICENCE.splitlines()[0]
+    before, rest, after = text.partition(f"{licence}\n")
+    return f"{before.rstrip()}\n\n{section}\n\n{rest}{after}"
 
 
 def main() -> None:

@@ -1,12 +1,15 @@
 """From picture files to `pixel_values`: decoded, upright, RGB, and prepared as the model's image processor would."""
 
+import base64
 import io
 import os
+import re
+import reprlib
 import struct
 import zipfile
-import zlib
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,15 +18,43 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 
+class Place(NamedTuple):
+    """Where a picture lies in a tar or zip archive, in bytes, so that it is read without the list of all members.
+
+    In the table it is one text; the NUL characters between its fields stand in no file's name.
+    """
+
+    archive: str
+    member: str
+    offset: int  # of the picture in a tar; of the member's header in a zip
+    size: int  # as it is stored
+    method: int = zipfile.ZIP_STORED
+    unpacked_size: int = 0
+    checksum: int = 0
+
+    def __str__(self) -> str:
+        return "\0".join(map(str, tuple(self)))
+
+
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as people see it: turned as its EXIF says, transparency on white, 16 bits scaled to 8."""
+    """Any picture as people see it: turned as its EXIF says, transparency on white, 16 and 32 bits scaled to 8."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit gray, which `convert` would clip
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+    if image.mode[0] in "IF":  # deep gray, which `convert` would clip
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _eight_bits(gray: np.ndarray) -> np.ndarray:
+    """Gray of 16 or 32 bits, integers or floats, in 8 bits; white is the end of the range that its values lie in."""
+    ranges = (1, 255, 65535) if gray.dtype.kind == "f" else (65535,)
+    if gray.dtype == np.int32:  # Pillow keeps unsigned numbers so, too
+        gray = gray.view(np.uint32)
+    gray = np.nan_to_num(gray.astype(np.float64)).clip(0)
+    white = next((end for end in ranges if gray.max() <= end), gray.max())
+    return (gray * (255 / white)).round().astype(np.uint8)
 
 
 def open_image(source: Path | str | bytes, name: str | None = None, at_least: int | None = None) -> Image.Image:
@@ -46,23 +77,52 @@ def open_image(source: Path | str | bytes, name: str | None = None, at_least: in
             return upright_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name} does not exist") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise anything: RuntimeError, struct.error, EOFError, MemoryError, …
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
 
 
 def prepare_pictures(image_processor: BaseImageProcessor, images: list[Image.Image]) -> torch.Tensor:
     """`pixel_values` `(P, 3, H, W)` of RGB pictures: the fast way where it agrees, else the image processor's own."""
-    if agrees(image_processor):
+    images = [shortened_strip(image_processor, image) for image in images]
+    if matches_processor(image_processor):
         return prepare_fast(image_processor, images)
     return image_processor(images, return_tensors="pt")["pixel_values"]
+
+
+def shortened_strip(image_processor: BaseImageProcessor, image: Image.Image) -> Image.Image:
+    """What the image processor keeps of a picture more than four times as long as wide; any other as it is.
+
+    Of 60,000 x 1 pixels, one that resizes the shorter side first makes 38 billion and then crops the middle, and one
+    that pads first makes 3.6 billion. Here the part that the crop keeps is resized alone, to the same pixels, and what
+    will be padded is made small before.
+    """
+    long, short = max(image.size), min(image.size)
+    size = image_processor.size
+    if long <= 4 * short:
+        return image
+    if getattr(image_processor, "do_pad", False):
+        limit = 4 * (size.shortest_edge or max(size.height, size.width))
+        image = image.copy()
+        image.thumbnail((limit, limit))
+    elif size.shortest_edge and image_processor.do_center_crop:
+        shortest, crop = size.shortest_edge, image_processor.crop_size
+        length = int(shortest * long / short)  # of the longer side once resized
+        start = (length - max(shortest, crop.height, crop.width)) // 2  # as much is cut off at both ends
+        ends = (start * long / length, (length - start) * long / length)
+        if image.width == long:
+            target, box = (length - 2 * start, shortest), (ends[0], 0, ends[1], short)
+        else:
+            target, box = (shortest, length - 2 * start), (0, ends[0], short, ends[1])
+        image = image.resize(target, image_processor.resample, box=box)
+    return image
 
 
 def prepare_fast(image_processor: BaseImageProcessor, images: list[Image.Image]) -> torch.Tensor:
     """`pixel_values` `(P, 3, H, W)` of RGB pictures, as CLIP's image processor makes them, in a third of the time.
 
     PyTorch resizes bytes as Pillow does, several times faster and straight into the order of channels the model takes
-    (a pixel in a hundred is rounded to another of the 256 levels); all pictures are normalised at once. `agrees` tells
-    whether the outcome is that of a given image processor.
+    (a pixel in a hundred is rounded to another of the 256 levels); all pictures are normalised at once.
+    `matches_processor` tells whether the outcome is that of a given image processor.
     """
     height, width = image_processor.crop_size["height"], image_processor.crop_size["width"]
     shortest = image_processor.size["shortest_edge"]
@@ -71,21 +131,15 @@ def prepare_fast(image_processor: BaseImageProcessor, images: list[Image.Image])
         short = min(image.size)
         w, h = (shortest if side == short else int(shortest * side / short) for side in image.size)
         left, top = (w - width) // 2, (h - height) // 2
-        if max(w, h) <= 4 * shortest:
-            picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-            resized = nn.functional.interpolate(picture, (h, w), mode="bicubic", antialias=True)[0]
-            pixels[i] = resized[:, top : top + height, left : left + width]
-        else:  # of a strip, the part that the crop keeps is resized alone
-            across, down = image.width / w, image.height / h
-            box = (left * across, top * down, (left + width) * across, (top + height) * down)
-            part = image.resize((width, height), image_processor.resample, box=box)
-            pixels[i] = torch.from_numpy(np.array(part)).permute(2, 0, 1)
+        picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        resized = nn.functional.interpolate(picture, (h, w), mode="bicubic", antialias=True)[0]
+        pixels[i] = resized[:, top : top + height, left : left + width]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
     return pixels.float().mul_(image_processor.rescale_factor / std).sub_(mean / std)
 
 
 @lru_cache
-def agrees(image_processor: BaseImageProcessor) -> bool:
+def matches_processor(image_processor: BaseImageProcessor) -> bool:
     """Whether `prepare_fast` gives what this image processor gives, tried on a wide and a tall noise picture."""
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in ((50, 161, 3), (133, 64, 3))]
@@ -97,47 +151,103 @@ def agrees(image_processor: BaseImageProcessor) -> bool:
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= 2.01 * level)
 
 
-def is_archive(pictures: Path | None) -> bool:
+def is_archive(image_dir: Path | None) -> bool:
     """Whether pictures are read out of an unextracted archive."""
-    return pictures is not None and pictures.suffix == ".zip"
+    return image_dir is not None and image_dir.suffix == ".zip"
 
 
-def zip_members(archive: Path) -> dict[str, str]:
-    """Where each file of an archive lies: name -> "offset:size:method", so that one is read without the whole list."""
-    with zipfile.ZipFile(archive) as file:
-        members = {m.filename: f"{m.header_offset}:{m.compress_size}:{m.compress_type}" for m in file.infolist()}
-    # some archives hold one folder with everything in it, which records do not name
-    return {name.partition("/")[2]: place for name, place in members.items() if "/" in name} | members
+def zip_members(archive: Path) -> dict[str, Place | None]:
+    """Where each file of an archive lies, by its name; None where several that differ have this name.
 
-
-def read_picture(pictures: Path, name: str) -> bytes | Path:
-    """A picture named in the table: a file in the folder `pictures`, or the bytes at a place in a shard or archive.
+    Some archives hold one folder with everything in it, which records do not name: names without it count, too.
 
     Raises:
-        OSError, ValueError: it is not there, or its path leads out of the folder.
+        ValueError: it is not a whole zip archive; the message names it.
     """
-    if is_archive(pictures):
-        offset, size, method = map(int, name.split(":"))
-        with open(pictures, "rb") as file:
-            file.seek(offset)
-            header = file.read(30)
-            file.seek(sum(struct.unpack("<HH", header[26:30])), os.SEEK_CUR)  # the name and the extra field
-            packed = file.read(size)
-        return packed if method == zipfile.ZIP_STORED else zlib.decompress(packed, -zlib.MAX_WBITS)
-    shard, _, place = name.partition(".tar:")
-    if place:
-        offset, size = map(int, place.split(":"))
-        with open(pictures / f"{shard}.tar", "rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    path = pictures / name
-    if not path.resolve().is_relative_to(_resolved(pictures)):
-        raise ValueError(f"{name} lies outside the picture folder {pictures}")
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = file.infolist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{archive} is not a whole zip archive: {error}") from error
+    path = str(archive.absolute())
+    full: dict[str, Place | None] = {}
+    short: dict[str, Place | None] = {}
+    for m in members:
+        place = Place(path, m.filename, m.header_offset, m.compress_size, m.compress_type, m.file_size, m.CRC)
+        for names, name in ((full, m.filename), (short, m.filename.partition("/")[2])):
+            other = names.setdefault(name, place)
+            if other is None or other[-2:] != place[-2:]:  # another size or checksum
+                names[name] = None
+    return short | full
+
+
+def locate_picture(picture: Any, members: dict[str, Place | None] | None = None) -> str | bytes:
+    """A picture as a raw record names it: its bytes, or what `read_picture` takes; `members` are an archive's.
+
+    A name must not lead out of the picture folder; where links in the folder lead is the user's affair.
+
+    Raises:
+        ValueError: it is no name, or not one of a file in the folder or archive.
+    """
+    if isinstance(picture, dict):  # as `datasets` keeps one
+        picture = picture["bytes"] if picture.get("bytes") else picture.get("path")
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, Place):
+        return str(picture)
+    if not isinstance(picture, str):
+        raise ValueError(f"a picture is named by {reprlib.repr(picture)}")
+    if picture.startswith("data:"):
+        return picture
+    if "://" in picture:
+        raise ValueError(f"{label(picture)} is an address: download the pictures and name the files")
+    if re.search(r"^([/\\]|[A-Za-z]:)|(^|[/\\])\.\.($|[/\\])|\0", picture):
+        raise ValueError(f"{label(picture)} lies outside the picture folder")
+    if members is None:
+        return picture
+    if members.get(picture) is None:
+        fault = "is the name of several members of the archive" if picture in members else "is not in the archive"
+        raise ValueError(f"{label(picture)} {fault}")
+    return str(members[picture])
+
+
+def label(name: str) -> str:
+    """What messages call a picture of the table: its name, shortened, and the archive that it is in."""
+    archive, _, rest = name.partition("\0")
+    name = f"{rest.partition(chr(0))[0]} in {archive}" if rest else archive
+    return name if len(name) <= 200 else f"{name[:40]}…"
+
+
+def read_picture(image_dir: Path, name: str) -> bytes | Path:
+    """A picture named in the table: a file in `image_dir`, a place in a shard or archive, or a data URI.
+
+    Raises:
+        ValueError: it is a folder, or it cannot be taken out of the archive.
+    """
+    if name.startswith("data:"):
+        return base64.b64decode(name.partition(",")[2])
+    if "\0" in name:
+        return _read_place(name)
+    path = image_dir / name
     if path.is_dir():
         raise ValueError(f"{name} is a folder")
     return path
 
 
-@lru_cache
-def _resolved(folder: Path) -> Path:
-    return folder.resolve()
+def _read_place(text: str) -> bytes:
+    archive, member, *numbers = text.split("\0")
+    place = Place(archive, member, *map(int, numbers))
+    try:
+        with open(archive, "rb") as file:
+            file.seek(place.offset)
+            if not archive.endswith(".zip"):
+                return file.read(place.size)
+            header = file.read(30)
+            file.seek(sum(struct.unpack("<HH", header[26:30])), os.SEEK_CUR)  # the name and the extra field
+            info = zipfile.ZipInfo(member)
+            info.compress_type, info.compress_size = place.method, place.size
+            info.file_size, info.CRC = place.unpacked_size, place.checksum
+            with zipfile.ZipExtFile(file, "r", info) as packed:
+                return packed.read()
+    except Exception as error:  # each way of packing has errors of its own
+        raise ValueError(f"{member} cannot be taken out of {archive}: {error}") from error

@@ -4,18 +4,18 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.figure import Figure
+from peft import PeftModel
+from torch import nn
+from transformers import TrainingArguments
+from yaml import YAMLError
 
-if TYPE_CHECKING:
-    from train_llava.model import LoraArguments
-    from train_llava.train import DataArguments, ModelArguments, TrainArguments
-
+from train_llava.model import LoraArguments, count_parameters
 
 FILE = "README.md"
-HELD_OUT = "## Held-out answers\n"
 INTRO = "A LLaVA, which answers questions about pictures. `AutoModelForImageTextToText` and `AutoProcessor` open it."
 ADAPTER = " It is a LoRA adapter: `PeftModel.from_pretrained` puts it on its base model."
 LICENCE = """## Licence
@@ -44,17 +44,17 @@ def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
+            axes.legend()
     axes.set(xlabel="step", ylabel="loss per answer token")
     axes.grid(alpha=0.3)
-    axes.legend()
     figure.savefig(path, dpi=150)
 
 
 def write_run_card(
-    model_arguments: "ModelArguments",
-    lora_arguments: "LoraArguments",
-    data_arguments: "DataArguments",
-    args: "TrainArguments",
+    model_arguments: Any,
+    lora_arguments: LoraArguments,
+    data_arguments: Any,
+    args: TrainingArguments,
     records: int | None,
     learning_rates: dict[str, float],
     log_history: list[dict[str, Any]],
@@ -100,9 +100,23 @@ def shown(name: str) -> str:
 
 def ancestors(model_name_or_path: str) -> list[str]:
     """What a model was made of, by its card, the oldest first; itself at the end."""
-    card = Path(model_name_or_path) / FILE
-    known = ModelCard.load(card).data.get("made_of", []) if card.exists() else []
+    try:
+        known = read_card(Path(model_name_or_path)).data.get("made_of", [])
+    except (OSError, ValueError):  # there is none, or one that somebody else has written
+        known = []
     return [*known, model_name_or_path]
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The card in a model's folder.
+
+    Raises:
+        OSError, ValueError: there is none, or its head cannot be read.
+    """
+    try:
+        return ModelCard.load(folder / FILE)
+    except (YAMLError, ValueError) as error:
+        raise ValueError(f"{folder / FILE} has a head that cannot be read: {error}") from error
 
 
 def write_card(
@@ -134,9 +148,23 @@ def write_card(
 def carry_card(adapter: Path, merged: Path) -> None:
     """Gives a merged model the card that its adapter has, if it has one."""
     if (adapter / FILE).exists():
-        card = ModelCard.load(adapter / FILE)
+        card = read_card(adapter)
         card.data.library_name = "transformers"
         card.text = card.text.replace(ADAPTER, "")
         card.save(merged / FILE)
         for picture in adapter.glob("*.png"):
             shutil.copy(picture, merged)
+
+
+def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> str:
+    """A table of what trains: each part's trainable parameters, all it has, and its learning rate."""
+    lines = [f"{'':<16}{'trainable':>16}{'of':>16}{'learning rate':>16}"]
+    for part, (trainable, total) in count_parameters(model).items():
+        rate = f"{learning_rates[part]:g}" if trainable else ""
+        lines.append(f"{part:<16}{trainable:>16,}{total:>16,}{rate:>16}".rstrip())
+    if isinstance(model, PeftModel):
+        layers = model.base_model.model.model.language_model.layers
+        bare = {name.partition(".")[2] for name, p in layers.named_parameters() if p.ndim > 2 and "lora_" not in name}
+        if bare:
+            lines.append(f"no adapter on {', '.join(sorted(bare))}: no linear layers")
+    return "\n".join(lines)

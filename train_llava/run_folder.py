@@ -1,14 +1,23 @@
 """What is on disk of a run: what is finished, what it can go on from, and whether what was saved is whole."""
 
+import json
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from filelock import FileLock
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
+from transformers import TrainingArguments
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.hf_argparser import string_to_bool
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import cached_file
 
 from train_llava.model import count_parameters
 
+FINGERPRINT = "base_fingerprint.json"  # of the model that an adapter was trained on, in the adapter's folder
 UNFINISHED = "unfinished"  # a file that a checkpoint holds while it is being written
 
 
@@ -21,6 +30,28 @@ def finished_checkpoint(output_dir: str) -> str | None:
     """The last checkpoint of a run that was written to its end; None if there is none."""
     whole = [folder for folder in Path(output_dir).glob("checkpoint-*") if is_finished(folder)]
     return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
+
+
+def starting_point(args: TrainingArguments) -> str | None:
+    """The checkpoint that a run goes on from: the last finished one, or what is named; None: it starts anew.
+
+    Raises:
+        ValueError: there is none to go on from, or the folder to write to holds a model already.
+    """
+    resume, checkpoint = args.resume_from_checkpoint or "false", None
+    if not Path(resume).is_dir():
+        try:
+            resume = string_to_bool(resume)
+        except ArgumentTypeError as error:
+            raise ValueError(f"--resume_from_checkpoint {resume} is not true, and no folder") from error
+    check_output_dir(args.output_dir, bool(resume))
+    if resume:
+        checkpoint = finished_checkpoint(args.output_dir) if resume is True else resume
+        if args.process_index == 0:
+            print(f"resuming from {checkpoint or 'the start: no checkpoint was finished'}")
+    if checkpoint is not None:
+        check_resumable(Path(checkpoint), args.world_size)
+    return checkpoint
 
 
 def check_resumable(checkpoint: Path, ranks: int) -> None:
@@ -59,6 +90,74 @@ def read_back(folder: Path, model: nn.Module) -> None:
         raise ValueError(f"{folder} was not saved whole: {what}")
 
 
+def base_fingerprint(model: nn.Module) -> dict[str, list[float]]:
+    """The first numbers of every tensor of a model, with or without an adapter, that an adapter leaves as it is.
+
+    So a model is told from another one of its shape. Left out are the projector, which an adapter brings along, and
+    tensors in 4 or 8 bits, which no model in more bits has.
+    """
+    numbers = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and "lora_" not in name and "multi_modal_projector" not in name:
+            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            # where ZeRO-3 has shared a parameter out, the first rank holds its beginning
+            numbers[name] = getattr(parameter, "ds_tensor", parameter).detach().flatten()[:8].float().tolist()
+    return numbers
+
+
+def save_base_fingerprint(model: nn.Module, folder: Path) -> None:
+    """Writes the fingerprint of the model that an adapter is trained on into the adapter's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FINGERPRINT).write_text(json.dumps(base_fingerprint(model)))
+
+
+def check_base(adapter_name_or_path: str, model: nn.Module, model_name: str) -> None:
+    """Refuses a model that is not the one an adapter was trained on, as far as the adapter's folder tells.
+
+    Numbers may differ by what half precision rounds away.
+
+    Raises:
+        ValueError: it is another one, or the fingerprint cannot be read.
+    """
+    path = cached_file(
+        adapter_name_or_path,
+        FINGERPRINT,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:  # trained elsewhere
+        return
+    numbers = base_fingerprint(model)
+    try:
+        pairs = [
+            pair
+            for name, saved in json.loads(Path(path).read_text()).items()
+            for pair in zip(saved, numbers.get(name, []), strict=False)
+        ]
+        same = all(abs(a - b) <= abs(a) / 128 + 1e-6 for a, b in pairs)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not same:
+        raise ValueError(f"the adapter {adapter_name_or_path} was trained on another model than {model_name}")
+
+
+def differing_tensor(folder: Path, model: nn.Module) -> str | None:
+    """The first tensor of a model just saved that is not in the folder as it is in memory; None where all are.
+
+    One is read at a time. In files, a whole model's have the names of the checkpoint that it was read from.
+    """
+    if isinstance(model, PeftModel):
+        expected = get_peft_model_state_dict(model)
+    else:
+        expected = revert_weight_conversion(model, remove_tied_weights_from_state_dict(model.state_dict(), model))
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name not in expected or not torch.equal(file.get_tensor(name), expected.pop(name).cpu()):
+                    return name
+    return next(iter(expected), None)
+
+
 def check_output_dir(output_dir: str, resume: bool) -> None:
     """Refuses a folder that holds a model or checkpoints already, unless they are what the run resumes from."""
     folder = Path(output_dir)
@@ -67,3 +166,19 @@ def check_output_dir(output_dir: str, resume: bool) -> None:
         raise ValueError(
             f"--output_dir {output_dir} holds {holds[0].name}: choose another, or --resume_from_checkpoint true"
         )
+
+
+def log_bad_sample(log: Path, record: int | str, record_id: str, reason: str) -> int:
+    """Adds a bad record to a log that ranks and workers share, unless it is there; returns how many there are.
+
+    `record` is its place in the data, since ids may be missing or the same.
+    """
+    line = json.dumps({"record": record, "id": record_id, "reason": reason}, ensure_ascii=False) + "\n"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(log.with_suffix(".lock")), open(log, "a+", encoding="utf-8") as file:
+        file.seek(0)
+        lines = list(file)
+        if not any(known.startswith(line.partition(', "id": ')[0] + ",") for known in lines):
+            file.write(line)
+            lines.append(line)
+    return len(lines)

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from train_llava.records import IMAGE_TOKEN, text_of
 
@@ -97,14 +97,16 @@ def end_of_turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def complete_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Makes a tokenizer's chat template fit for a LLaVA, in place, and says what it lacked.
+    """Makes a tokenizer and its chat template fit for a LLaVA, in place, and says what the template lacked.
 
-    Afterwards it takes pictures, in strings and in lists of parts alike; begins a text as the tokenizer does; ends
-    every answer with a special token; and writes the same in front of earlier, new and generated answers.
+    The tokenizer pads on the left, or batches that plain transformers pads get other answers. The template takes
+    pictures, in strings and in lists of parts alike; begins a text as the tokenizer does; ends every answer with a
+    special token; and writes the same in front of earlier, new and generated answers.
 
     Raises:
         ValueError: there is no chat template, or none that this can be done to; the message says which and why.
     """
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what is saved
     name, template, lacked = tokenizer.name_or_path, tokenizer.chat_template, []
     if isinstance(template, dict):  # `default` beside others, such as `tool_use`
         template = template.get("default")
@@ -134,10 +136,21 @@ def complete_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return lacked
 
 
-def _take_pictures(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Has the chat template write strings and lists of parts alike, with `<image>` for a picture, unless it does.
+def complete_generation_config(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Has generation stop at every token that ends an answer, pad, and be greedy unless it was to sample, in place."""
+    stops = config.eos_token_id
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    ends = tokenizer.convert_tokens_to_ids(end_of_turn_tokens(tokenizer))
+    config.eos_token_id = [*(end for end in ends if end not in stops), *stops]
+    config.pad_token_id = tokenizer.pad_token_id
+    if not config.do_sample:  # settings of sampling that does not take place cannot be saved
+        config.temperature = config.top_p = config.top_k = config.min_p = config.typical_p = None
 
-    Returns what was put in front of it.
+
+def _take_pictures(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Has the chat template write strings and lists of parts alike, with `<image>` for a picture.
+
+    Returns what was put in front of it: nothing where it does so by itself.
     """
     text, template, required = {"type": "text", "text": "?"}, tokenizer.chat_template, []
     turns = [{"role": "user", "content": [text, {"type": "image"}, text]}, {"role": "assistant", "content": [text]}]

@@ -12,25 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
 import torch
 from datasets import IterableDataset
-from transformers import TrainingArguments, set_seed
+from transformers import IntervalStrategy, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from train_llava.checks import preflight
-from train_llava.cli import parse_arguments, run_command
-from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset, stream_items
-from train_llava.model import (
-    BITS_HELP,
-    LoraArguments,
-    count_parameters,
-    describe_trainable,
-    load_checkpoint,
-    set_trainable,
-)
-from train_llava.reports import write_run_card
-from train_llava.run_folder import check_output_dir, check_resumable, finished_checkpoint
+from train_llava.chat import Chat
+from train_llava.checks import check_claims, check_options, preflight
+from train_llava.cli import device, parse_arguments, run_command
+from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
+from train_llava.model import BITS_HELP, LoraArguments, count_parameters, load_checkpoint, set_trainable
+from train_llava.reports import describe_trainable, write_run_card
+from train_llava.run_folder import starting_point
+from train_llava.stream import stream_items
 from train_llava.trainer import LlavaTrainer
 
 # Learning rates that make each type work, from the LLaVA-1.5 recipe (Liu et al., 2023): stage 1 trains the projector,
@@ -121,49 +115,53 @@ class TrainArguments(TrainingArguments):
         if self.vision_learning_rate is None:
             self.vision_learning_rate = self.learning_rate * 0.1
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+            self.bf16 = not self.fp16 and device().type == "cuda" and torch.cuda.is_bf16_supported()
+        self.use_cpu = self.use_cpu or device().type == "cpu"
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
+        if self.fp16 and self.use_cpu:
+            raise ValueError("--fp16 takes a GPU: on a CPU take --bf16 true, or neither")
+        if self.label_smoothing_factor:
+            raise ValueError("--label_smoothing_factor is not supported: set it to 0")
         super().__post_init__()
+        self.accelerator_config.dispatch_batches = False  # of a stream, every rank reads shards of its own
 
 
 def load_data(
-    arguments: DataArguments, args: TrainArguments, collator: LlavaCollator
+    data_arguments: DataArguments, args: TrainArguments, chat: Chat, anew: bool
 ) -> tuple[CheckedDataset | IterableDataset, CheckedDataset | None]:
     """The data to train on and, where there is any, the held-out data, both free of bad records."""
-
-    def checked(dataset: LlavaDataset, log: str) -> CheckedDataset:
-        return CheckedDataset(dataset, collator.chat, folder / log, arguments.bad_samples, arguments.max_bad_fraction)
-
-    folder, held_out = Path(args.output_dir), None
-    if arguments.eval_data_path is not None:
-        dataset = LlavaDataset(arguments.eval_data_path, arguments.eval_image_dir, at_least=collator.chat.side)
-        held_out = checked(dataset, "bad_eval_samples.jsonl")
-        if args.eval_strategy == "no":
-            args.eval_strategy = "epoch"
-    if arguments.streaming:
-        if args.max_steps <= 0:
-            raise ValueError("--streaming has no end: set --max_steps")
-        args.accelerator_config.dispatch_batches = False  # every rank reads shards of its own
-        log = folder / "bad_samples.jsonl"
-        return stream_items(arguments.data_path, arguments.image_dir, collator.chat, log), held_out
-    dataset = LlavaDataset(arguments.data_path, arguments.image_dir, arguments.data_weights, collator.chat.side)
+    folder, settings = Path(args.output_dir), (data_arguments.bad_samples, data_arguments.max_bad_fraction)
+    log, eval_log = folder / "bad_samples.jsonl", folder / "bad_eval_samples.jsonl"
+    if anew and args.local_process_index == 0:
+        for earlier in (log, eval_log):  # another run's bad records are not this one's
+            earlier.unlink(missing_ok=True)
+    held_out = None
+    if data_arguments.eval_data_path is not None:
+        dataset = LlavaDataset(data_arguments.eval_data_path, data_arguments.eval_image_dir, at_least=chat.side)
+        held_out = CheckedDataset(dataset, chat, eval_log, *settings)
+    sources = (data_arguments.data_path, data_arguments.image_dir, data_arguments.data_weights)
+    if data_arguments.streaming:
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return stream_items(*sources, chat, log, *settings, seed), held_out
+    dataset = LlavaDataset(*sources, chat.side)
     if args.process_index == 0:
         print(f"{len(dataset):,} records, {len(held_out or ()):,} held out")
-    return checked(dataset, "bad_samples.jsonl"), held_out
+    return CheckedDataset(dataset, chat, log, *settings), held_out
 
 
 def main() -> None:
+    # 1. What is asked for
     model_arguments, lora_arguments, data_arguments, args = parse_arguments(
         ModelArguments, LoraArguments, DataArguments, TrainArguments
     )
     if model_arguments.bits and (args.train_type != "lora" or is_deepspeed_zero3_enabled()):
         raise ValueError("--bits goes with --train_type lora, and not with ZeRO-3: weights in few bits cannot train")
-    resume = {"true": True, "false": False, None: False}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
-    check_output_dir(args.output_dir, bool(resume))
-    checkpoint = finished_checkpoint(args.output_dir) if resume is True else resume or None
-    if checkpoint is not None:
-        check_resumable(Path(checkpoint), args.world_size)
+    if data_arguments.streaming and args.max_steps <= 0:
+        raise ValueError("--streaming has no end: set --max_steps")
+    if data_arguments.eval_data_path is None and args.eval_strategy != "no":
+        raise ValueError(f"--eval_strategy {args.eval_strategy.value} takes held-out data: set --eval_data_path")
+    if data_arguments.eval_data_path is not None and args.eval_strategy == "no":
+        args.eval_strategy = IntervalStrategy.EPOCH
     learning_rates = {
         "vision tower": args.vision_learning_rate,
         "projector": args.projector_learning_rate,
@@ -171,25 +169,28 @@ def main() -> None:
     }
     if args.process_index == 0:
         print(f"train_type {args.train_type}, learning rate {args.learning_rate:g}, bf16 {args.bf16}")
-        if resume:
-            print(f"resuming from {checkpoint or 'the start: no checkpoint was finished'}")
 
+    # 2. Where the run begins: anew, or at a checkpoint
+    checkpoint = starting_point(args)
+
+    # 3. The model
     if is_deepspeed_zero3_enabled():
         # Weights are shared out while they are loaded, before a Trainer has told DeepSpeed of the other ranks
         from deepspeed import init_distributed  # here, since it takes seconds and complains where it is not needed
 
         init_distributed(verbose=False)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    load_base = partial(
-        load_checkpoint,
-        model_arguments.model_name_or_path,
-        dtype,
-        model_arguments.attn_implementation,
-        model_arguments.bits,
+    model, processor = load_checkpoint(
+        model_arguments.model_name_or_path, dtype, model_arguments.attn_implementation, model_arguments.bits
     )
-    model, processor = load_base()
+    check_options(args, model)
+    check_claims(model, processor, data_arguments.packing)
+
+    # 4. The data
     collator = LlavaCollator(processor, data_arguments.max_length, data_arguments.packing)
-    train_dataset, eval_dataset = load_data(data_arguments, args, collator)
+    train_dataset, eval_dataset = load_data(data_arguments, args, collator.chat, checkpoint is None)
+
+    # 5. What trains
     language_model = model.model.language_model
     set_seed(args.seed)  # LoRA's matrices are drawn now, before there is a Trainer to do this
     model = set_trainable(model, args.train_type, lora_arguments)
@@ -197,7 +198,7 @@ def main() -> None:
     if args.deepspeed is None:
         # Half-precision weights are too coarse for small updates; DeepSpeed keeps its own fp32 copies
         for parameter in model.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad or args.train_type == "full":  # a frozen norm between would not take fp32
                 parameter.data = parameter.data.float()
     if args.process_index == 0:
         print(describe_trainable(model, learning_rates))
@@ -206,6 +207,7 @@ def main() -> None:
         language_model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
         args.activation_checkpointing = False
 
+    # 6. The trainer, and a step to see that all will go well
     records = None if data_arguments.streaming else len(train_dataset)
     trained = {part: learning_rates[part] for part, (count, _) in count_parameters(model).items() if count}
     trainer = LlavaTrainer(
@@ -219,7 +221,9 @@ def main() -> None:
         write_card=partial(write_run_card, model_arguments, lora_arguments, data_arguments, args, records, trained),
     )
     if args.preflight:
-        preflight(trainer, load_base)
+        preflight(trainer)
+
+    # 7. Training, and what it leaves
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
@@ -230,5 +234,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    matplotlib.use("Agg")
     run_command(main)

@@ -2,7 +2,8 @@
 
 What differs from `Trainer`:
 
-- conversations are grouped by their stored lengths, where `Trainer` would open every picture first
+- the held-out loss is that of all answer tokens alike, whatever the batch size and the number of ranks
+- conversations are grouped by their lengths as stored, where `Trainer` would open every picture first
 - the vision tower and the projector may have learning rates of their own
 - a whole model is loaded from a checkpoint by `from_pretrained`: its parameters have other names in files than
   in memory, and `Trainer`, which looks for the latter, would find none and resume from the model as it is
@@ -23,31 +24,33 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+from train_llava.chat import IGNORE
+from train_llava.data import LlavaCollator
 from train_llava.model import load_checkpoint, part_of
-from train_llava.run_folder import UNFINISHED, read_back
+from train_llava.run_folder import UNFINISHED, check_base, read_back, save_base_fingerprint
 
 
-def with_ids(items: list[dict[str, Any]], collator: Callable) -> dict[str, Any]:
-    """The collator's batch, and the records' `ids`, which `compute_loss` takes out and names when it must."""
-    return collator(items) | {"ids": [item["id"] for item in items]}
+def with_ids(items: list[dict[str, Any]], collator: LlavaCollator) -> dict[str, Any]:
+    """The collator's batch and, for the trainer alone, the records' `ids` and how many tokens are `learnt` of each."""
+    items = [collator.chat.labelled(item) for item in items]
+    learnt = [int((item["labels"][1:] != IGNORE).sum()) for item in items]
+    return collator(items) | {"ids": [item["id"] for item in items], "learnt": torch.tensor(learnt)}
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends the run at the end of a step, with a checkpoint, once any rank has got a SIGTERM."""
+    """Ends the run at the end of a step, with a checkpoint, once any rank has got a SIGTERM; no other end is early."""
 
     def __init__(self) -> None:
         self.received = False
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        def handle(*_: Any) -> None:
-            self.received = True
-
-        signal.signal(signal.SIGTERM, handle)
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "received", True))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         received = torch.tensor(float(self.received), device=args.device)
@@ -56,10 +59,12 @@ class StopOnSignal(TrainerCallback):
         if received.item():
             if state.is_world_process_zero:
                 print(f"SIGTERM: ending at step {state.global_step} with a checkpoint", flush=True)
-            control.should_save = control.should_training_stop = True
+            self.received = control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if state.global_step < state.max_steps and not self.received:
+            raise ValueError(f"the data ended after {state.global_step} of {state.max_steps} steps")
 
 
 class LlavaTrainer(Trainer):
@@ -69,23 +74,21 @@ class LlavaTrainer(Trainer):
     """
 
     def __init__(
-        self,
-        *args: Any,
-        learning_rates: dict[str, float],
-        write_card: Callable[[list[dict[str, Any]]], None],
-        **kwargs: Any,
+        self, *args: Any, learning_rates: dict[str, float], write_card: Callable[[list], None], **kwargs: Any
     ):
         super().__init__(*args, **kwargs)
         self.data_collator = partial(with_ids, collator=self.data_collator)
-        self.learning_rates = learning_rates
-        self.write_card = write_card
+        self.learning_rates, self.write_card = learning_rates, write_card
         self.add_callback(StopOnSignal())
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch, lengths=self.train_dataset.dataset.lengths())
+        return LengthGroupedSampler(batch, lengths=self.train_dataset.lengths())
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        return SequentialSampler(eval_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the arguments, its two groups (with weight decay, and without) split by learning rate."""
@@ -96,12 +99,12 @@ class LlavaTrainer(Trainer):
             by_rate: dict[float, list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 by_rate.setdefault(self.learning_rates[part_of(names[parameter])], []).append(parameter)
-            groups += [group | {"params": found, "lr": rate} for rate, found in by_rate.items()]
+            groups += [group | {"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
         optimizer.param_groups[:] = groups
         return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        ids = inputs.pop("ids")
+        ids, _ = inputs.pop("ids"), inputs.pop("learnt")
         outcome = super().compute_loss(model, inputs, *args, **kwargs)
         loss = outcome[0] if isinstance(outcome, tuple) else outcome
         if model.training and not torch.isfinite(loss):
@@ -109,8 +112,25 @@ class LlavaTrainer(Trainer):
             raise ValueError(f"step {step}: the loss is {loss.item()} at the records {', '.join(map(repr, ids))}")
         return outcome
 
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
+        """Adds the losses of the records of a batch, and their tokens, to `held_out`; no record counts twice."""
+        inputs = self._prepare_inputs(inputs)
+        _, learnt, _, labels = (inputs.pop(name) for name in ("ids", "learnt", "labels", "shift_labels"))
+        with torch.no_grad():
+            losses = cross_entropy(model(**inputs).logits.float(), labels, reduction="none")
+        sums = torch.stack([part.sum() for part in losses.split(learnt.tolist())])
+        self.held_out += self.accelerator.gather_for_metrics(torch.stack([sums, learnt], dim=1)).cpu().double().sum(0)
+        return None, None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self.held_out = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_loss"] = (self.held_out[0] / self.held_out[1]).item()
+        return output
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, PeftModel):
+            check_base(resume_from_checkpoint, self.model, self.model.config.name_or_path)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             saved, _ = load_checkpoint(resume_from_checkpoint)
@@ -123,9 +143,12 @@ class LlavaTrainer(Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and isinstance(self.model, PeftModel):  # before a push takes the folder
+            save_base_fingerprint(self.model, folder)
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            read_back(Path(output_dir or self.args.output_dir), self.model)
+            read_back(folder, self.model)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         if self.is_world_process_zero():
@@ -148,7 +171,4 @@ class LlavaTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:  # only now may an older one go
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(
-                output_dir=str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True
-            )
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)

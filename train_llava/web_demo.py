@@ -28,7 +28,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, Stopping
 
 from train_llava.chat import Chat
 from train_llava.cli import parse_arguments, run_command
-from train_llava.infer import load_model, question, reply, sampling
+from train_llava.infer import load_model, question, reply, room_for_answer, sampling
 from train_llava.model import BITS_HELP
 from train_llava.pictures import open_image
 
@@ -40,11 +40,22 @@ if find_spec("gradio"):
 
 MOST_BYTES = 20 << 20  # of an uploaded picture
 MOST_EXAMPLES = 10
-# Gradio's own buttons that would send a picture to the hub, or empty a chat without the conversation behind it
+# Gradio's buttons that would empty a chat without the conversation behind it, or send a picture to the hub, by their
+# place: for their labels are in the browser's language
 CSS = """
-[aria-label="Share"], [aria-label="Clear"] { display: none !important }
+.wrapper > .icon-button-wrapper, .download-link ~ .icon-button { display: none !important }
 .message img { max-height: 240px }
+.message-content { white-space: pre-wrap }
 """
+# Gradio's own would copy a message as it was sent to the page, which is as HTML (see `shown`)
+COPY = """() => document.addEventListener("click", event => {
+    if (event.target.closest(".message-buttons .icon-button-wrapper > button")) {
+        const message = event.target.closest(".message-buttons").previousElementSibling
+        event.stopPropagation()
+        getSelection().selectAllChildren(message.querySelector(".message-content"))
+        document.execCommand("copy")
+    }
+}, true)"""
 
 
 @dataclass
@@ -73,21 +84,28 @@ class Turn:
     answers: list[str]
 
 
-def conversation(turns: list[Turn], column: int) -> list[dict[str, Any]]:
-    """The messages of one chat, each question followed by that chat's answer."""
-    messages = []
+def prompt(turns: list[Turn], column: int) -> list[dict[str, Any]]:
+    """The messages of one chat, up to the last question.
+
+    An earlier question that this chat was stopped before answering is left out; its pictures come with the next one.
+    """
+    messages, pictures = [], 0
     for turn in turns:
-        messages += [question(turn.text, len(turn.files)), reply(turn.answers[column])]
-    return messages
+        pictures += len(turn.files)
+        if turn.answers[column] or turn is turns[-1]:
+            messages += [question(turn.text, pictures), reply(turn.answers[column])]
+            pictures = 0
+    return messages[:-1]
 
 
 def shown(turns: list[Turn], column: int) -> list[dict[str, Any]]:
-    """The same as Gradio's Chatbot takes it, which names the pictures."""
-    files = iter([{"path": file} for turn in turns for file in turn.files])
-    return [
-        message | {"content": [next(files) if part["type"] == "image" else part for part in message["content"]]}
-        for message in conversation(turns, column)
-    ]
+    """One chat as Gradio's Chatbot takes it, which renders every text as HTML, Markdown or not."""
+    messages = []
+    for turn in turns:
+        asked, answered = ({"type": "text", "text": escape(text)} for text in (turn.text, turn.answers[column]))
+        messages.append({"role": "user", "content": [*({"path": file} for file in turn.files), asked]})
+        messages.append({"role": "assistant", "content": [answered]})
+    return messages
 
 
 def stream(
@@ -104,14 +122,13 @@ def stream(
     """The answer to a conversation as it grows, and at last as `infer.generate` would give it; `stop` ends it.
 
     Raises:
-        ValueError: the conversation is longer than what the model can read.
+        ValueError: the conversation cannot be asked; see `infer.room_for_answer`.
     """
-    inputs = Chat(processor).prompts([messages], images).to(model.device)
-    length, most = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
-    if length >= most:
-        raise ValueError(f"the conversation has {length} tokens, and the model reads {most}: clear it")
+    chat = Chat(processor)
+    room = room_for_answer(model, chat, messages)
+    inputs = chat.prompts([messages], images).to(model.device)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options["max_new_tokens"] = min(max_new_tokens, most - length)
+    options["max_new_tokens"] = min(max_new_tokens, room)
     options["stopping_criteria"] = StoppingCriteriaList(
         [lambda ids, scores, **_: torch.full((len(ids),), stop.is_set(), device=ids.device)]
     )
@@ -127,14 +144,14 @@ def stream(
             streamer.end()
 
     Thread(target=run, daemon=True).start()
-    said = ""
-    yield said  # there is something to stop
+    answered = ""
+    yield answered  # there is something to stop
     for piece in streamer:
-        said += piece
+        answered += piece
         if piece and streamer.text_queue.empty():  # a page takes longer to show a word than a fast model to write it
-            yield said.strip()
+            yield answered.strip()
     # what the streamer decodes piece by piece can differ from the whole in a space or a character of several tokens
-    yield processor.decode(output.result()[0, length:], skip_special_tokens=True).strip()
+    yield processor.decode(output.result()[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def answer(
@@ -153,10 +170,6 @@ def answer(
     turn, images = turns[-1], []
     if not turn.text:
         raise ValueError("there is no question yet")
-    # one of these would end the turn, or stand for a picture
-    for token in (processor.image_token, *processor.tokenizer.all_special_tokens):
-        if token in turn.text:
-            raise ValueError(f"a question cannot have the control token {token} in it")
     for file in [file for turn in turns for file in turn.files]:
         try:
             images.append(open_image(file))
@@ -166,9 +179,9 @@ def answer(
         for column in range(len(turn.answers)):
             if stop.is_set():
                 break
-            asked = conversation(turns, column)[:-1]
-            for said in stream(model, processor, asked, images, stop, lock, with_adapter=column == 0, **options):
-                turn.answers[column] = said
+            asked = prompt(turns, column)
+            for answered in stream(model, processor, asked, images, stop, lock, with_adapter=column == 0, **options):
+                turn.answers[column] = answered
                 yield
     finally:
         stop.set()  # who has closed the page needs no answer
@@ -181,10 +194,10 @@ def example_pictures(folder: str) -> list[str]:
         OSError, ValueError: there is no such folder, or no picture in it.
     """
     kinds = Image.registered_extensions()
-    found = sorted(str(path) for path in Path(folder).absolute().iterdir() if path.suffix.lower() in kinds)
-    if not found:
+    paths = sorted(str(path) for path in Path(folder).absolute().iterdir() if path.suffix.lower() in kinds)
+    if not paths:
         raise ValueError(f"--examples {folder} has no picture in it")
-    return found[:MOST_EXAMPLES]
+    return paths[:MOST_EXAMPLES]
 
 
 def make_page(
@@ -202,7 +215,8 @@ def make_page(
         gr.Markdown(f"### `{title}`")
         with gr.Row():
             look = {"height": f"calc(100dvh - {380 if examples else 240}px)", "min_height": 240, "buttons": ["copy"]}
-            chats = [gr.Chatbot(label=label, render_markdown=False, **look) for label in labels]
+            plain = {"render_markdown": False, "latex_delimiters": []}
+            chats = [gr.Chatbot(label=label, **plain, **look) for label in labels]
         box = gr.MultimodalTextbox(
             placeholder="Drop pictures here and ask about them",
             file_count="multiple",
@@ -286,6 +300,7 @@ def main() -> None:
         allowed_paths=examples,
         footer_links=[],
         css=CSS,
+        js=COPY,
         theme=gr.themes.Default(font=[gr.themes.Font("sans-serif")], font_mono=[gr.themes.Font("monospace")]),
     )
 

@@ -2,7 +2,9 @@
 # The embedded example from end to end: draw the data, assemble, train in two stages on two ranks, judge on held-out
 # pictures. `bash run_zero2.sh` without arguments runs this in the right environment.
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "$0")/../.."
+[ "$PWD" = "$caller" ] || echo "in $PWD"
 out=output/openmoji
 data=$out/data
 parts=examples/openmoji/parts

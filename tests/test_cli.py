@@ -1,0 +1,116 @@
+"""What every command shares: an error names its file, a folder appears whole, and any operating system will do."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from train_llava.cli import opening, written_whole
+from train_llava.model import load_checkpoint
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
+PULL = "it is a Git LFS pointer, and `git lfs pull` fetches the file that it stands for"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        *((name, lambda content: POINTER, PULL) for name in ("config.json", "model.safetensors", "tokenizer.json")),
+        ("chat_template.jinja", lambda content: POINTER, PULL),
+        ("model.safetensors", lambda content: content[: len(content) // 2], "SafetensorError: .*not fully covered"),
+        ("model.safetensors", lambda content: b"<html>not found</html>", "SafetensorError"),
+        ("tokenizer.json", lambda content: content[: len(content) // 2], ""),
+        ("tokenizer.json", lambda content: b"{}", "KeyError"),
+        ("config.json", lambda content: b"{}", "Unrecognized model"),
+        ("config.json", lambda content: b"null", "TypeError"),
+        ("processor_config.json", lambda content: b"[]", "AttributeError"),
+        ("tokenizer_config.json", lambda content: b"", "Expecting value"),
+        ("generation_config.json", lambda content: content[:20], "not a valid JSON"),
+        ("chat_template.jinja", lambda content: bytes(range(256)), "utf-8"),
+    ],
+)
+def test_a_broken_file_of_a_model_is_named(llava, tmp_path, name: str, damage: Callable, reason: str):
+    folder = tmp_path / "model"
+    shutil.copytree(llava, folder)
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    with pytest.raises(ValueError, match=f"^{folder / name} cannot be opened: .*{reason}"):
+        load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("error", [KeyError("peft_type"), RuntimeError("x"), Exception("a bare one"), EOFError()])
+def test_whatever_is_raised_names_what_was_opened(error):
+    with (
+        pytest.raises(ValueError, match=f"^http://here/a cannot be opened: {type(error).__name__}: "),
+        opening("http://here/a"),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("no file a.json"), torch.OutOfMemoryError("a.json"), KeyboardInterrupt()]
+)
+def test_what_says_enough_passes(error):
+    with pytest.raises(type(error)) as raised, opening("a.json"):
+        raise error
+    assert raised.value is error
+
+
+def test_a_folder_takes_the_place_of_an_empty_one_and_of_no_other(tmp_path):
+    (tmp_path / "out").mkdir()
+    with written_whole(str(tmp_path / "out")) as folder:
+        (folder / "file").write_text("first")
+    with pytest.raises(ValueError, match="exists already"), written_whole(str(tmp_path / "out")):
+        pass
+    assert (tmp_path / "out" / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# for this package alone: where other packages ask for these, they look at the system's name first
+ELSEWHERE = """
+import builtins, importlib, pkgutil
+import train_llava
+unix, real = {"fcntl", "resource", "termios", "pwd", "grp", "pty", "tty", "syslog"}, builtins.__import__
+def portable(name, globals=None, *rest, **named):
+    if name in unix and globals["__name__"].startswith("train_llava"):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return real(name, globals, *rest, **named)
+builtins.__import__ = portable
+for module in pkgutil.iter_modules(train_llava.__path__, "train_llava."):
+    importlib.import_module(module.name)
+    print(module.name)
+"""
+
+
+def test_every_module_starts_where_there_is_no_unix():
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    modules = {f"train_llava.{path.stem}" for path in (root / "train_llava").glob("[!_]*.py")}
+    assert set(done.stdout.split()) == modules
+
+
+def test_reports_of_unused_weights_are_kept_for_a_llava_alone(llava, parts, tmp_path, monkeypatch):
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    monkeypatch.setattr(logging.getLogger("transformers.modeling_utils"), "handlers", [handler])
+    shutil.copytree(parts["clip"], tmp_path / "tower")
+    config = json.loads((tmp_path / "tower" / "config.json").read_text())["vision_config"]
+    (tmp_path / "tower" / "config.json").write_text(json.dumps(config | {"model_type": "clip_vision_model"}))
+    _, loading = AutoModel.from_pretrained(tmp_path / "tower", output_loading_info=True)
+    assert any("text_model" in name for name in loading["unexpected_keys"])
+    assert told == []
+    shutil.copytree(llava, tmp_path / "llava")
+    weights = tmp_path / "llava" / "model.safetensors"
+    save_file(load_file(weights) | {"image_newline": torch.zeros(4)}, weights, {"format": "pt"})
+    load_checkpoint(str(tmp_path / "llava"))
+    (line,) = told
+    assert "image_newline" in line

@@ -1,0 +1,211 @@
+"""What all commands share: the device, the names they are given, errors in one line; and the two shell scripts."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, random_adapter, run_train, run_zero2
+from huggingface_hub import constants
+
+from train_llava import cli, evaluate, infer, merge_lora
+from train_llava.cli import check_name, device, run_command
+
+
+@pytest.fixture
+def cuda_build(monkeypatch):
+    """A CUDA build of torch on a machine without a GPU, which PyPI gives to Linux: `cuda` is named, but not there."""
+    named = lambda check_available=False: None if check_available else torch.device("cuda")  # noqa: E731
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", named)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def run(monkeypatch, command: str) -> None:
+    """Runs a command in this process."""
+    name, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    {"evaluate": evaluate, "infer": infer, "merge_lora": merge_lora}[name].main()
+
+
+def test_a_cuda_build_without_a_gpu_computes_on_the_cpu(cuda_build, llava, corpus, tmp_path, monkeypatch, capsys):
+    assert device() == torch.device("cpu")
+    adapter = random_adapter(llava, tmp_path / "adapter", seed=0)
+    asked = f"--model_name_or_path {llava} --max_new_tokens 4"
+    run(monkeypatch, f"infer {asked} --prompt hi --image {corpus}/images_dl/0.png")
+    run(monkeypatch, f"infer {asked} --prompt hi --bits 4 --adapter_name_or_path {adapter}")
+    run(monkeypatch, f"evaluate {asked} --data_path {corpus} --output_dir {tmp_path}/scores")
+    run(
+        monkeypatch,
+        f"merge_lora --model_name_or_path {llava} --adapter_name_or_path {adapter} --output_dir {tmp_path}/merged",
+    )
+    assert json.loads((tmp_path / "scores" / "metrics.json").read_text())["n"] == 17
+    run_train(monkeypatch, llava, corpus, tmp_path / "run", "--max_steps", "1", "--bits", "4")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "no name on the hub"),
+        ("../nowhere", "no name on the hub"),
+        ("/nowhere", "no name on the hub"),
+        ("~/nowhere", "no name on the hub"),
+        ("output/run/nowhere", "no name on the hub"),
+        ("output/", "no name on the hub"),
+        (r"C:\models\nowhere", "no name on the hub"),
+        ("模型", "no name on the hub"),
+        ("", "no name on the hub"),
+        ("README.md", "is a file: name the folder"),
+    ],
+)
+def test_what_cannot_be_on_the_hub_is_refused_without_asking_it(monkeypatch, name, message):
+    monkeypatch.setattr(cli, "hub_answers", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=f"^--model .*{message}"):
+        check_name(f"--model {name}", name)
+    check_name("--model tests", "tests")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path):
+    asked = []
+
+    class Unplugged:
+        def head(self, address: str, timeout: float) -> None:
+            asked.append(address)
+            raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(cli, "get_session", Unplugged)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(ValueError, match=r"^--model owner/name is no folder here, and .* cannot be reached"):
+        check_name("--model owner/name", "owner/name")
+    assert asked == [constants.ENDPOINT]
+    assert constants.is_offline_mode()
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    cached = tmp_path / "models--owner--name"
+    (cached / "snapshots" / "1").mkdir(parents=True)
+    (cached / "snapshots" / "1" / "config.json").touch()
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1")
+    check_name("--model owner/name", "owner/name")
+
+
+def test_an_error_is_printed_by_the_first_rank_that_meets_it(monkeypatch, tmp_path):
+    def fail(message: str) -> str | int:
+        def main() -> None:
+            raise ValueError(message)
+
+        with pytest.raises(SystemExit) as end:
+            run_command(main)
+        return end.value.code
+
+    monkeypatch.setenv("ERROR_DIR", str(tmp_path))
+    assert [fail("no model"), fail("no model"), fail("no data")] == ["error: no model", 1, "error: no data"]
+    monkeypatch.setenv("ERROR_DIR", str(tmp_path / "gone"))
+    assert [fail("no model"), fail("no model")] == ["error: no model"] * 2
+
+
+def test_what_every_rank_meets_is_one_line_behind_which_the_launcher_is_silent(corpus, tmp_path):
+    done = run_zero2(Path("./nowhere"), corpus, tmp_path / "run", "--train_type", "fulll")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1
+    assert len(lines) == 1, done.stderr
+    assert "invalid choice: 'fulll'" in lines[0]
+    assert "exits with return code" not in done.stdout + done.stderr
+    assert "usage" not in done.stdout + done.stderr
+
+
+def write_program(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def bash(folder: Path, command: str, *programs: Path) -> subprocess.CompletedProcess:
+    """Runs a command in a folder, with the tests' Python and, before everything else, the programs of some folders."""
+    path = ":".join([*map(str, programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "DEVICE_LOOKED_UP": "1", "MASTER_PORT": "1"}
+    return subprocess.run(
+        ["/bin/bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_paths_are_those_of_the_folder_where_run_zero2_is_called(tmp_path):
+    write_program(tmp_path / "bin" / "deepspeed", 'pwd; echo "$PYTHONPATH"; printf "%s\\n" "$@"; ls -d "$ERROR_DIR"')
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "ds_own.json").touch()
+    given = "--data_path data --deepspeed ds_zero3.json --deepspeed=ds_zero3.json --deepspeed ds_own.json 'x y'"
+    done = bash(tmp_path / "a b", f"bash {ROOT}/run_zero2.sh {given}", tmp_path / "bin")
+    folder, path, *arguments, errors = done.stdout.splitlines()
+    assert folder == str(tmp_path / "a b")
+    assert path.split(":")[0] == str(ROOT)
+    assert arguments[arguments.index("train_llava.train") + 1 :] == [
+        *("--deepspeed", f"{ROOT}/ds_zero2_no_offload.json", "--data_path", "data"),
+        *("--deepspeed", f"{ROOT}/ds_zero3.json", f"--deepspeed={ROOT}/ds_zero3.json", "--deepspeed", "ds_own.json"),
+        "x y",
+    ]
+    assert not Path(errors).exists()
+    write_program(tmp_path / "bin" / "deepspeed", "exit 247")  # what the launcher makes of a killed rank
+    done = bash(tmp_path, f"bash {ROOT}/run_zero2.sh --data_path data", tmp_path / "bin")
+    assert (done.returncode, done.stderr.startswith("error: a rank was ended by signal 9")) == (247, True)
+    done = bash(tmp_path, f"HOSTFILE=nothing bash {ROOT}/run_zero2.sh --data_path data", tmp_path / "bin")
+    assert (done.returncode, done.stderr) == (1, "error: HOSTFILE=nothing does not exist\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "tests"),
+    [
+        ("", [f"{ROOT}/tests"]),
+        ("test_own.py", []),
+        ("own -k own", []),
+        ("-x test_own.py::test_own", []),
+        ("-k own", [f"{ROOT}/tests"]),  # a name, though there is such a folder
+    ],
+)
+def test_paths_are_those_of_the_folder_where_run_tests_is_called(tmp_path, given, tests):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "test_own.py").touch()
+    pytest_alone = f'[ "$2" = pytest ] || exec {sys.executable} "$@"; pwd; printf "%s\\n" "$@"'
+    write_program(tmp_path / "bin" / "python3", pytest_alone)
+    done = bash(tmp_path, f"bash {ROOT}/run_tests.sh {given}", tmp_path / "bin")
+    expected = [str(tmp_path), "-m", "pytest", "-c", f"{ROOT}/pyproject.toml", "-n", "2", *given.split(), *tests]
+    assert done.stdout.split() == expected
+
+
+@pytest.mark.parametrize("kind", ["old", "missing", "old .venv"])
+def test_a_python_that_is_not_fit_is_told_before_anything_is_fetched(tmp_path, kind):
+    shutil.copy(ROOT / "env.sh", tmp_path)
+    (tmp_path / "requirements.txt").write_text("torch==0.0.1\n")
+    old = f'echo "$@" >> {tmp_path}/calls\n[ "$1" = --version ] && echo "Python 3.10.13"'
+    if kind == "missing":
+        write_program(tmp_path / "bin" / "dirname", f'{shutil.which("dirname")} "$@"')
+        command, message = f"PATH={tmp_path}/bin; source env.sh requirements.txt", "python3 is not there"
+    else:
+        folder = tmp_path / "bin" if kind == "old" else tmp_path / ".venv" / "bin"
+        folder.mkdir(parents=True)
+        write_program(folder / ("python3" if kind == "old" else "python"), old)
+        command = "source env.sh requirements.txt"
+        message = "python3 is Python 3.10.13" if kind == "old" else f"{folder}/python is Python 3.10.13: remove"
+    done = bash(tmp_path, command, tmp_path / "bin")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: Python 3.11, 3.12 or 3.13 is needed, and ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+    assert kind == "old .venv" or not (tmp_path / ".venv").exists()
+
+
+def test_an_environment_that_has_what_is_pinned_is_used_as_it_is(tmp_path):
+    shutil.copy(ROOT / "env.sh", tmp_path)
+    pins = (ROOT / "requirements.txt").read_text()
+    (tmp_path / "requirements.txt").write_text(
+        f"--prefer-binary\n{pins}\npillow[fpx] >= 12 # as it is\nnothing==1; python_version < '3'\n-r more.txt\n"
+    )
+    (tmp_path / "more.txt").write_text("packaging\n")
+    done = bash(tmp_path, "source env.sh requirements.txt; command -v python3")
+    assert (done.stdout, done.stderr) == (f"{Path(sys.executable).parent}/python3\n", "")

@@ -1,0 +1,101 @@
+"""Data sets of shards that are too large for the disk, read as they come, pass after pass, in another order each."""
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.iterable_dataset import ExamplesIterable
+
+from train_llava.chat import Chat
+from train_llava.data import to_item, weights_of
+from train_llava.records import BadRecordError, find_records, table_rows
+from train_llava.run_folder import log_bad_sample
+
+BUFFER = 1000  # rows that are shuffled among each other
+Shard = tuple[str, list[Path], Path | None, float]  # a data path, its file, its pictures, the part of it to take
+
+
+def stream_items(
+    data_path: str | list[str],
+    image_dir: str | None,
+    data_weights: list[float] | None,
+    chat: Chat,
+    log: Path,
+    bad_samples: str = "skip",
+    max_bad_fraction: float = 0.01,
+    seed: int = 0,
+) -> datasets.IterableDataset:
+    """The items of data sets of shards, without an end; every rank and worker reads shards of its own.
+
+    What is bad is logged and left out, as `CheckedDataset` does. Each rank and worker judges what it reads: at the end
+    of a pass, and before it once more are bad than `max_bad_fraction` of a thousand, or of what is read so far.
+
+    Raises:
+        OSError, ValueError: a source is not there; while it is read, too many records are bad, or all.
+    """
+    paths, shards = [data_path] if isinstance(data_path, str) else data_path, []
+    for path, weight in zip(paths, weights_of(paths, data_weights), strict=True):
+        files, pictures = find_records(path, image_dir)
+        for part in [1.0] * int(weight) + [weight % 1] * (weight % 1 > 0):
+            shards += [(path, [file], pictures, part) for file in files] or [(path, [], None, part)]
+    if not shards:
+        raise ValueError(f"--data_weights take nothing of --data_path {' '.join(paths)}")
+    settings = {"chat": chat, "log": log, "bad_samples": bad_samples, "max_bad_fraction": max_bad_fraction}
+    return datasets.IterableDataset(Passes(good_items, {"shards": shards, "seed": seed} | settings))
+
+
+class Passes(ExamplesIterable):
+    """What a rank or a worker reads, where `datasets` would read one shard to its end before the next.
+
+    `datasets` shares out the list among the keyword arguments of the generator.
+    """
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        return enumerate(self.generate_examples_fn(**self.kwargs))
+
+    def shard_data_sources(self, *args: Any, **kwargs: Any) -> "Passes":
+        return Passes(self.generate_examples_fn, super().shard_data_sources(*args, **kwargs).kwargs)
+
+
+def good_items(
+    shards: list[Shard], seed: int, chat: Chat, log: Path, bad_samples: str, max_bad_fraction: float
+) -> Iterator[dict[str, Any]]:
+    """The good records of shards, pass after pass; see `stream_items`."""
+    for number in count():
+        read = bad = 0
+        for read, (place, row, pictures) in enumerate(shuffled_rows(shards, np.random.default_rng([seed, number])), 1):
+            try:
+                item = chat.labelled(to_item(row, pictures, chat.side))
+            except BadRecordError as error:
+                if bad_samples == "error":
+                    raise
+                log_bad_sample(log, place, *error.args)
+                bad += 1
+                if bad > max_bad_fraction * max(read, 1000):
+                    break
+            else:
+                yield item
+        if bad == read:
+            raise ValueError(f"no record of {', '.join(sorted({path for path, *_ in shards}))} is good: see {log}")
+        if bad > max_bad_fraction * read:
+            raise ValueError(f"{bad} of {read} records are bad, more than --max_bad_fraction: see {log}")
+
+
+def shuffled_rows(shards: list[Shard], rng: np.random.Generator) -> Iterator[tuple[str, dict[str, Any], Path | None]]:
+    """The rows of shards in random order, as far as a buffer reaches; each with its place, and its pictures'."""
+    buffer = []
+    for i in rng.permutation(len(shards)):
+        path, files, pictures, part = shards[i]
+        draws = np.random.default_rng(0)  # the same in each pass, so that it takes the same part
+        for number, row in enumerate(table_rows(path, files, pictures)):
+            if draws.random() < part:
+                buffer.append((f"{files[0] if files else path}:{number}", row, pictures))
+            if len(buffer) == BUFFER:
+                j = rng.integers(BUFFER)
+                buffer[j], buffer[-1] = buffer[-1], buffer[j]
+                yield buffer.pop()
+    rng.shuffle(buffer)
+    yield from buffer
