@@ -264,7 +264,7 @@ def check_conversations(chat: Chat, generation_config: GenerationConfig) -> list
             raise ValueError(f"{len(runs)} stretches are learnt of a conversation with {len(texts) // 2} answers")
         for i, run in enumerate(runs):
             end = tokenizer.convert_ids_to_tokens(int(input_ids[run[-1]]))
-            if tokenizer.decode(input_ids[run]).removesuffix(end).strip() != texts[2 * i + 1]:
+            if tokenizer.decode(input_ids[run[:-1]]).strip() != texts[2 * i + 1]:
                 raise ValueError(f"{tokenizer.decode(input_ids[run])!r} is learnt as the answer {texts[2 * i + 1]!r}")
             if input_ids[run[-1]] not in (stops if isinstance(stops, list) else [stops]):
                 raise ValueError(f"answers are taught to end with {end}, and generation does not stop there")

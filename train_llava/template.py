@@ -114,8 +114,9 @@ def complete_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         raise ValueError(f"{name} has no chat template: take the model's chat version")
     tokenizer.chat_template = template
     try:
-        if _take_pictures(tokenizer):
-            lacked.append("a chat template that takes pictures")
+        prelude = _take_pictures(tokenizer)
+        if prelude:
+            lacked.append(f"a chat template that takes pictures{' in strings' * (prelude == AS_PARTS)}")
         begins = tokenizer("?")["input_ids"][0] == tokenizer.bos_token_id
         if begins and not pieces_of(tokenizer, TWO_TURNS)[0].startswith(tokenizer.bos_token):
             tokenizer.chat_template = "{{- bos_token }}" + tokenizer.chat_template
@@ -146,8 +147,11 @@ def complete_generation_config(config: GenerationConfig, tokenizer: PreTrainedTo
         config.temperature = config.top_p = config.top_k = config.min_p = config.typical_p = None
 
 
-def _take_pictures(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Has the chat template write strings and lists of parts alike, with `<image>` for a picture, unless it does."""
+def _take_pictures(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Has the chat template write strings and lists of parts alike, with `<image>` for a picture.
+
+    Returns what was put in front of it: nothing where it does so by itself.
+    """
     text, template, required = {"type": "text", "text": "?"}, tokenizer.chat_template, []
     turns = [{"role": "user", "content": [text, {"type": "image"}, text]}, {"role": "assistant", "content": [text]}]
     for messages in (turns, [{"role": "system", "content": [text]}, *turns]):
@@ -165,7 +169,7 @@ def _take_pictures(tokenizer: PreTrainedTokenizerBase) -> bool:
             reason = str(error)
             continue
         if all(parts == strings and parts.count(IMAGE_TOKEN) == 1 for parts, strings in pairs):
-            return bool(prelude)
+            return prelude
         reason = f"the chat template does not write {IMAGE_TOKEN} where a text holds it"
     raise ValueError(reason)
 
