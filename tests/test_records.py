@@ -673,6 +673,14 @@ def bad_records(root: Path) -> dict[str, tuple[dict, str]]:
         "no answer": ({"conversations": turns("Hello?")}, "an answer last"),
         "answer first": ({"conversations": turns("a", "b")[::-1]}, "a question first"),
         "empty answer": ({"conversations": turns("a", " ")}, "a turn of role assistant has no text"),
+        "messages before a text": (
+            {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
+            "the text of completion is not JSON",
+        ),
+        "part of no type": (
+            {"messages": [{"role": "user", "content": [{"content": "a"}]}, {"role": "assistant", "content": "b"}]},
+            "a turn of role user has no text",
+        ),
         "null answer": ({"conversations": turns("a", None)}, "a turn of role assistant has no text"),
         "number": ({"conversations": turns("a", 5)}, "a turn of role assistant has no text"),
         "not Unicode": ({"conversations": turns("a", "b\ud800")}, "is not Unicode"),

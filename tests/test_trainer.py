@@ -288,6 +288,37 @@ def test_the_held_out_loss_is_that_of_all_answer_tokens(llava, corpus, tmp_path,
     assert losses == pytest.approx([expected] * 5, abs=1e-6)
 
 
+def test_a_held_out_record_that_stands_in_for_a_bad_one_does_not_count_twice(llava, corpus, tmp_path, monkeypatch):
+    records = json.loads((corpus / "chat.json").read_text())
+    for name, held_out in (("good", records[1:]), ("bad", [{"id": "bad"}, *records[1:]])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "chat.json").write_text(json.dumps(held_out))
+    arguments = ["--max_steps", "1", "--learning_rate", "1e-20", "--train_type", "projector", "--preflight", "false"]
+    arguments += ["--save_strategy", "no", "--max_bad_fraction", "0.1", "--eval_image_dir", corpus / "images_dl"]
+    losses = []
+    for name in ("good", "bad"):
+        data = ["--eval_data_path", tmp_path / name]
+        run_train(monkeypatch, llava, corpus, tmp_path / "run" / name, *arguments, *data)
+        losses += logged(tmp_path / "run" / name, "eval_loss")
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+
+
+def test_a_run_in_bf16_goes_on_from_what_it_saved_in_fp32(llava, corpus, tmp_path, monkeypatch):
+    arguments = [*FAST, "--train_type", "freeze_vision", "--bf16", "true", "--save_steps", "2", "--preflight", "false"]
+    whole = run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments, "--max_steps", "4")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    load, loaded = LlavaTrainer._load_from_checkpoint, []
+
+    def load_and_keep(self, *given):
+        load(self, *given)
+        loaded.extend(p.detach().clone() for p in self.model.parameters() if p.requires_grad)
+
+    monkeypatch.setattr(LlavaTrainer, "_load_from_checkpoint", load_and_keep)
+    again = [*arguments, "--max_steps", "4", "--resume_from_checkpoint", "true"]
+    assert run_train(monkeypatch, llava, corpus, tmp_path / "run", *again) == whole
+    assert any(not torch.equal(weights, weights.bfloat16().float()) for weights in loaded)
+
+
 def test_what_differs_from_trainer_is_still_called_by_it():
     """A method that transformers renames would be overridden in vain, in silence."""
     own = [name for name in vars(LlavaTrainer) if not name.startswith("__")]

@@ -142,7 +142,7 @@ class CheckedDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         for i in range(index, index + len(self)):
             if (item := self.good_item(i % len(self))) is not None:
-                return item
+                return item | {"stand_in": i != index}
         raise ValueError("no record is good")
 
     def good_item(self, index: int) -> dict[str, Any] | None:
@@ -165,7 +165,7 @@ class CheckedDataset(torch.utils.data.Dataset):
 class LlavaCollator:
     """Turns items of a `LlavaDataset` into one batch. B conversations of at most T tokens, P pictures in all:
 
-    - `input_ids`, `attention_mask` `(B, T)`: padded on the right; the mask is 0 on padding alone
+    - `input_ids`, `attention_mask` `(B, T)`: padded on the right; the mask is 0 on padding
     - `pixel_values` `(P, 3, H, W)`: the pictures in the order of their `<image>` tokens
     - `labels` `(B, T)`: the tokens the assistant says, -100 elsewhere
     - `logits_to_keep` `(B, T)`, bool: the positions whose next token has a label

@@ -17,6 +17,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
 )
 from transformers.utils import is_bitsandbytes_available
 
@@ -38,14 +39,13 @@ class LoraArguments:
     use_rslora: bool = field(default=False, metadata={"help": "rsLoRA: lora_alpha / sqrt(lora_r) times instead."})
 
 
-def features_of(config: LlavaConfig, side: int) -> int:
-    """How many hidden states the vision tower gives for a picture of so many pixels a side, class token included.
-
-    The tower is run on the meta device, where that takes no weights and a fraction of a second.
-    """
-    with torch.device("meta"), torch.inference_mode():
-        tower = AutoModel.from_config(config.vision_config)
-        return tower(torch.empty(1, 3, side, side)).last_hidden_state.shape[1]
+def tower_states(config: LlavaConfig, side: int) -> tuple[PreTrainedModel, tuple[torch.Tensor, ...]]:
+    """A vision tower on the meta device, which has shapes and no weights, and its hidden states `(1, tokens, width)`
+    for a picture of so many pixels a side. It takes a fraction of a second."""
+    with torch.device("meta"):
+        # not by `from_config`, which under ZeRO-3 shares the weights out
+        tower = AutoModel._model_mapping[type(config.vision_config)](config.vision_config)
+        return tower, tower(torch.empty(1, 3, side, side), output_hidden_states=True).hidden_states
 
 
 def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor]:
@@ -71,7 +71,7 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor
     derived = []
     side = image_side(processor)
     dropped = int(config.vision_feature_select_strategy == "default")
-    features = features_of(config, side)
+    features = tower_states(config, side)[1][0].shape[1]
     if processor.patch_size is None or image_tokens(processor) != features - dropped:
         processor.patch_size = config.vision_config.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
@@ -168,7 +168,8 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConfig:
     """Low-rank adapters on every linear layer inside the language model, the projector in full beside them.
 
-    A mixture's experts, which transformers keeps in one tensor a layer, are none, and `describe_trainable` says so.
+    A mixture's experts, which transformers keeps in one tensor a layer, are no linear layers and get no adapter;
+    `describe_trainable` says so.
     """
     linear = {name.rsplit(".", 1)[-1] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)}
     return LoraConfig(
@@ -185,23 +186,20 @@ def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConf
 
 
 def skip_unread_layers(model: LlavaForConditionalGeneration) -> set[str]:
-    """Has the vision tower run no longer what the projector does not read: layers that are kept, and saved.
+    """Skips the vision tower's layers whose output the projector never uses. They are kept, and saved.
 
-    Which they are is asked: what a picture's features depend on gets a gradient, here on the meta device, without
-    weights. Returns the names of the tower's parameters that get none.
+    A backward pass on the meta device finds them: they get no gradient. Returns the names of the tower's parameters
+    that get none.
     """
-    tower, config = model.model.vision_tower, model.config
-    with torch.device("meta"):
-        copy = AutoModel.from_config(config.vision_config)
-        pixel_values = torch.empty(1, 3, config.vision_config.image_size, config.vision_config.image_size)
-    layers = config.vision_feature_layer
-    states = copy(pixel_values, output_hidden_states=True).hidden_states
+    layers = model.config.vision_feature_layer
+    tower, states = tower_states(model.config, model.config.vision_config.image_size)
     sum(states[layer].sum() for layer in ([layers] if isinstance(layers, int) else layers)).backward()
-    unread = {name for name, parameter in copy.named_parameters() if parameter.grad is None}
-    for name, modules in tower.named_modules():
+    unread = {name for name, parameter in tower.named_parameters() if parameter.grad is None}
+    for name, modules in model.model.vision_tower.named_modules():
         if isinstance(modules, nn.ModuleList):
             for i, layer in enumerate(modules):
-                if {f"{name}.{i}.{parameter}" for parameter, _ in layer.named_parameters()} <= unread:
+                names = {f"{name}.{i}.{parameter}" for parameter, _ in layer.named_parameters()}
+                if names and names <= unread:
                     layer.forward = lambda hidden_states, *_, **__: hidden_states
     return unread
 
@@ -209,13 +207,13 @@ def skip_unread_layers(model: LlavaForConditionalGeneration) -> set[str]:
 def set_trainable(
     model: LlavaForConditionalGeneration, train_type: str, arguments: LoraArguments
 ) -> LlavaForConditionalGeneration | PeftModel:
-    """Decides what trains; everything else is frozen. The projector always trains.
+    """Decides what trains; everything else is frozen.
 
-    - `projector`: nothing else
-    - `freeze_vision`: and the language model
-    - `full`: and the vision tower, up to the layer the projector reads (what lies behind it has no effect)
-    - `lora`: and low-rank adapters (Hu et al., 2021) on every linear layer inside the language model, by PEFT. The
-      projector is trained in full beside them and saved with them.
+    - `projector`: the projector alone
+    - `freeze_vision`: the projector and the language model
+    - `full`: the projector, the language model, and the vision tower's layers that the projector uses
+    - `lora`: low-rank adapters (Hu et al., 2021) on the language model's linear layers, by PEFT, and the projector,
+      which is trained in full and saved with them
     """
     model.requires_grad_(False)
     unread = skip_unread_layers(model)

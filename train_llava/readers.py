@@ -232,7 +232,7 @@ def find_records(data_path: str, image_dir: str | None = None) -> tuple[list[Pat
     if image_dir is not None and not (Path(image_dir).is_dir() or is_archive(Path(image_dir))):
         raise FileNotFoundError(f"--image_dir {image_dir} is no folder and no .zip file")
     if not path.exists():
-        if HUB_ID.fullmatch(data_path):
+        if HUB_ID.fullmatch(data_path) and path.suffix not in READERS:
             return [], None
         raise FileNotFoundError(f"--data_path {data_path} does not exist")
     if path.is_dir():

@@ -96,7 +96,7 @@ def _turns(record: Record) -> list[dict[str, Any]]:
         pairs = [(text.get("user"), text.get("assistant")) for text in _list_of_dicts(value, shape)]
     elif shape == "completion":
         pairs = [(record.get("prompt"), value)]
-        if isinstance(value, list) and isinstance(record.get("prompt"), list):
+        if isinstance(value, list) or isinstance(record.get("prompt"), list):
             return _list_of_dicts(record["prompt"], "prompt") + _list_of_dicts(value, shape)
     elif shape == "question":
         pairs = [(value, record.get("answer"))]
@@ -127,7 +127,7 @@ def _message(turn: dict[str, Any]) -> dict[str, Any]:
     parts: list[dict[str, str]] = []
     for part in content:
         text = part.get("text")
-        kind = part.get("type") or ("image" if text is None else "text")
+        kind = part.get("type") or ("text" if part.keys() & {"text", "content"} else "image")
         if kind not in ("text", "image", "image_url"):
             raise ValueError(f"it has a part of type {reprlib.repr(kind)}, which the model cannot take in")
         text = text if kind == "text" else IMAGE_TOKEN

@@ -115,7 +115,8 @@ class TrainArguments(TrainingArguments):
         if self.vision_learning_rate is None:
             self.vision_learning_rate = self.learning_rate * 0.1
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and device().type == "cuda" and torch.cuda.is_bf16_supported()
+            on_gpu = device().type == "cuda" and not self.fp16
+            self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         self.use_cpu = self.use_cpu or device().type == "cpu"
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         if self.fp16 and self.use_cpu:
@@ -196,9 +197,10 @@ def main() -> None:
     model = set_trainable(model, args.train_type, lora_arguments)
     model.config.text_config.use_cache = False  # the Trainer turns it off in `config` only
     if args.deepspeed is None:
-        # Half-precision weights are too coarse for small updates; DeepSpeed keeps its own fp32 copies
+        # Half-precision weights are too coarse for small updates; DeepSpeed keeps its own fp32 copies. In full, the
+        # tower's unread norms follow: they would not take fp32
         for parameter in model.parameters():
-            if parameter.requires_grad or args.train_type == "full":  # a frozen norm between would not take fp32
+            if parameter.requires_grad or args.train_type == "full":
                 parameter.data = parameter.data.float()
     if args.process_index == 0:
         print(describe_trainable(model, learning_rates))

@@ -37,10 +37,12 @@ from train_llava.run_folder import UNFINISHED, check_base, read_back, save_base_
 
 
 def with_ids(items: list[dict[str, Any]], collator: LlavaCollator) -> dict[str, Any]:
-    """The collator's batch and, for the trainer alone, the records' `ids` and how many tokens are `learnt` of each."""
+    """The collator's batch and, for the trainer alone, the records' `ids`, the numbers of their `answer_tokens`, and
+    which of them is a `stand_in` for a bad one."""
     items = [collator.chat.labelled(item) for item in items]
-    learnt = [int((item["labels"][1:] != IGNORE).sum()) for item in items]
-    return collator(items) | {"ids": [item["id"] for item in items], "learnt": torch.tensor(learnt)}
+    counts = [int((item["labels"][1:] != IGNORE).sum()) for item in items]
+    extra = {"ids": [item["id"] for item in items], "answer_tokens": torch.tensor(counts)}
+    return collator(items) | extra | {"stand_in": torch.tensor([item.get("stand_in", False) for item in items])}
 
 
 class StopOnSignal(TrainerCallback):
@@ -100,11 +102,12 @@ class LlavaTrainer(Trainer):
             for parameter in group["params"]:
                 by_rate.setdefault(self.learning_rates[part_of(names[parameter])], []).append(parameter)
             groups += [group | {"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
-        optimizer.param_groups[:] = groups
+        # what is logged as the learning rate is the first group's
+        optimizer.param_groups[:] = sorted(groups, key=lambda group: group["lr"] != self.args.learning_rate)
         return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        ids, _ = inputs.pop("ids"), inputs.pop("learnt")
+        ids, *_ = (inputs.pop(name) for name in ("ids", "answer_tokens", "stand_in"))
         outcome = super().compute_loss(model, inputs, *args, **kwargs)
         loss = outcome[0] if isinstance(outcome, tuple) else outcome
         if model.training and not torch.isfinite(loss):
@@ -115,11 +118,13 @@ class LlavaTrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
         """Adds the losses of the records of a batch, and their tokens, to `held_out`; no record counts twice."""
         inputs = self._prepare_inputs(inputs)
-        _, learnt, _, labels = (inputs.pop(name) for name in ("ids", "learnt", "labels", "shift_labels"))
+        names = ("ids", "labels", "answer_tokens", "stand_in", "shift_labels")
+        *_, counts, stand_in, labels = (inputs.pop(name) for name in names)
         with torch.no_grad():
             losses = cross_entropy(model(**inputs).logits.float(), labels, reduction="none")
-        sums = torch.stack([part.sum() for part in losses.split(learnt.tolist())])
-        self.held_out += self.accelerator.gather_for_metrics(torch.stack([sums, learnt], dim=1)).cpu().double().sum(0)
+        sums = torch.stack([part.sum() for part in losses.split(counts.tolist())])
+        sums_and_counts = torch.stack([sums, counts], dim=1) * ~stand_in[:, None]
+        self.held_out += self.accelerator.gather_for_metrics(sums_and_counts).cpu().double().sum(0)
         return None, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -133,7 +138,7 @@ class LlavaTrainer(Trainer):
             check_base(resume_from_checkpoint, self.model, self.model.config.name_or_path)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            saved, _ = load_checkpoint(resume_from_checkpoint)
+            saved, _ = load_checkpoint(resume_from_checkpoint, torch.float32)  # whatever its configuration says
             self.model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
