@@ -25,6 +25,14 @@ from train_llava.chat import image_side, image_tokens
 from train_llava.cli import device, opening
 from train_llava.template import complete_generation_config, complete_template
 
+# A learning rate that makes each type work, from the LLaVA-1.5 recipe (Liu et al., 2023), and the parts that train in
+# full. `lora` trains low-rank adapters (Hu et al., 2021) of the language model beside them.
+TRAIN_TYPES = {
+    "projector": (1e-3, ["projector"]),
+    "lora": (2e-4, ["projector"]),
+    "freeze_vision": (2e-5, ["projector", "language model"]),
+    "full": (2e-5, ["projector", "language model", "vision tower"]),
+}
 BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
 
@@ -207,23 +215,8 @@ def skip_unread_layers(model: LlavaForConditionalGeneration) -> set[str]:
 def set_trainable(
     model: LlavaForConditionalGeneration, train_type: str, arguments: LoraArguments
 ) -> LlavaForConditionalGeneration | PeftModel:
-    """Decides what trains; everything else is frozen.
-
-    - `projector`: the projector alone
-    - `freeze_vision`: the projector and the language model
-    - `full`: the projector, the language model, and the vision tower's layers that the projector uses
-    - `lora`: low-rank adapters (Hu et al., 2021) on the language model's linear layers, by PEFT, and the projector,
-      which is trained in full and saved with them
-    """
-    model.requires_grad_(False)
-    unread = skip_unread_layers(model)
-    if train_type == "lora":
-        return get_peft_model(model, lora_config(model.model.language_model, arguments))
-    model.model.multi_modal_projector.requires_grad_(True)
-    if train_type in ("freeze_vision", "full"):
-        model.model.language_model.requires_grad_(True)
-        model.lm_head.requires_grad_(True)
-    if train_type == "full":
-        for name, parameter in model.model.vision_tower.named_parameters():
-            parameter.requires_grad_(name not in unread)
-    return model
+    """Decides what trains, by `TRAIN_TYPES`. All else is frozen, and so is what of the tower the projector never uses."""
+    unread = {f"model.vision_tower.{name}" for name in skip_unread_layers(model)}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in TRAIN_TYPES[train_type][1] and name not in unread)
+    return get_peft_model(model, lora_config(model.model.language_model, arguments)) if train_type == "lora" else model

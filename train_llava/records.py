@@ -19,7 +19,7 @@ to its last question, texts or VQA's objects of `answer`; and `references`: text
 import base64
 import hashlib
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,9 @@ from train_llava.readers import BadRecordError, Record, find_records, parse_json
 IMAGE_TOKEN = "<image>"
 CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
-SHAPES = ("conversations", "messages", "texts", "completion", "question", "caption")
 UNSEEN = {"video", "videos", "audio", "audios"}  # what a record may hold that a LLaVA does not take in
 BATCH_BYTES = 64 << 20  # of pictures that are written at once: Arrow counts a batch in 31 bits
-LAYOUT = 4  # of the table below; another number makes every data set be read anew
+LAYOUT = 5  # of the table and of the rules below; another number makes every data set be read anew
 
 FEATURES = datasets.Features(
     {
@@ -57,6 +56,36 @@ FEATURES = datasets.Features(
 EMPTY_ROW = dict.fromkeys(FEATURES) | {"messages": "[]", "images": [], "image_bytes": [], "length": 0}
 
 
+def _list_of_dicts(value: Any, name: str) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        value = parse_json(value.encode(), f"the text of {name}")
+    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
+        raise ValueError(f"it has no {name}")
+    return value
+
+
+def _pairs(*pairs: tuple[Any, Any]) -> list[dict[str, Any]]:
+    """Questions and answers as turns."""
+    return [turn for q, a in pairs for turn in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+
+
+def _completion(prompt: Any, completion: Any) -> list[dict[str, Any]]:
+    if isinstance(completion, list) or isinstance(prompt, list):
+        return _list_of_dicts(prompt, "prompt") + _list_of_dicts(completion, "completion")
+    return _pairs((prompt, completion))
+
+
+# Each shape of record by the key that tells it, the first that a record has: from that key's value to the turns
+SHAPES: dict[str, Callable[[Any, Record], list[dict[str, Any]]]] = {
+    "conversations": lambda turns, _: _list_of_dicts(turns, "conversations"),
+    "messages": lambda turns, _: _list_of_dicts(turns, "messages"),
+    "texts": lambda texts, _: _pairs(*((t.get("user"), t.get("assistant")) for t in _list_of_dicts(texts, "texts"))),
+    "completion": lambda completion, record: _completion(record.get("prompt"), completion),
+    "question": lambda question, record: _pairs((question, record.get("answer"))),
+    "caption": lambda text, _: _pairs((CAPTION_QUESTION, text[0] if isinstance(text, list) and text else text)),
+}
+
+
 def to_messages(record: Record) -> list[dict[str, Any]]:
     """A record's turns as chat messages, each a list of parts: pictures, and the texts around `<image>` tags.
 
@@ -69,7 +98,10 @@ def to_messages(record: Record) -> list[dict[str, Any]]:
     for key in UNSEEN & record.keys():
         if record[key]:
             raise ValueError(f"it has {key}, which the model cannot take in")
-    messages = [_message(turn) for turn in _turns(record)]
+    shape = next((shape for shape in SHAPES if record.get(shape) is not None), None)
+    if shape is None:
+        raise ValueError(f"it has no {', no '.join(SHAPES)}")
+    messages = [_message(turn) for turn in SHAPES[shape](record[shape], record)]
     roles = [message["role"] for message in messages if message["role"] != "system"]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise ValueError("questions and answers do not take turns, a question first and an answer last")
@@ -81,36 +113,6 @@ def to_messages(record: Record) -> list[dict[str, Any]]:
     elif tags != pictures:
         raise ValueError(f"{tags} {IMAGE_TOKEN} tags for {pictures} pictures")
     return messages
-
-
-def _turns(record: Record) -> list[dict[str, Any]]:
-    """The turns of any shape of record, each with a role and a content."""
-    for shape in SHAPES:
-        if (value := record.get(shape)) is not None:
-            break
-    else:
-        raise ValueError(f"it has no {', no '.join(SHAPES)}")
-    if shape in ("conversations", "messages"):
-        return _list_of_dicts(value, shape)
-    if shape == "texts":
-        pairs = [(text.get("user"), text.get("assistant")) for text in _list_of_dicts(value, shape)]
-    elif shape == "completion":
-        pairs = [(record.get("prompt"), value)]
-        if isinstance(value, list) or isinstance(record.get("prompt"), list):
-            return _list_of_dicts(record["prompt"], "prompt") + _list_of_dicts(value, shape)
-    elif shape == "question":
-        pairs = [(value, record.get("answer"))]
-    else:
-        pairs = [(CAPTION_QUESTION, value[0] if isinstance(value, list) and value else value)]
-    return [turn for q, a in pairs for turn in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
-
-
-def _list_of_dicts(value: Any, name: str) -> list[dict[str, Any]]:
-    if isinstance(value, str):
-        value = parse_json(value.encode(), f"the text of {name}")
-    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
-        raise ValueError(f"it has no {name}")
-    return value
 
 
 def _message(turn: dict[str, Any]) -> dict[str, Any]:

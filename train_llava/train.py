@@ -21,15 +21,20 @@ from train_llava.chat import Chat
 from train_llava.checks import check_claims, check_options, preflight
 from train_llava.cli import device, parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
-from train_llava.model import BITS_HELP, LoraArguments, count_parameters, load_checkpoint, set_trainable
+from train_llava.model import (
+    BITS_HELP,
+    TRAIN_TYPES,
+    LoraArguments,
+    count_parameters,
+    load_checkpoint,
+    set_trainable,
+)
 from train_llava.reports import describe_trainable, write_run_card
 from train_llava.run_folder import starting_point
 from train_llava.stream import stream_items
 from train_llava.trainer import LlavaTrainer
 
-# Learning rates that make each type work, from the LLaVA-1.5 recipe (Liu et al., 2023): stage 1 trains the projector,
-# stage 2 everything after it.
-LEARNING_RATES = {"projector": 1e-3, "lora": 2e-4, "freeze_vision": 2e-5, "full": 2e-5}
+LEARNING_RATES = {name: rate for name, (rate, _) in TRAIN_TYPES.items()}
 TUTORIAL_NAMES = {"use_lora": "lora", "none": "full"}
 
 
@@ -76,11 +81,11 @@ class DataArguments:
 class TrainArguments(TrainingArguments):
     """`TrainingArguments` with what trains, and with defaults that suit a LLaVA."""
 
-    train_type: Literal["lora", "full", "freeze_vision", "projector", "use_lora", "none"] = field(
+    train_type: Literal[*TRAIN_TYPES, *TUTORIAL_NAMES] = field(
         default="lora",
         metadata={
-            "help": "lora: adapters in the language model, and the projector; full: everything; freeze_vision: all "
-            "but the vision tower; projector: it alone. use_lora and none are the tutorial's names of lora and full."
+            "help": "; ".join(f"{name}: the {', the '.join(parts)}" for name, (_, parts) in TRAIN_TYPES.items())
+            + ". lora trains adapters in the language model, too; use_lora and none are the tutorial's names."
         },
     )
     learning_rate: float | None = field(
@@ -197,10 +202,10 @@ def main() -> None:
     model = set_trainable(model, args.train_type, lora_arguments)
     model.config.text_config.use_cache = False  # the Trainer turns it off in `config` only
     if args.deepspeed is None:
-        # Half-precision weights are too coarse for small updates; DeepSpeed keeps its own fp32 copies. In full, the
-        # tower's unread norms follow: they would not take fp32
+        # Half-precision weights are too coarse for small updates; DeepSpeed keeps its own fp32 copies. Where the
+        # tower trains, its unread norms follow: they would not take fp32
         for parameter in model.parameters():
-            if parameter.requires_grad or args.train_type == "full":
+            if parameter.requires_grad or "vision tower" in TRAIN_TYPES[args.train_type][1]:
                 parameter.data = parameter.data.float()
     if args.process_index == 0:
         print(describe_trainable(model, learning_rates))
