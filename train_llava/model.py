@@ -215,7 +215,7 @@ def skip_unread_layers(model: LlavaForConditionalGeneration) -> set[str]:
 def set_trainable(
     model: LlavaForConditionalGeneration, train_type: str, arguments: LoraArguments
 ) -> LlavaForConditionalGeneration | PeftModel:
-    """Decides what trains, by `TRAIN_TYPES`. All else is frozen, and so is what of the tower the projector never uses."""
+    """Decides what trains, by `TRAIN_TYPES`. All else is frozen, and what of the tower the projector never uses."""
     unread = {f"model.vision_tower.{name}" for name in skip_unread_layers(model)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in TRAIN_TYPES[train_type][1] and name not in unread)
