@@ -119,6 +119,14 @@ class Chat:
             raise ValueError("no token to learn")
         return input_ids, labels
 
+    def count_tokens(self, messages: list[dict[str, Any]]) -> int:
+        """About how many tokens a conversation has, one for a picture, whether it can be trained on or not."""
+        try:
+            text = render(self.tokenizer, messages)
+        except ValueError:  # the template refuses it
+            text = "\n".join(map(text_of, messages))
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
     def labelled(self, item: dict[str, Any]) -> dict[str, Any]:
         """An item with its `input_ids` and `labels` (see `encode`); one that has them is left as it is.
 

@@ -38,7 +38,7 @@ CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 UNSEEN = {"video", "videos", "audio", "audios"}  # what a record may hold that a LLaVA does not take in
 BATCH_BYTES = 64 << 20  # of pictures that are written at once: Arrow counts a batch in 31 bits
-LAYOUT = 5  # of the table and of the rules below; another number makes every data set be read anew
+LAYOUT = 6  # of the table and of the rules below; another number makes every data set be read anew
 
 FEATURES = datasets.Features(
     {
@@ -49,11 +49,10 @@ FEATURES = datasets.Features(
         "language": datasets.Value("string"),
         "answers": datasets.List(datasets.Value("string")),
         "references": datasets.List(datasets.Value("string")),
-        "length": datasets.Value("int32"),  # of the texts in bytes, to group conversations of like length
         "fault": datasets.Value("string"),  # why the record cannot be used
     }
 )
-EMPTY_ROW = dict.fromkeys(FEATURES) | {"messages": "[]", "images": [], "image_bytes": [], "length": 0}
+EMPTY_ROW = dict.fromkeys(FEATURES) | {"messages": "[]", "images": [], "image_bytes": []}
 
 
 def _list_of_dicts(value: Any, name: str) -> list[dict[str, Any]]:
@@ -217,8 +216,7 @@ def table_row(record: Any, number: int, members: dict[str, Place | None] | None 
         "".join([*names, *answers, *references, language or ""]).encode()
         row["images"], row["image_bytes"] = names, [] if names else pictures
         row["language"], row["answers"], row["references"] = language, answers, references
-        length = sum([len(text_of(message).encode()) for message in messages])
-        return row | {"messages": msgspec.json.encode(messages).decode(), "length": length}
+        return row | {"messages": msgspec.json.encode(messages).decode()}
     except BadRecordError as error:
         return row | {"id": _printable(error.args[0]), "fault": _printable(error.args[1])}
     except UnicodeEncodeError:

@@ -21,14 +21,7 @@ from train_llava.chat import Chat
 from train_llava.checks import check_claims, check_options, preflight
 from train_llava.cli import device, parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
-from train_llava.model import (
-    BITS_HELP,
-    TRAIN_TYPES,
-    LoraArguments,
-    count_parameters,
-    load_checkpoint,
-    set_trainable,
-)
+from train_llava.model import BITS_HELP, TRAIN_TYPES, LoraArguments, count_parameters, load_checkpoint, set_trainable
 from train_llava.reports import describe_trainable, write_run_card
 from train_llava.run_folder import starting_point
 from train_llava.stream import stream_items
