@@ -120,7 +120,9 @@ def test_two_zero2_ranks_do_not_change_the_loss(llava, corpus, tmp_path, one_ran
     assert logged(tmp_path / "run", "eval_loss")[-1] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("train_type", LEARNING_RATES)
+@pytest.mark.parametrize(
+    "train_type", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in LEARNING_RATES if name != "lora")]
+)
 def test_every_type_trains_in_bf16_on_two_ranks(llava, corpus, tmp_path, train_type):
     output = tmp_path / "run"
     done = run_zero2(

@@ -67,7 +67,7 @@ def start(command: list, environment: dict, output: Path, checkpoint: str) -> su
     return run
 
 
-@pytest.mark.parametrize("train_type", ["lora", "full"])
+@pytest.mark.parametrize("train_type", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_losses(llava, corpus, tmp_path, train_type):
     arguments = [*FAST, "--train_type", train_type, "--max_steps", "60", "--save_steps", "5"]
     done = run_zero2(llava, corpus, tmp_path / "whole", *arguments)
@@ -420,7 +420,7 @@ def test_a_rank_with_pictures_and_one_without_stay_in_step(llava, corpus, tmp_pa
     assert logged(tmp_path / "two") == pytest.approx(both, abs=1e-4)
 
 
-@pytest.mark.parametrize("train_type", ["lora", "full"])
+@pytest.mark.parametrize("train_type", [pytest.param("lora", marks=pytest.mark.slow), "full"])
 def test_zero3_trains_to_the_same_losses_and_saves_one_whole_checkpoint(llava, corpus, tmp_path, train_type):
     arguments = [*FAST, "--train_type", train_type, "--max_steps", "5", "--lora_dropout", "0"]
     losses = {}
@@ -438,6 +438,7 @@ def test_zero3_trains_to_the_same_losses_and_saves_one_whole_checkpoint(llava, c
     assert all(torch.allclose(two[name], three[name], atol=1e-5) for name in two)
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_two_ranks_of_one_do(llava, corpus, tmp_path):
     """Two launchers that know of each other by a host file alone, as on two machines without ssh between them."""
     (tmp_path / "hosts").write_text("first slots=1\nsecond slots=1\n")
