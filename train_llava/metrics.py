@@ -19,14 +19,6 @@ from unicodedata import category, normalize
 
 import numpy as np
 
-METRICS = {
-    "exact_match": "exact match",
-    "token_f1": "token F1",
-    "rouge_l": "ROUGE-L",
-    "bleu": "BLEU-4",
-    "cider": "CIDEr-D",
-    "vqa_accuracy": "VQA accuracy",
-}
 # A word is a run of letters and digits with their combining marks, by which Hindi, Thai and Arabic write vowels.
 # Chinese and Japanese characters, which nothing separates, are words each
 MARKS = "".join(c for c in map(chr, range(0x1F000)) if category(c).startswith("M"))
@@ -199,15 +191,25 @@ def score_exact(predictions: list[Prediction]) -> dict[str, Any]:
     return {"n": len(hits), "exact_match": mean(hits), "intervals": {"exact_match": wilson(hits)}}
 
 
+# Each metric's name in tables, and what scores each question; None where it is of all together, or in `score_exact`
+SCORES: dict[str, tuple[str, Callable[[list[Prediction]], list[float]] | None]] = {
+    "exact_match": ("exact match", None),
+    "token_f1": ("token F1", lambda predictions: list(map(token_f1, predictions))),
+    "rouge_l": ("ROUGE-L", lambda predictions: list(map(rouge_l, predictions))),
+    "bleu": ("BLEU-4", None),
+    "cider": ("CIDEr-D", cider),
+    "vqa_accuracy": ("VQA accuracy", lambda predictions: [vqa_accuracy(p) for p in predictions if p["answers"]]),
+}
+METRICS = {metric: name for metric, (name, _) in SCORES.items()}
+
+
 def score_group(predictions: list[Prediction]) -> dict[str, Any]:
     """Every metric over some predictions, and the 95 % interval of each that is a mean over questions."""
-    scores = {"token_f1": list(map(token_f1, predictions)), "rouge_l": list(map(rouge_l, predictions))}
-    scores["cider"] = cider(predictions)
-    if answered := [p for p in predictions if p["answers"]]:
-        scores["vqa_accuracy"] = list(map(vqa_accuracy, answered))
+    scores = {metric: score(predictions) for metric, (_, score) in SCORES.items() if score is not None}
+    scores = {metric: values for metric, values in scores.items() if values}
     exact = score_exact(predictions)
-    exact["intervals"] |= {name: bootstrap(values) for name, values in scores.items()}
-    return exact | {"bleu": bleu(predictions)} | {name: mean(values) for name, values in scores.items()}
+    exact["intervals"] |= {metric: bootstrap(values) for metric, values in scores.items()}
+    return exact | {"bleu": bleu(predictions)} | {metric: mean(values) for metric, values in scores.items()}
 
 
 def by_language(
