@@ -29,7 +29,8 @@ def image_side(processor: LlavaProcessor) -> int:
 
 def image_tokens(processor: LlavaProcessor) -> int:
     """How many `<image>` tokens the processor writes for a picture."""
-    blank = torch.empty(1, 3, image_side(processor), image_side(processor))
+    side = image_side(processor)
+    blank = torch.empty(1, 3, side, side)
     return processor.replace_image_token({"pixel_values": blank}, 0).count(processor.image_token)
 
 

@@ -1,4 +1,4 @@
-"""Before a long run, what would fail after hours is tried once: a step, saving, and reading back what was saved."""
+"""What is measured and not assumed: of an assembled model and, before a long run, of what would fail after hours."""
 
 import shutil
 import sys

@@ -37,7 +37,7 @@ from train_llava.model import BITS_HELP, load_checkpoint
 from train_llava.pictures import open_image
 from train_llava.readers import BadRecordError, read_jsonl
 from train_llava.records import IMAGE_TOKEN, Record, pictures_of, text_of, to_messages
-from train_llava.run_folder import check_base
+from train_llava.run_folder import check_base, first_numbers
 
 MAX_BYTES = 50 << 20  # of a picture from the network
 ADDRESSES = ("http://", "https://", "data:")
@@ -340,7 +340,7 @@ def read_answers(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 def weights_digest(model: torch.nn.Module) -> str:
     """By what a model, with its adapter, is told from another: the first numbers of its tensors."""
-    numbers = [p.flatten()[:8].float().tolist() for p in model.parameters() if p.is_floating_point()]
+    numbers = list(first_numbers(model).values())
     return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
 
 

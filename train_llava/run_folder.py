@@ -90,19 +90,29 @@ def read_back(folder: Path, model: nn.Module) -> None:
         raise ValueError(f"{folder} was not saved whole: {what}")
 
 
-def base_fingerprint(model: nn.Module) -> dict[str, list[float]]:
-    """The first numbers of every tensor of a model, with or without an adapter, that an adapter leaves as it is.
+def first_numbers(model: nn.Module) -> dict[str, list[float]]:
+    """The first numbers of every tensor of a model, by which it is told from another one of its shape.
 
-    So a model is told from another one of its shape. Left out are the projector, which an adapter brings along, and
-    tensors in 4 or 8 bits, which no model in more bits has.
+    Left out are tensors in 4 or 8 bits, which no model in more bits has.
     """
-    numbers = {}
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and "lora_" not in name and "multi_modal_projector" not in name:
-            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            # where ZeRO-3 has shared a parameter out, the first rank holds its beginning
-            numbers[name] = getattr(parameter, "ds_tensor", parameter).detach().flatten()[:8].float().tolist()
-    return numbers
+    return {
+        # where ZeRO-3 has shared a parameter out, the first rank holds its beginning
+        name: getattr(parameter, "ds_tensor", parameter).detach().flatten()[:8].float().tolist()
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+    }
+
+
+def base_fingerprint(model: nn.Module) -> dict[str, list[float]]:
+    """The `first_numbers` of a model, with or without an adapter, that an adapter leaves as they are.
+
+    The projector is left out: an adapter brings it along.
+    """
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): numbers
+        for name, numbers in first_numbers(model).items()
+        if "lora_" not in name and "multi_modal_projector" not in name
+    }
 
 
 def save_base_fingerprint(model: nn.Module, folder: Path) -> None:
