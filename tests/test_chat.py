@@ -150,7 +150,7 @@ def marked(chat: Chat, *texts: str) -> str:
     learnt = np.flatnonzero(np.diff(np.concatenate([[False], labels != IGNORE, [False]]).astype(int)))
     pieces = [chat.tokenizer.decode(ids) for ids in np.split(input_ids, learnt)]
     text = "".join(piece + ("«" if i % 2 else "»") for i, piece in enumerate(pieces))[:-1]
-    return text.replace("<image>" * chat.image_tokens, "<image>")
+    return text.replace("<image>" * chat.image_tokens(), "<image>")
 
 
 def check_everything(chat: Chat) -> None:
@@ -169,7 +169,7 @@ def check_everything(chat: Chat) -> None:
         prompt = processor.apply_chat_template(messages[:i], add_generation_prompt=True)
         assert prompt == processor.apply_chat_template(strings[:i], add_generation_prompt=True)
         assert prompt == tokenizer.apply_chat_template(strings[:i], add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(prompt.replace("<image>", "<image>" * chat.image_tokens), add_special_tokens=False)[
+        ids = tokenizer(prompt.replace("<image>", "<image>" * chat.image_tokens()), add_special_tokens=False)[
             "input_ids"
         ]
         assert ids == chat.prompts([messages[:i]], [Image.new("RGB", (8, 8))])["input_ids"][0].tolist()

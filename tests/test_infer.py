@@ -259,7 +259,7 @@ def test_the_context_of_the_model_is_kept(opened):
     model, processor = opened
     length = Chat(processor).prompts([question("hi")], [])["input_ids"].shape[1]
     fits = question("hi" + "z" * (512 - length - 2))  # one token each
-    assert infer.room_for_answer(model, Chat(processor), fits) == 2
+    assert infer.room_for_answer(model, Chat(processor), fits, []) == 2
     together = generate(model, processor, [fits, *QUESTIONS[:1]], IMAGES[:1], 8)
     assert together[1] == generate(model, processor, QUESTIONS[:1], IMAGES[:1], 8)[0]
     with pytest.raises(ValueError, match="has 512 tokens, pictures included, and the model reads 512"):

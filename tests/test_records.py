@@ -558,7 +558,7 @@ def test_strips_reach_the_model(name):
     image_processor, rng = IMAGE_PROCESSORS[name], np.random.default_rng(3)
     sizes = ((1, 1), (3, 400), (401, 3), (7, 100), (333, 40), (40, 301), (1, 5))
     images = [Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)) for size in sizes]
-    ours = prepare_pictures(image_processor, images)
+    ours = prepare_pictures(image_processor, images)["pixel_values"]
     theirs = image_processor(images, return_tensors="pt")["pixel_values"]
     assert ours.shape == (len(sizes), 3, 28, 28)
     # what is padded is made small before, so a line is wider by a pixel; else the rounding to 256 levels differs
@@ -566,7 +566,7 @@ def test_strips_reach_the_model(name):
     assert difference.mean(1).max() < (0.3 if name == "pad" else 0.02)
     tracemalloc.start()
     for size in ((60000, 1), (1, 60000)):
-        assert prepare_pictures(image_processor, [Image.new("RGB", size, "red")]).isfinite().all()
+        assert prepare_pictures(image_processor, [Image.new("RGB", size, "red")])["pixel_values"].isfinite().all()
     assert tracemalloc.get_traced_memory()[1] < 10e6
     tracemalloc.stop()
 
@@ -578,7 +578,7 @@ def test_the_fast_path_gives_the_processors_pixels(processor):
         Image.fromarray(rng.integers(0, 256, s, dtype=np.uint8)) for s in ((28, 28, 3), (90, 41, 3), (33, 257, 3))
     ]
     difference = (
-        prepare_pictures(processor.image_processor, images)
+        prepare_pictures(processor.image_processor, images)["pixel_values"]
         - processor.image_processor(images, return_tensors="pt")["pixel_values"]
     ).abs()
     level = 1 / 255 / 0.26  # of 256, divided by the deviation

@@ -5,10 +5,12 @@
         --language_model_name_or_path Qwen/Qwen1.5-4B-Chat \
         --output_dir output/llava-qwen1.5-4b
 
-Both models keep their weights; only the projector between them is new. The folder is a standard
-`LlavaForConditionalGeneration` checkpoint: weights, processor, chat template and generation config.
+Both models keep their weights; only the projector between them is new. The folder is a standard checkpoint of
+`LlavaForConditionalGeneration` or, with `--image_aspect_ratio anyres`, `LlavaNextForConditionalGeneration`: weights,
+processor, chat template and generation config.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +29,8 @@ from transformers import (
     AutoTokenizer,
     BaseImageProcessor,
     LlavaConfig,
-    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
@@ -35,12 +38,16 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from train_llava.chat import Processor
 from train_llava.checks import check_checkpoint, reference_outputs
 from train_llava.cli import opening, parse_arguments, run_command, written_whole
-from train_llava.model import count_parameters
+from train_llava.model import Llava, count_parameters
+from train_llava.pictures import is_anyres
 from train_llava.records import IMAGE_TOKEN
 from train_llava.reports import write_card
 from train_llava.template import complete_generation_config, complete_template, end_of_turn_tokens
+
+PINPOINTS = ["1x2", "2x1", "2x2", "3x1", "1x3"]  # LLaVA-NeXT's
 
 
 @dataclass
@@ -62,14 +69,26 @@ class BuildArguments:
             "help": "default drops the class token, full keeps all; auto: default where there is a class token."
         },
     )
-    image_aspect_ratio: Literal["crop", "pad"] = field(
+    image_aspect_ratio: Literal["crop", "pad", "anyres"] = field(
         default="crop",
         metadata={
-            "help": "crop: as the tower's own processor does; pad: to a square first, as LLaVA-1.5, sides kept."
+            "help": "crop: as the tower's own processor does; pad: to a square first, as LLaVA-1.5, sides kept; "
+            "anyres: the whole picture and, at more pixels, its tiles, as LLaVA-NeXT."
         },
+    )
+    image_grid_pinpoints: list[str] | None = field(
+        default=None,
+        metadata={"help": f"With anyres, the grids that a picture may be cut into; default: {' '.join(PINPOINTS)}."},
     )
     skip_checks: bool = field(default=False, metadata={"help": "Do not run the assembled model before naming it."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a tokenizer."})
+
+    def __post_init__(self) -> None:
+        if self.image_aspect_ratio != "anyres" and self.image_grid_pinpoints is not None:
+            raise ValueError("--image_grid_pinpoints goes with --image_aspect_ratio anyres")
+        for grid in self.image_grid_pinpoints or []:
+            if not re.fullmatch("[1-9]x[1-9]", grid):
+                raise ValueError(f"--image_grid_pinpoints {grid}: rows x columns of tiles, 1 to 9 each, such as 2x3")
 
 
 def part_config(name_or_path: str) -> PreTrainedConfig:
@@ -138,8 +157,11 @@ def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
     return half.eval()
 
 
-def load_image_processor(name_or_path: str, image_aspect_ratio: str) -> BaseImageProcessor:
-    """The vision tower's own image processor, or one that pads to a square of the same size, as LLaVA-1.5's does.
+def load_image_processor(
+    name_or_path: str, image_aspect_ratio: str, side: int | None, grids: list[str] = PINPOINTS
+) -> BaseImageProcessor:
+    """The vision tower's own image processor, or one that pads to a square of the same size, as LLaVA-1.5's does, or
+    one that cuts a picture into tiles, as LLaVA-NeXT's does, of the `side` that the tower's configuration has.
 
     Raises:
         ValueError: there is none of that name, or none that makes one picture of one size.
@@ -151,12 +173,19 @@ def load_image_processor(name_or_path: str, image_aspect_ratio: str) -> BaseImag
             raise ValueError("it cuts pictures of any size (as NaFlex does): take a tower of one square picture size")
     if image_aspect_ratio == "crop":
         return image_processor
-    from transformers import LlavaImageProcessor  # here, since it warns of a missing torchvision when imported
+    # here, since they warn of a missing torchvision when imported
+    from transformers import LlavaImageProcessor, LlavaNextImageProcessor
 
     kept = ("resample", "image_mean", "image_std", "rescale_factor")
     settings = {name: value for name, value in image_processor.to_dict().items() if name in kept}
-    size = {"height": pixel_values.shape[-1], "width": pixel_values.shape[-1]}
-    return LlavaImageProcessor(do_pad=True, do_center_crop=False, size=size, crop_size=size, **settings)
+    if image_aspect_ratio == "pad":
+        size = {"height": pixel_values.shape[-1], "width": pixel_values.shape[-1]}
+        return LlavaImageProcessor(do_pad=True, do_center_crop=False, size=size, crop_size=size, **settings)
+    if not isinstance(side, int):
+        raise ValueError(f"anyres: {name_or_path} takes pictures of {side} pixels, and tiles are squares of one size")
+    pinpoints = [[int(rows) * side, int(columns) * side] for rows, columns in (grid.split("x") for grid in grids)]
+    settings["crop_size"] = {"height": side, "width": side}
+    return LlavaNextImageProcessor(image_grid_pinpoints=pinpoints, size={"shortest_edge": side}, **settings)
 
 
 @torch.inference_mode()
@@ -170,6 +199,7 @@ def ask_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, name:
         ValueError: it does not take such a picture, or gives no grid of patches.
     """
     pixel_values = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].to(tower.dtype)
+    pixel_values = pixel_values.flatten(0, -4)[:1]
     side, patch = pixel_values.shape[-1], getattr(tower.config, "patch_size", None)
     try:
         states = tower(pixel_values, output_hidden_states=True).hidden_states
@@ -204,45 +234,52 @@ def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool = F
 def assemble(
     vision_tower: PreTrainedModel,
     language_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     image_seq_length: int,
     vision_feature_layer: int = -2,
-    vision_feature_select_strategy: str = "default",
-) -> LlavaForConditionalGeneration:
+) -> Llava:
     """Joins the two models by a fresh projector (Liu et al., 2023, "Improved Baselines with Visual Instruction
     Tuning": two linear layers with a GELU), without copying a weight.
 
     The LLaVA is made on the meta device, which takes no memory, and the two models' own modules are put into it.
     """
+    tokenizer, tiles = processor.tokenizer, is_anyres(processor.image_processor)
     if len(tokenizer) > language_model.config.vocab_size:
         language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    config = LlavaConfig(
+    grids = {"image_grid_pinpoints": processor.image_processor.image_grid_pinpoints} if tiles else {}
+    config = (LlavaNextConfig if tiles else LlavaConfig)(
         vision_config=vision_tower.config,
         text_config=language_model.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_seq_length=image_seq_length,
         vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy=vision_feature_select_strategy,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
         pad_token_id=tokenizer.pad_token_id,
         dtype=language_model.dtype,
+        tie_word_embeddings=language_model.config.tie_word_embeddings,
+        **grids,
     )
     for part in (config, config.vision_config, config.text_config):
         part.name_or_path = ""  # where the parts lay on this machine is no business of the checkpoint
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
     model.model.vision_tower = vision_tower
     model.model.language_model = language_model.base_model
     model.lm_head = language_model.get_output_embeddings()
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same command writes the same folder
         model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(language_model.dtype)
+        if tiles:
+            width = config.text_config.hidden_size
+            newline = torch.randn(width, dtype=language_model.dtype) / width**0.5  # as transformers begins it
+            model.model.image_newline = torch.nn.Parameter(newline)
 
     model.generation_config = language_model.generation_config
     complete_generation_config(model.generation_config, tokenizer)
     return model.eval()
 
 
-def published_names(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
+def published_names(model: Llava) -> dict[str, torch.Tensor]:
     """A LLaVA's weights with the tower's named as in published checkpoints.
 
     Other engines look for these; they know CLIP and SigLIP as a LLaVA's towers. transformers renames the rest itself,
@@ -278,13 +315,19 @@ def build_model(*arguments: Any, **named: Any) -> None:
         language_model = load_language_model(given.language_model_name_or_path, given.dtype)
         print(f"vision tower    {given.vision_model_name_or_path}")
         vision_tower = load_vision_tower(given.vision_model_name_or_path, language_model.dtype)
-        image_processor = load_image_processor(given.vision_model_name_or_path, given.image_aspect_ratio)
+        grids, side = given.image_grid_pinpoints or PINPOINTS, getattr(vision_tower.config, "image_size", None)
+        image_processor = load_image_processor(given.vision_model_name_or_path, given.image_aspect_ratio, side, grids)
         tokens, beside, states = ask_tower(vision_tower, image_processor, given.vision_model_name_or_path)
         if not -states <= layer < states:
             raise ValueError(f"--vision_feature_layer {layer}: the tower has hidden states {-states} to {states - 1}")
         if strategy == "auto":
             strategy = "default" if beside else "full"
-        processor = LlavaProcessor(
+        if given.image_aspect_ratio == "anyres" and beside != (strategy == "default"):
+            raise ValueError(
+                f"anyres: {given.vision_model_name_or_path} gives {beside} tokens beside its patches, and with "
+                f"--vision_feature_select_strategy {strategy} more than the patches would stand in the grid"
+            )
+        processor = (LlavaNextProcessor if given.image_aspect_ratio == "anyres" else LlavaProcessor)(
             image_processor=image_processor,
             tokenizer=tokenizer,
             patch_size=vision_tower.config.patch_size,
@@ -295,9 +338,7 @@ def build_model(*arguments: Any, **named: Any) -> None:
         if not given.skip_checks:
             references = reference_outputs(vision_tower, language_model, processor, layer)
         with running_as_one():
-            model = assemble(
-                vision_tower, language_model, tokenizer, tokens - (strategy == "default"), layer, strategy
-            )
+            model = assemble(vision_tower, language_model, processor, tokens - (strategy == "default"), layer)
         model.save_pretrained(folder, state_dict=published_names(model))
         processor.save_pretrained(folder)
         parts = [given.vision_model_name_or_path, given.language_model_name_or_path]

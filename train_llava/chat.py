@@ -1,5 +1,6 @@
 """A model's conversations: from messages to token ids, what of them is learnt, and what generation begins from."""
 
+import re
 from collections.abc import Iterable
 from datetime import date
 from functools import lru_cache
@@ -8,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LlavaProcessor
+from transformers import LlavaNextProcessor, LlavaProcessor
 
-from train_llava.pictures import prepare_pictures
+from train_llava.pictures import is_anyres, prepare_pictures
 from train_llava.records import IMAGE_TOKEN, BadRecordError, text_of
 from train_llava.template import TWO_TURNS, Form, end_of, opens_like, pieces_of, render, special_tokens
 
+Processor = LlavaProcessor | LlavaNextProcessor
 IGNORE = -100  # the label that cross entropy leaves out
 
 
@@ -22,16 +24,18 @@ def form_of(messages: list[dict[str, Any]]) -> Form:
     return tuple((message["role"], tuple(part["type"] for part in message["content"])) for message in messages)
 
 
-def image_side(processor: LlavaProcessor) -> int:
-    """How many pixels a side a picture has once it is prepared."""
-    return prepare_pictures(processor.image_processor, [Image.new("RGB", (32, 32))]).shape[-1]
+def image_side(processor: Processor) -> int:
+    """How many pixels a side a picture, or a tile of one, has once it is prepared."""
+    return prepare_pictures(processor.image_processor, [Image.new("RGB", (32, 32))])["pixel_values"].shape[-1]
 
 
-def image_tokens(processor: LlavaProcessor) -> int:
-    """How many `<image>` tokens the processor writes for a picture."""
-    side = image_side(processor)
-    blank = torch.empty(1, 3, side, side)
-    return processor.replace_image_token({"pixel_values": blank}, 0).count(processor.image_token)
+def image_tokens(processor: Processor, side: int, size: tuple[int, int]) -> int:
+    """How many `<image>` tokens the processor writes for a picture of that width and height.
+
+    `side`: see `image_side`.
+    """
+    prepared = {"pixel_values": torch.empty(1, 3, side, side), "image_sizes": [size[::-1]]}
+    return processor.replace_image_token(prepared, 0).count(processor.image_token)
 
 
 class Chat:
@@ -41,12 +45,23 @@ class Chat:
         ValueError: the processor's chat template is not one of `complete_template`'s.
     """
 
-    def __init__(self, processor: LlavaProcessor, max_length: int | None = None):
+    def __init__(self, processor: Processor, max_length: int | None = None):
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
-        self.side, self.image_tokens = image_side(processor), image_tokens(processor)
+        self.side, self.anyres = image_side(processor), is_anyres(processor.image_processor)
+        # a JPEG may be decoded smaller, down to this; by its tiles a picture has as many tokens as its size says
+        self.at_least = None if self.anyres else self.side
         written = "".join(self.pieces(TWO_TURNS))
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content in written}
         self.control_tokens = (added | special_tokens(self.tokenizer)) - {processor.image_token}
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - there is one of these a process
+    def image_tokens(self, size: tuple[int, int] = (0, 0)) -> int:
+        """How many `<image>` tokens a picture of that width and height has; without tiles, all have the same."""
+        return image_tokens(self.processor, self.side, size)
+
+    def count_image_tokens(self, sizes: Iterable[tuple[int, int]], pictures: int) -> list[int]:
+        """The `image_tokens` of so many pictures, whose `sizes` need not be known where there are no tiles."""
+        return [self.image_tokens(size) for size in sizes] if self.anyres else [self.image_tokens()] * pictures
 
     def pieces(self, form: Form, answer_next: bool = False) -> list[str]:
         """See `pieces_of`."""
@@ -85,8 +100,12 @@ class Chat:
                 ends.append(end)
         return text, spans, ends
 
-    def encode(self, messages: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, messages: list[dict[str, Any]], sizes: Iterable[tuple[int, int]] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
         """A conversation's token ids and labels, `(T,)` each; a label is its token's id where the assistant speaks.
+
+        `sizes` are the pictures' widths and heights, which a model without tiles does not need.
 
         The text is tokenised once, with one `<image>` for each picture, and labelled by the tokens' own positions in
         it: a token belongs to the span that it begins in. Then each `<image>` is repeated for the features it stands
@@ -111,7 +130,8 @@ class Chat:
             if ((starts < span.start) & (span.start < stops)).any():
                 raise ValueError("an answer whose beginning is one token with what the chat template writes before it")
             learnt |= inside
-        repeats = np.where(token_ids == self.processor.image_token_id, self.image_tokens, 1)
+        is_image, repeats = token_ids == self.processor.image_token_id, np.ones_like(token_ids)
+        repeats[is_image] = self.count_image_tokens(sizes, is_image.sum())
         input_ids = np.repeat(token_ids, repeats)
         labels = np.repeat(np.where(learnt, token_ids, IGNORE), repeats)
         if self.max_length is not None and len(input_ids) > self.max_length:
@@ -137,24 +157,27 @@ class Chat:
         if "labels" in item:
             return item
         try:
-            input_ids, labels = self.encode(item["messages"])
+            sizes = item.get("image_sizes") or [image.size for image in item["images"]]
+            input_ids, labels = self.encode(item["messages"], sizes)
         except ValueError as error:
             raise BadRecordError(item["id"], str(error)) from error
         return item | {"input_ids": input_ids, "labels": labels}
 
     def prompts(
-        self, conversations: Iterable[list[dict[str, Any]]], images: list[Image.Image]
+        self, conversations: Iterable[list[dict[str, Any]]], images: list[Image.Image], prepare: bool = True
     ) -> dict[str, torch.Tensor]:
         """Conversations that end with a question, as a batch to generate from: padded on the left, pictures in order.
 
-        Texts and pictures go the way that they go in training.
+        Texts and pictures go the way that they go in training. Without `prepare`, the texts alone.
         """
-        picture = self.processor.image_token * self.image_tokens
+        texts = [render(self.tokenizer, messages, answer_next=True) for messages in conversations]
+        pictures = sum(text.count(IMAGE_TOKEN) for text in texts)
+        counts = iter(self.count_image_tokens([image.size for image in images], pictures))
         batch = self.tokenizer(
-            [render(self.tokenizer, turns, answer_next=True).replace(IMAGE_TOKEN, picture) for turns in conversations],
+            [re.sub(IMAGE_TOKEN, lambda _: self.processor.image_token * next(counts), text) for text in texts],
             padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt",
             return_token_type_ids=False,
         )  # fmt: skip
-        if images:
-            batch["pixel_values"] = prepare_pictures(self.processor.image_processor, images)
+        if images and prepare:
+            batch.update(prepare_pictures(self.processor.image_processor, images))
         return batch

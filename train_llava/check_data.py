@@ -50,11 +50,14 @@ worker: dict[str, Any] = {}  # what a process opens once: the data set and, with
 
 def open_data(arguments: CheckArguments) -> None:
     """Opens the data set, and the model's processor, in a process."""
-    worker["dataset"] = LlavaDataset(arguments.data_path, arguments.image_dir, decode=arguments.decode_pictures)
-    worker["chat"] = None
+    chat = None
     if arguments.model_name_or_path is not None:
         _, processor = load_processor(arguments.model_name_or_path)
-        worker["chat"] = Chat(processor, arguments.max_length)
+        chat = Chat(processor, arguments.max_length)
+    by_size = chat is not None and chat.anyres
+    paths = (arguments.data_path, arguments.image_dir)
+    worker["dataset"] = LlavaDataset(*paths, decode=arguments.decode_pictures, measure=by_size)
+    worker["chat"] = chat
 
 
 def look_through(start: int, stop: int) -> dict[str, list]:

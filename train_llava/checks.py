@@ -15,7 +15,6 @@ from torch.optim import SGD
 from transformers import (
     AutoProcessor,
     GenerationConfig,
-    LlavaProcessor,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -24,7 +23,7 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks, is_deepspeed_zero3_enabled
 from transformers.utils import is_liger_kernel_available
 
-from train_llava.chat import IGNORE, Chat, form_of
+from train_llava.chat import IGNORE, Chat, Processor, form_of
 from train_llava.data import CheckedDataset
 from train_llava.model import count_parameters, load_checkpoint
 from train_llava.pictures import prepare_pictures
@@ -134,7 +133,8 @@ def _try_once(trainer: LlavaTrainer) -> None:
             processor.tokenizer.apply_chat_template([item["messages"] for item in items], return_dict=False)
             for processor in (trainer.processing_class, saved)
         )
-        if ours != theirs or (images and not prepare_pictures(saved.image_processor, images).equal(pixel_values)):
+        prepared = prepare_pictures(saved.image_processor, images)["pixel_values"] if images else pixel_values
+        if ours != theirs or not prepared.equal(pixel_values):
             raise ValueError("preflight: the processor is not saved as it is in memory")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -148,21 +148,22 @@ def _try_once(trainer: LlavaTrainer) -> None:
     )
 
 
-def example_inputs(processor: LlavaProcessor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For the checks: a text-only question `(1, T)`, and a square and a wide noise picture `(2, 3, H, W)`."""
+def example_inputs(processor: Processor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For the checks: a text-only question `(1, T)`, and a square and a wide noise picture, or the tiles of both,
+    `(N, 3, H, W)`."""
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     input_ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in ((64, 64, 3), (48, 160, 3))]
-    return input_ids, processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    return input_ids, processor.image_processor(pictures, return_tensors="pt")["pixel_values"].flatten(0, -4)
 
 
 @torch.inference_mode()
 def reference_outputs(
-    vision_tower: PreTrainedModel, language_model: PreTrainedModel, processor: LlavaProcessor, layer: int
+    vision_tower: PreTrainedModel, language_model: PreTrainedModel, processor: Processor, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the two models say alone: logits `(1, T, vocabulary)` and hidden states `(2, tokens, width)`."""
+    """What the two models say alone: logits `(1, T, vocabulary)` and hidden states `(N, tokens, width)`."""
     input_ids, pixel_values = example_inputs(processor)
     logits = language_model(input_ids=input_ids).logits
     features = vision_tower(pixel_values.to(vision_tower.dtype), output_hidden_states=True).hidden_states[layer]
@@ -207,7 +208,8 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
     picture = Image.new("RGB", (160, 48), "red")
     inputs = processor(images=picture, text=prompt, return_tensors="pt").to(model.dtype)
     written = int((inputs["input_ids"] == config.image_token_id).sum())
-    given = len(model.get_image_features(inputs["pixel_values"]).pooler_output[0])
+    pictures = {name: inputs[name] for name in processor.image_processor.model_input_names}
+    given = len(model.get_image_features(**pictures).pooler_output[0])
     if written != given:
         raise ValueError(f"the processor writes {written} {IMAGE_TOKEN} tokens a picture, the tower gives {given}")
     outcome.append(("tokens a picture", f"{written} written, {given} features"))
@@ -219,7 +221,7 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
     return outcome
 
 
-def check_claims(model: nn.Module, processor: LlavaProcessor, packing: bool) -> None:
+def check_claims(model: nn.Module, processor: Processor, packing: bool) -> None:
     """Measures, on a model that may have been assembled elsewhere, what training claims of it.
 
     Raises:
@@ -254,10 +256,10 @@ def check_conversations(chat: Chat, generation_config: GenerationConfig) -> list
         ValueError: one of these is not so; the message says what.
     """
     tokenizer, stops = chat.tokenizer, generation_config.eos_token_id
-    ends: list[str] = []
+    ends, picture = [], Image.new("RGB", (8, 8))
     for texts in (("What is this?", "A red square."), ("What is this?", "A red square.", "And this?", "It is blue.")):
         messages = conversation(*texts)
-        input_ids, labels = chat.encode(messages)
+        input_ids, labels = chat.encode(messages, [picture.size])
         learnt = np.flatnonzero(labels != IGNORE)
         runs = np.split(learnt, np.flatnonzero(np.diff(learnt) > 1) + 1)
         if len(runs) != len(texts) // 2:
@@ -268,7 +270,7 @@ def check_conversations(chat: Chat, generation_config: GenerationConfig) -> list
                 raise ValueError(f"{tokenizer.decode(input_ids[run])!r} is learnt as the answer {texts[2 * i + 1]!r}")
             if input_ids[run[-1]] not in (stops if isinstance(stops, list) else [stops]):
                 raise ValueError(f"answers are taught to end with {end}, and generation does not stop there")
-            prompt = chat.prompts([messages[: 2 * i + 1]], [Image.new("RGB", (8, 8))])["input_ids"][0].tolist()
+            prompt = chat.prompts([messages[: 2 * i + 1]], [picture])["input_ids"][0].tolist()
             if prompt != input_ids[: run[0]].tolist():
                 raise ValueError(
                     f"generation begins from {tokenizer.decode(prompt[-8:])!r}, and in training the answer followed "
@@ -303,7 +305,7 @@ def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def batching_difference(model: nn.Module, processor: LlavaProcessor) -> float:
+def batching_difference(model: nn.Module, processor: Processor) -> float:
     """The largest difference of the next token's logits between two questions alone and in one batch, padded as plain
     transformers does, of the largest logit."""
     texts = [

@@ -1,6 +1,7 @@
 """From records to the tensors the model is trained on: records → messages → token ids and labels → padded batch."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,40 +10,46 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlavaProcessor
+from tqdm import tqdm
 
-from train_llava.chat import IGNORE, Chat
-from train_llava.pictures import label, open_image, prepare_pictures, read_picture
+from train_llava.chat import IGNORE, Chat, Processor
+from train_llava.pictures import label, open_image, picture_size, prepare_pictures, read_picture
 from train_llava.records import BadRecordError, load_records
 from train_llava.run_folder import log_bad_sample
 
 
-def to_item(row: dict[str, Any], image_dir: Path | None, at_least: int | None = None) -> dict[str, Any]:
+def to_item(
+    row: dict[str, Any], image_dir: Path | None, at_least: int | None = None, decode: bool = True, measure: bool = True
+) -> dict[str, Any]:
     """A row of the table as an item of a data set, its pictures opened; see `LlavaDataset`.
 
     Raises:
         BadRecordError: the record or one of its pictures cannot be used.
     """
+    images, sizes = [], []
     try:
         if row["fault"] is not None:
             raise ValueError(row["fault"])
-        sources = [(read_picture(image_dir, name), label(name)) for name in row["images"]]
-        sources += [(content, f"picture {i}") for i, content in enumerate(row["image_bytes"])]
-        images = [open_image(source, name, at_least) for source, name in sources]
+        if decode or measure:
+            sources = [(read_picture(image_dir, name), label(name)) for name in row["images"]]
+            sources += [(content, f"picture {i}") for i, content in enumerate(row["image_bytes"])]
+            images = [open_image(source, name, at_least) for source, name in sources if decode]
+            sizes = [image.size for image in images] or [picture_size(*source) for source in sources]
     except (OSError, ValueError) as error:
         raise BadRecordError(row["id"], str(error)) from error
     kept = {key: row[key] for key in ("id", "language", "answers", "references")}
-    return kept | {"messages": json.loads(row["messages"]), "images": images}
+    return kept | {"messages": json.loads(row["messages"]), "images": images, "image_sizes": sizes}
 
 
 class LlavaDataset(torch.utils.data.Dataset):
-    """The records of one or several data sets; `[i]` gives `id`, `messages`, `images`, `language`, `answers` and
-    `references`.
+    """The records of one or several data sets; `[i]` gives `id`, `messages`, `images`, `image_sizes` (width, height),
+    `language`, `answers` and `references`.
 
     The records lie in Arrow files on disk and are mapped into memory, so that neither this process nor a data-loader
     worker holds them; pictures are opened when their record is asked for. `data_weights` says how often a pass goes
     through each source: 2 is twice, 0.5 is half of its records, always the same half. With `at_least`, large JPEGs are
-    decoded smaller (see `open_image`); without `decode`, items come without their pictures.
+    decoded smaller (see `open_image`). Without `decode`, items come without their pictures; with `measure`, the heads
+    of their files are read for the sizes.
 
     Raises:
         OSError, ValueError: a source is not there or not in any format (see `records`); `[i]`: the record is bad.
@@ -55,11 +62,12 @@ class LlavaDataset(torch.utils.data.Dataset):
         data_weights: list[float] | None = None,
         at_least: int | None = None,
         decode: bool = True,
+        measure: bool = False,
     ):
         paths = [data_path] if isinstance(data_path, str) else data_path
         weights = weights_of(paths, data_weights)
         self.tables, self.image_dirs = zip(*(load_records(path, image_dir) for path in paths), strict=True)
-        self.at_least, self.decode = at_least, decode
+        self.at_least, self.decode, self.measure = at_least, decode, measure
         rng = np.random.default_rng(0)
         picked = []
         for source, (table, weight) in enumerate(zip(self.tables, weights, strict=True)):
@@ -77,12 +85,10 @@ class LlavaDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         source, row = self.index[index]
         record = self.tables[source][int(row)]
-        if not self.decode:
-            record |= {"images": [], "image_bytes": []}
-        return to_item(record, self.image_dirs[source], self.at_least)
+        return to_item(record, self.image_dirs[source], self.at_least, self.decode, self.measure)
 
     def lengths(self, chat: Chat) -> np.ndarray:
-        """About how many tokens each record has, pictures included: to sort by, without opening a picture.
+        """About how many tokens each record has, pictures included: to sort by, without decoding a picture.
 
         200 records, from short to long, tell by least squares how many tokens come of so many turns, characters, and
         bytes, which differ by language.
@@ -99,7 +105,27 @@ class LlavaDataset(torch.utils.data.Dataset):
         texts = [self.tables[source].data.column("messages")[int(row)] for source, row in self.index[sample]]
         tokens = [chat.count_tokens(json.loads(text.as_py())) for text in texts]
         weights, *_ = np.linalg.lstsq(sizes[sample], tokens, rcond=None)
-        return sizes @ weights + sizes[:, 3] * (chat.image_tokens - 1)
+        return sizes @ weights + self.picture_tokens(chat, sizes[:, 3])
+
+    def picture_tokens(self, chat: Chat, pictures: np.ndarray) -> np.ndarray:
+        """How many more tokens than one the pictures of each record have, which are so many; a bad record's count 0.
+
+        By their tiles, each has as many as its size says, and its head is read.
+        """
+        if not chat.anyres:
+            return pictures * (chat.image_tokens() - 1)
+
+        def more(place: np.ndarray) -> int:
+            row = self.tables[place[0]][int(place[1])]
+            try:
+                sizes = to_item(row, self.image_dirs[place[0]], decode=False)["image_sizes"]
+            except BadRecordError:
+                return 0
+            return sum(chat.image_tokens(size) - 1 for size in sizes)
+
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(more, self.index)
+            return np.array(list(tqdm(found, "measuring pictures", len(self), disable=len(self) < 10_000)))
 
 
 def weights_of(paths: list[str], data_weights: list[float] | None) -> list[float]:
@@ -168,7 +194,7 @@ class LlavaCollator:
     """Turns items of a `LlavaDataset` into one batch. B conversations of at most T tokens, P pictures in all:
 
     - `input_ids`, `attention_mask` `(B, T)`: padded on the right; the mask is 0 on padding
-    - `pixel_values` `(P, 3, H, W)`: the pictures in the order of their `<image>` tokens
+    - `pixel_values` `(P, 3, H, W)`: the pictures in the order of their `<image>` tokens (see `prepare_pictures`)
     - `labels` `(B, T)`: the tokens the assistant says, -100 elsewhere
     - `logits_to_keep` `(B, T)`, bool: the positions whose next token has a label
     - `shift_labels` `(N,)`: the labels of those positions' next tokens, row by row
@@ -180,7 +206,7 @@ class LlavaCollator:
     cache, so the batch says `use_cache` False too.
     """
 
-    def __init__(self, processor: LlavaProcessor, max_length: int | None = None, packing: bool = False):
+    def __init__(self, processor: Processor, max_length: int | None = None, packing: bool = False):
         self.processor, self.packing = processor, packing
         self.chat = Chat(processor, max_length)
 
@@ -193,9 +219,8 @@ class LlavaCollator:
             # blank picture follows the first row's last token, where no token can see it: its gradient is zero.
             images = [Image.new("RGB", (self.chat.side, self.chat.side))]
             blank = (self.processor.image_token_id, 0, IGNORE)
-            rows[0] = tuple(
-                np.append(row, [value] * self.chat.image_tokens) for row, value in zip(rows[0], blank, strict=True)
-            )
+            tokens = self.chat.image_tokens(images[0].size)
+            rows[0] = tuple(np.append(row, [value] * tokens) for row, value in zip(rows[0], blank, strict=True))
         if self.packing:
             position_ids = torch.cat([torch.arange(len(input_ids)) for input_ids, _, _ in rows])[None]
             rows = [tuple(np.concatenate(column) for column in zip(*rows, strict=True))]
@@ -210,10 +235,13 @@ class LlavaCollator:
             layout = {"position_ids": position_ids, "use_cache": False}
         else:
             layout = {"attention_mask": attention_mask}
-        return layout | {
-            "input_ids": input_ids,
-            "pixel_values": prepare_pictures(self.processor.image_processor, images),
-            "labels": labels,
-            "logits_to_keep": logits_to_keep,
-            "shift_labels": labels[:, 1:][logits_to_keep[:, :-1]],
-        }
+        return (
+            layout
+            | prepare_pictures(self.processor.image_processor, images)
+            | {
+                "input_ids": input_ids,
+                "labels": labels,
+                "logits_to_keep": logits_to_keep,
+                "shift_labels": labels[:, 1:][logits_to_keep[:, :-1]],
+            }
+        )

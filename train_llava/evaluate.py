@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager, get_font
 from PIL import Image
 from tqdm import tqdm
-from transformers import LlavaProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
-from train_llava.chat import Chat
+from train_llava.chat import Chat, Processor
 from train_llava.cli import check_positive, parse_arguments, run_command, written_whole
 from train_llava.data import LlavaDataset
 from train_llava.infer import generate, load_model, room_for_answer
@@ -99,7 +99,7 @@ def questions(item: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def predict(
-    model: PreTrainedModel, processor: LlavaProcessor, dataset: LlavaDataset, arguments: EvaluateArguments, blank: bool
+    model: PreTrainedModel, processor: Processor, dataset: LlavaDataset, arguments: EvaluateArguments, blank: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """The model's answer to every question of a data set; with `blank`, each picture is replaced by a white one.
 
@@ -121,7 +121,7 @@ def predict(
                 continue
             for question in questions(item):
                 try:
-                    room_for_answer(model, chat, question["messages"])
+                    room_for_answer(model, chat, question["messages"], question["images"])
                     asked.append(question | {"index": i})
                 except ValueError as error:
                     bad.append({"id": item["id"], "reason": str(error)})

@@ -21,6 +21,7 @@ import urllib.request
 from collections import defaultdict
 from dataclasses import dataclass, field
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,11 +30,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from PIL import Image
 from tqdm import tqdm
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, TextStreamer
+from transformers import TextStreamer
 
-from train_llava.chat import Chat
+from train_llava.chat import Chat, Processor
 from train_llava.cli import check_positive, device, parse_arguments, run_command
-from train_llava.model import BITS_HELP, load_checkpoint
+from train_llava.model import BITS_HELP, Llava, load_checkpoint
 from train_llava.pictures import open_image
 from train_llava.readers import BadRecordError, read_jsonl
 from train_llava.records import IMAGE_TOKEN, Record, pictures_of, text_of, to_messages
@@ -83,7 +84,7 @@ class InferArguments:
 
 def load_model(
     model_name_or_path: str, adapter_name_or_path: str | None = None, bits: int | None = None
-) -> tuple[LlavaForConditionalGeneration | PeftModel, LlavaProcessor]:
+) -> tuple[Llava | PeftModel, Processor]:
     """Opens a checkpoint, and an adapter on top of it, on the accelerator where there is one.
 
     Raises:
@@ -97,7 +98,7 @@ def load_model(
     return model.eval(), processor
 
 
-def load_adapter(model: LlavaForConditionalGeneration, adapter_name_or_path: str, model_name: str) -> PeftModel:
+def load_adapter(model: Llava, adapter_name_or_path: str, model_name: str) -> PeftModel:
     """Puts a LoRA adapter on a model, and makes sure that every tensor of it found its place there.
 
     One that was saved by transformers before 4.52, where the parts of a LLaVA had other names, is read, too.
@@ -148,7 +149,7 @@ def _parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def room_for_answer(
-    model: LlavaForConditionalGeneration | PeftModel, chat: Chat, messages: list[dict[str, Any]]
+    model: Llava | PeftModel, chat: Chat, messages: list[dict[str, Any]], images: list[Image.Image]
 ) -> int:
     """How many tokens the answer to a conversation may have before the model's context is full.
 
@@ -160,7 +161,7 @@ def room_for_answer(
         for token in (chat.processor.image_token, *sorted(chat.control_tokens)):
             if token in part.get("text", ""):
                 raise ValueError(f"the control token {token} stands in a text: leave it out")
-    length = chat.prompts([messages], [])["input_ids"].shape[1]
+    length = chat.prompts([messages], images, prepare=False)["input_ids"].shape[1]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
     if length >= limit:
         raise ValueError(f"the conversation has {length} tokens, pictures included, and the model reads {limit}")
@@ -169,8 +170,8 @@ def room_for_answer(
 
 @torch.inference_mode()
 def generate(
-    model: LlavaForConditionalGeneration | PeftModel,
-    processor: LlavaProcessor,
+    model: Llava | PeftModel,
+    processor: Processor,
     conversations: list[list[dict[str, Any]]],
     images: list[Image.Image],
     max_new_tokens: int = 128,
@@ -183,14 +184,18 @@ def generate(
     Raises:
         ValueError: one of them cannot be asked; see `room_for_answer`.
     """
-    chat = Chat(processor)
-    room = min(room_for_answer(model, chat, messages) for messages in conversations)
+    chat, left = Chat(processor), iter(images)
+    tags = [sum(part["type"] == "image" for part in _parts(messages)) for messages in conversations]
+    if sum(tags) != len(images):
+        raise ValueError(f"{sum(tags)} {IMAGE_TOKEN} tags, {len(images)} pictures")
+    shown = [list(islice(left, number)) for number in tags]
+    room = min(room_for_answer(model, chat, *asked) for asked in zip(conversations, shown, strict=True))
     if room < max_new_tokens and len(conversations) > 1:  # one by one: who has less room cuts nobody else's answer
-        answers, left = [], iter(images)
-        for messages in conversations:
-            shown = [next(left) for part in _parts(messages) if part["type"] == "image"]
-            answers += generate(model, processor, [messages], shown, max_new_tokens, **options)
-        return answers
+        single = [
+            generate(model, processor, [c], s, max_new_tokens, **options)
+            for c, s in zip(conversations, shown, strict=True)
+        ]
+        return [answer for answers in single for answer in answers]
     inputs = chat.prompts(conversations, images).to(model.device)
     output = model.generate(**inputs, max_new_tokens=min(room, max_new_tokens), **{"do_sample": False} | options)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -230,8 +235,8 @@ def reply(text: str) -> dict[str, Any]:
 
 
 def chat(
-    model: LlavaForConditionalGeneration | PeftModel,
-    processor: LlavaProcessor,
+    model: Llava | PeftModel,
+    processor: Processor,
     images: list[Image.Image],
     **options: Any,
 ) -> None:
@@ -384,8 +389,8 @@ def unanswered(questions: list[Question], answers: Path, digest: str) -> list[Qu
 
 
 def answer_file(
-    model: LlavaForConditionalGeneration | PeftModel,
-    processor: LlavaProcessor,
+    model: Llava | PeftModel,
+    processor: Processor,
     questions: Path,
     answers: Path,
     batch_size: int,
@@ -409,8 +414,9 @@ def answer_file(
             batch, images = [], []
             for entry in left[start : start + batch_size]:
                 try:
-                    room_for_answer(model, chat, entry.messages)
-                    images += [fetch_image(name) for name in entry.pictures]
+                    shown = [fetch_image(name) for name in entry.pictures]
+                    room_for_answer(model, chat, entry.messages, shown)
+                    images += shown
                     batch.append(entry)
                 except (OSError, ValueError) as error:
                     refused.append(f"question {entry.id!r}: {error}")

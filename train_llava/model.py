@@ -11,19 +11,23 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     PreTrainedModel,
 )
 from transformers.utils import is_bitsandbytes_available
 
-from train_llava.chat import image_side, image_tokens
+from train_llava.chat import Processor, image_side, image_tokens
 from train_llava.cli import device, opening
 from train_llava.template import complete_generation_config, complete_template
+
+Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
 # A learning rate that makes each type work, from the LLaVA-1.5 recipe (Liu et al., 2023), and the parts that train in
 # full. `lora` trains low-rank adapters (Hu et al., 2021) of the language model beside them.
@@ -47,7 +51,7 @@ class LoraArguments:
     use_rslora: bool = field(default=False, metadata={"help": "rsLoRA: lora_alpha / sqrt(lora_r) times instead."})
 
 
-def tower_states(config: LlavaConfig, side: int) -> tuple[PreTrainedModel, tuple[torch.Tensor, ...]]:
+def tower_states(config: LlavaConfig | LlavaNextConfig, side: int) -> tuple[PreTrainedModel, tuple[torch.Tensor, ...]]:
     """A vision tower on the meta device, which has shapes and no weights, and its hidden states `(1, tokens, width)`
     for a picture of so many pixels a side. It takes a fraction of a second."""
     with torch.device("meta"):
@@ -56,7 +60,7 @@ def tower_states(config: LlavaConfig, side: int) -> tuple[PreTrainedModel, tuple
         return tower, tower(torch.empty(1, 3, side, side), output_hidden_states=True).hidden_states
 
 
-def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor]:
+def load_processor(model_name_or_path: str) -> tuple[LlavaConfig | LlavaNextConfig, Processor]:
     """The configuration and the processor of a LLaVA checkpoint, a folder or a hub id.
 
     What processors saved by older versions of transformers lack is derived, and said so on standard error.
@@ -71,19 +75,19 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig, LlavaProcessor
         if Path(model_name_or_path).is_dir():
             raise
         raise ValueError(f"{model_name_or_path} is no model folder, and no model that the hub would give") from error
-    if config.model_type != "llava":
+    if config.model_type not in ("llava", "llava_next"):
         raise ValueError(f"{model_name_or_path} is a {config.model_type} model, not a LLaVA: see build_model")
     with opening(model_name_or_path):
         processor = AutoProcessor.from_pretrained(model_name_or_path)
     tokenizer = processor.tokenizer
     derived = []
     side = image_side(processor)
-    dropped = int(config.vision_feature_select_strategy == "default")
+    written = None if processor.patch_size is None else image_tokens(processor, side, (side, side))
+    processor.patch_size = config.vision_config.patch_size
+    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
     features = tower_states(config, side)[1][0].shape[1]
-    if processor.patch_size is None or image_tokens(processor) != features - dropped:
-        processor.patch_size = config.vision_config.patch_size
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = features - (side // processor.patch_size) ** 2
+    processor.num_additional_image_tokens = features - (side // processor.patch_size) ** 2
+    if written != image_tokens(processor, side, (side, side)):
         derived.append("the number of tokens a picture has")
     tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
     with opening(model_name_or_path):
@@ -122,7 +126,7 @@ def load_checkpoint(
     dtype: torch.dtype | str = "auto",
     attn_implementation: str | None = None,
     bits: int | None = None,
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+) -> tuple[Llava, Processor]:
     """Opens a LLaVA checkpoint, a folder or a hub id, with its processor; `bits`: see `quantization`.
 
     Raises:
@@ -131,7 +135,7 @@ def load_checkpoint(
     config, processor = load_processor(model_name_or_path)
     quantized = quantization(bits, config.dtype if dtype == "auto" else dtype) if bits else {}
     with opening(model_name_or_path):
-        model, loading = LlavaForConditionalGeneration.from_pretrained(
+        model, loading = AutoModelForImageTextToText.from_pretrained(
             model_name_or_path,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -151,10 +155,14 @@ def load_checkpoint(
 
 
 def part_of(parameter_name: str) -> str:
-    """The part of a LLaVA that a parameter belongs to: "vision tower", "projector" or "language model"."""
+    """The part of a LLaVA that a parameter belongs to: "vision tower", "projector" or "language model".
+
+    What is written behind each row of a picture's tiles, `image_newline`, is learnt with the projector.
+    """
     if "vision_tower." in parameter_name:
         return "vision tower"
-    return "projector" if "multi_modal_projector." in parameter_name else "language model"
+    projector = "multi_modal_projector." in parameter_name or parameter_name.endswith("image_newline")
+    return "projector" if projector else "language model"
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -177,7 +185,7 @@ def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConf
     """Low-rank adapters on every linear layer inside the language model, the projector in full beside them.
 
     A mixture's experts, which transformers keeps in one tensor a layer, are no linear layers and get no adapter;
-    `describe_trainable` says so.
+    `describe_trainable` says so. Neither is `image_newline`, which PEFT has no way to save: it stays as it is.
     """
     linear = {name.rsplit(".", 1)[-1] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)}
     return LoraConfig(
@@ -193,7 +201,7 @@ def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConf
     )
 
 
-def skip_unread_layers(model: LlavaForConditionalGeneration) -> set[str]:
+def skip_unread_layers(model: Llava) -> set[str]:
     """Skips the vision tower's layers whose output the projector never uses. They are kept, and saved.
 
     A backward pass on the meta device finds them: they get no gradient. Returns the names of the tower's parameters
@@ -212,9 +220,7 @@ def skip_unread_layers(model: LlavaForConditionalGeneration) -> set[str]:
     return unread
 
 
-def set_trainable(
-    model: LlavaForConditionalGeneration, train_type: str, arguments: LoraArguments
-) -> LlavaForConditionalGeneration | PeftModel:
+def set_trainable(model: Llava, train_type: str, arguments: LoraArguments) -> Llava | PeftModel:
     """Decides what trains, by `TRAIN_TYPES`. All else is frozen, and what of the tower the projector never uses."""
     unread = {f"model.vision_tower.{name}" for name in skip_unread_layers(model)}
     for name, parameter in model.named_parameters():

@@ -7,13 +7,15 @@ import re
 import reprlib
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import nn
 from transformers import BaseImageProcessor
 
@@ -57,6 +59,20 @@ def _eight_bits(gray: np.ndarray) -> np.ndarray:
     return (gray * (255 / white)).round().astype(np.uint8)
 
 
+@contextmanager
+def _opened(source: Path | str | bytes, name: str) -> Iterator[Image.Image]:
+    """A picture whose head is read; what is wrong with it, now or when it is decoded, is an error that names it."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            yield image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name} does not exist") from None
+    except Exception as error:  # decoders raise anything: RuntimeError, struct.error, EOFError, MemoryError, …
+        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+
+
 def open_image(source: Path | str | bytes, name: str | None = None, at_least: int | None = None) -> Image.Image:
     """Reads a picture, from a file or from its bytes, whole: a truncated one is an error.
 
@@ -67,26 +83,38 @@ def open_image(source: Path | str | bytes, name: str | None = None, at_least: in
         OSError, ValueError: it is not a picture, not a whole one, or one of so many pixels that it must be an attack;
             the message names it.
     """
-    name = name or str(source)
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            if at_least is not None and image.format == "JPEG":
-                image.draft(None, (2 * at_least, 2 * at_least))
-            return upright_rgb(image)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name} does not exist") from None
-    except Exception as error:  # decoders raise anything: RuntimeError, struct.error, EOFError, MemoryError, …
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+    with _opened(source, name or str(source)) as image:
+        if at_least is not None and image.format == "JPEG":
+            image.draft(None, (2 * at_least, 2 * at_least))
+        return upright_rgb(image)
 
 
-def prepare_pictures(image_processor: BaseImageProcessor, images: list[Image.Image]) -> torch.Tensor:
-    """`pixel_values` `(P, 3, H, W)` of RGB pictures: the fast way where it agrees, else the image processor's own."""
+def picture_size(source: Path | str | bytes, name: str) -> tuple[int, int]:
+    """Width and height of a picture as `open_image` gives it, by its head alone; raises what that does."""
+    with _opened(source, name) as image:
+        lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # on one of its sides
+        return image.size[::-1] if lies else image.size
+
+
+def is_anyres(image_processor: BaseImageProcessor) -> bool:
+    """Whether pictures are cut into tiles by their sizes, as LLaVA-NeXT does (`--image_aspect_ratio anyres`)."""
+    return "image_sizes" in image_processor.model_input_names
+
+
+def prepare_pictures(image_processor: BaseImageProcessor, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+    """RGB pictures as the model takes them: the fast way where it agrees, else the image processor's own.
+
+    Returns:
+        `pixel_values` `(P, 3, H, W)`. With tiles (see `is_anyres`) it is `(P, N, 3, H, W)`, the whole picture, its
+        tiles, and zeros where another picture has more of them; and there are `image_sizes` `(P, 2)`, heights and
+        widths.
+    """
+    if is_anyres(image_processor):
+        return dict(image_processor(images, return_tensors="pt"))
     images = [shortened_strip(image_processor, image) for image in images]
     if matches_processor(image_processor):
-        return prepare_fast(image_processor, images)
-    return image_processor(images, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": prepare_fast(image_processor, images)}
+    return {"pixel_values": image_processor(images, return_tensors="pt")["pixel_values"]}
 
 
 def shortened_strip(image_processor: BaseImageProcessor, image: Image.Image) -> Image.Image:

@@ -136,13 +136,13 @@ def load_data(
             earlier.unlink(missing_ok=True)
     held_out = None
     if data_arguments.eval_data_path is not None:
-        dataset = LlavaDataset(data_arguments.eval_data_path, data_arguments.eval_image_dir, at_least=chat.side)
+        dataset = LlavaDataset(data_arguments.eval_data_path, data_arguments.eval_image_dir, at_least=chat.at_least)
         held_out = CheckedDataset(dataset, chat, eval_log, *settings)
     sources = (data_arguments.data_path, data_arguments.image_dir, data_arguments.data_weights)
     if data_arguments.streaming:
         seed = args.seed if args.data_seed is None else args.data_seed
         return stream_items(*sources, chat, log, *settings, seed), held_out
-    dataset = LlavaDataset(*sources, chat.side)
+    dataset = LlavaDataset(*sources, chat.at_least)
     if args.process_index == 0:
         print(f"{len(dataset):,} records, {len(held_out or ()):,} held out")
     return CheckedDataset(dataset, chat, log, *settings), held_out

@@ -24,12 +24,12 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from train_llava.chat import Chat
+from train_llava.chat import Chat, Processor
 from train_llava.cli import parse_arguments, run_command
 from train_llava.infer import load_model, question, reply, room_for_answer, sampling
-from train_llava.model import BITS_HELP
+from train_llava.model import BITS_HELP, Llava
 from train_llava.pictures import open_image
 
 # Pages that keep uploads in one folder delete each other's when they close. Gradio looks for its folder when imported
@@ -109,8 +109,8 @@ def shown(turns: list[Turn], column: int) -> list[dict[str, Any]]:
 
 
 def stream(
-    model: LlavaForConditionalGeneration | PeftModel,
-    processor: LlavaProcessor,
+    model: Llava | PeftModel,
+    processor: Processor,
     messages: list[dict[str, Any]],
     images: list[Image.Image],
     stop: Event,
@@ -125,7 +125,7 @@ def stream(
         ValueError: the conversation cannot be asked; see `infer.room_for_answer`.
     """
     chat = Chat(processor)
-    room = room_for_answer(model, chat, messages)
+    room = room_for_answer(model, chat, messages, images)
     inputs = chat.prompts([messages], images).to(model.device)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     options["max_new_tokens"] = min(max_new_tokens, room)
@@ -155,8 +155,8 @@ def stream(
 
 
 def answer(
-    model: LlavaForConditionalGeneration | PeftModel,
-    processor: LlavaProcessor,
+    model: Llava | PeftModel,
+    processor: Processor,
     turns: list[Turn],
     stop: Event,
     lock: Lock,
@@ -201,8 +201,8 @@ def example_pictures(folder: str) -> list[str]:
 
 
 def make_page(
-    model: LlavaForConditionalGeneration | PeftModel,
-    processor: LlavaProcessor,
+    model: Llava | PeftModel,
+    processor: Processor,
     title: str,
     max_new_tokens: int,
     examples: list[str],
