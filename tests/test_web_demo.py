@@ -159,7 +159,7 @@ def test_an_answer_ends_where_the_model_reads_no_further(llava):
     finish(model, processor, turns, **LONG)
     assert turns[0].answers == [whole]
     prompt = [{"role": "user", "content": [{"type": "text", "text": turns[0].text}]}]
-    assert room_for_answer(model, Chat(processor), prompt) < LONG["max_new_tokens"]
+    assert room_for_answer(model, Chat(processor), prompt, []) < LONG["max_new_tokens"]
 
 
 @pytest.fixture

@@ -92,7 +92,8 @@ def open_image(source: Path | str | bytes, name: str | None = None, at_least: in
 def picture_size(source: Path | str | bytes, name: str) -> tuple[int, int]:
     """Width and height of a picture as `open_image` gives it, by its head alone; raises what that does."""
     with _opened(source, name) as image:
-        lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # on one of its sides
+        exif = Image.Image.getexif(image)  # a PNG's own would decode it, for what may stand behind its pixels
+        lies = exif.get(ExifTags.Base.Orientation, 1) >= 5  # on one of its sides
         return image.size[::-1] if lies else image.size
 
 

@@ -167,4 +167,6 @@ def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> st
         bare = {name.partition(".")[2] for name, p in layers.named_parameters() if p.ndim > 2 and "lora_" not in name}
         if bare:
             lines.append(f"no adapter on {', '.join(sorted(bare))}: no linear layers")
+        if any(name.endswith("image_newline") for name, _ in model.named_parameters()):
+            lines.append("image_newline stays as it is: PEFT saves modules, and this is none")
     return "\n".join(lines)
