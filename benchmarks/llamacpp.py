@@ -17,8 +17,8 @@ import llama_cpp
 from llama_cpp.llama_chat_format import MTMDChatHandler
 from PIL import Image
 
+from train_llava.answers import questions
 from train_llava.data import LlavaDataset
-from train_llava.evaluate import questions
 from train_llava.export_gguf import export_gguf
 from train_llava.infer import generate
 from train_llava.model import load_checkpoint

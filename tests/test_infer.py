@@ -18,7 +18,7 @@ from conftest import random_adapter, run_train, turns
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from train_llava import evaluate, infer
+from train_llava import answers, evaluate, infer, reports
 from train_llava.chat import Chat
 from train_llava.data import LlavaDataset
 from train_llava.infer import generate, load_model
@@ -366,7 +366,7 @@ def test_evaluate_asks_every_question_and_counts_the_exact_answers(merged, corpu
             answers.append("a red square" if blank else heights[picture.height])
         return answers
 
-    monkeypatch.setattr(evaluate, "generate", answer_by_heart)
+    monkeypatch.setattr(answers, "generate", answer_by_heart)
     metrics = run_evaluate(
         monkeypatch, merged, corpus, tmp_path / "out", "--blank_control", "true", "--batch_size", "5"
     )
@@ -407,7 +407,7 @@ def write_data(folder: Path, corpus: Path, *records: dict) -> Path:
 def test_no_text_costs_an_evaluation(merged, corpus, tmp_path, monkeypatch, text):
     record = {"id": "0", "image": "0.png", "caption": text}
     data = write_data(tmp_path / "data", corpus, *[record] * 3)
-    monkeypatch.setattr(evaluate, "generate", lambda model, processor, conversations, *_: [text] * len(conversations))
+    monkeypatch.setattr(answers, "generate", lambda model, processor, conversations, *_: [text] * len(conversations))
     metrics = run_evaluate(monkeypatch, merged, data, tmp_path / "$out$")
     assert (metrics["n"], metrics["exact_match"], metrics["bad"]) == (3, 1, [])
     assert Image.open(tmp_path / "$out$" / "captions.png").size == (1518, 1188)
@@ -443,7 +443,7 @@ def test_what_cannot_be_asked_is_named_and_counts_for_nothing(merged, corpus, tm
 
 
 def test_a_sheet_that_cannot_be_drawn_costs_no_numbers(merged, corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "findfont", lambda name: 1 / 0)
+    monkeypatch.setattr(reports, "findfont", lambda name: 1 / 0)
     metrics = run_evaluate(monkeypatch, merged, corpus, tmp_path / "out", "--max_new_tokens", "1")
     assert metrics["n"] == 17
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "predictions.jsonl"]
@@ -459,7 +459,7 @@ def test_a_record_may_have_several_right_answers(merged, corpus, tmp_path, monke
         {"conversations": turns("How many?", "two"), "answers": [{"answer": "2", "answer_id": i} for i in range(10)]},
     )
     said = iter(["one cat", "I", "there", "2"])
-    monkeypatch.setattr(evaluate, "generate", lambda model, processor, asked, *_: [next(said) for _ in asked])
+    monkeypatch.setattr(answers, "generate", lambda model, processor, asked, *_: [next(said) for _ in asked])
     metrics = run_evaluate(monkeypatch, merged, data, tmp_path / "out")
     assert (metrics["exact_match"], metrics["vqa_accuracy"]) == (0.75, 1)
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]

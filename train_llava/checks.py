@@ -23,6 +23,7 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks, is_deepspeed_zero3_enabled
 from transformers.utils import is_liger_kernel_available
 
+from train_llava.answers import LOGGED
 from train_llava.chat import IGNORE, Chat, Processor, form_of
 from train_llava.data import CheckedDataset
 from train_llava.model import count_parameters, load_checkpoint
@@ -32,14 +33,15 @@ from train_llava.run_folder import differing_tensor
 from train_llava.trainer import LlavaTrainer
 
 
-def check_options(args: TrainingArguments, model: nn.Module) -> None:
+def check_options(args: TrainingArguments, model: nn.Module, eval_answers: int) -> None:
     """Asks the libraries for what the arguments name, before data is read or anything written.
 
     Raises:
         ValueError: there is nothing of that name, or it needs a package that is not installed.
     """
-    if args.metric_for_best_model not in (None, "loss", "eval_loss"):
-        raise ValueError(f"--metric_for_best_model {args.metric_for_best_model}: training measures the loss only")
+    measured, metric = ["loss", *LOGGED] if eval_answers else ["loss"], args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in measured:
+        raise ValueError(f"--metric_for_best_model {metric}: this run measures {', '.join(measured)}")
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel")
     try:

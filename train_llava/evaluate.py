@@ -1,52 +1,42 @@
 """Asks a model every question of a data set and compares its answers with the reference ones.
 
     python -m train_llava.evaluate --model_name_or_path output/run --data_path heldout --output_dir output/evaluation
+    accelerate launch -m train_llava.evaluate --model_name_or_path …                    the same files, on every device
     python -m train_llava.evaluate --compare output/evaluation other/evaluation --output_dir output/comparison
 
-The first writes `metrics.json`, `predictions.jsonl` (id, prompt, reference, prediction) and `captions.png`, a sheet of
-pictures with the reference and the model's answer under each. What cannot be asked (a broken picture, a conversation
-longer than the model reads) counts for nothing and is named, on standard error and under `bad` in `metrics.json`. The
-second puts such folders side by side, in `comparison.md` and `comparison.png`.
+The first two write `metrics.json`, `predictions.jsonl` (id, prompt, reference, prediction) and `captions.png`, a sheet
+of pictures with the reference and the model's answer under each. What cannot be asked (a broken picture, or a
+conversation longer than the model reads) counts for nothing and is named, on standard error and under `bad` in
+`metrics.json`. The third puts such folders side by side, in `comparison.md` and `comparison.png`.
 """
 
 import json
 import sys
-import textwrap
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from unicodedata import east_asian_width
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, fontManager, get_font
-from PIL import Image
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from train_llava.chat import Chat, Processor
+from train_llava.answers import BATCH, NEW_TOKENS, predict, write_predictions
 from train_llava.cli import check_positive, parse_arguments, run_command, written_whole
 from train_llava.data import LlavaDataset
-from train_llava.infer import generate, load_model, room_for_answer
+from train_llava.infer import load_model, this_process
 from train_llava.metrics import (
     METRICS,
     by_language,
     difference,
-    is_exact,
     most_frequent_answer,
     read_metrics,
     score_exact,
     score_group,
 )
 from train_llava.model import BITS_HELP
-from train_llava.readers import BadRecordError, read_jsonl
-from train_llava.records import text_of
-from train_llava.reports import cell, markdown
+from train_llava.readers import read_jsonl
+from train_llava.reports import cell, draw, draw_sheet, markdown
 
 SHEET = (4, 6)  # rows and columns of captions.png
-FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"]
 
 
 @dataclass
@@ -67,8 +57,8 @@ class EvaluateArguments:
         default=False, metadata={"help": "Ask everything again with blank pictures, to see what the pictures give."}
     )
     bits: Literal[4, 8] | None = field(default=None, metadata={"help": BITS_HELP})
-    batch_size: int = field(default=16, metadata={"help": "Questions answered at once."})
-    max_new_tokens: int = field(default=128, metadata={"help": "The longest answer, in tokens."})
+    batch_size: int = field(default=BATCH, metadata={"help": "Questions answered at once."})
+    max_new_tokens: int = field(default=NEW_TOKENS, metadata={"help": "The longest answer, in tokens."})
 
     def __post_init__(self) -> None:
         if bool(self.compare) == bool(self.model_name_or_path and self.data_path):
@@ -76,67 +66,6 @@ class EvaluateArguments:
                 "pass --model_name_or_path with --data_path to ask a model, or --compare with finished runs"
             )
         check_positive(self, "batch_size", "max_new_tokens")
-
-
-def questions(item: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every answer of a record as a question of its own, with all that came before it.
-
-    `images` are the pictures shown up to that question, which may be fewer than the record's.
-    """
-    asked = []
-    for i, message in enumerate(item["messages"]):
-        if message["role"] == "assistant":
-            before = item["messages"][:i]
-            shown = sum(part["type"] == "image" for m in before for part in m["content"])
-            question = {"messages": before, "images": item["images"][:shown], "pictures": shown}
-            question |= {"prompt": text_of(before[-1]), "reference": text_of(message)}
-            last = i == len(item["messages"]) - 1
-            right = item["references"] if last else []
-            question["answers"] = item["answers"] if last else []
-            question["references"] = right if question["reference"] in right else [question["reference"], *right]
-            asked.append(item | question)
-    return asked
-
-
-def predict(
-    model: PreTrainedModel, processor: Processor, dataset: LlavaDataset, arguments: EvaluateArguments, blank: bool
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """The model's answer to every question of a data set; with `blank`, each picture is replaced by a white one.
-
-    Returns:
-        The predictions, and the `id` and `reason` of each question that could not be asked.
-
-    Raises:
-        ValueError: no question could be asked.
-    """
-    predictions, bad, chat = [], [], Chat(processor)
-    batches = range(0, len(dataset), arguments.batch_size)
-    for start in tqdm(batches, desc="asking, pictures blank" if blank else "asking"):
-        asked = []
-        for i in range(start, min(start + arguments.batch_size, len(dataset))):
-            try:
-                item = dataset[i]
-            except BadRecordError as error:
-                bad.append({"id": error.args[0], "reason": error.args[1]})
-                continue
-            for question in questions(item):
-                try:
-                    room_for_answer(model, chat, question["messages"], question["images"])
-                    asked.append(question | {"index": i})
-                except ValueError as error:
-                    bad.append({"id": item["id"], "reason": str(error)})
-        if not asked:
-            continue
-        images = [image for question in asked for image in question["images"]]
-        if blank:
-            images = [Image.new("RGB", image.size, "white") for image in images]
-        answers = generate(model, processor, [q["messages"] for q in asked], images, arguments.max_new_tokens)
-        for question, answer in zip(asked, answers, strict=True):
-            kept = {key: value for key, value in question.items() if key not in ("messages", "images")}
-            predictions.append(kept | {"prediction": answer})
-    if not predictions:
-        raise ValueError(f"no question of {arguments.data_path} could be asked; {bad[0]['id']}: {bad[0]['reason']}")
-    return predictions, bad
 
 
 def table(metrics: dict[str, Any]) -> str:
@@ -159,37 +88,6 @@ def table(metrics: dict[str, Any]) -> str:
     for metric in [name for name in METRICS if name in metrics and name != "exact_match"]:
         lines.append(line(f"  {METRICS[metric]}", [cell(scores, metric) for scores in ours]))
     return "\n".join([*lines, line("questions", [f"{scores['n']:,}" for scores in ours])])
-
-
-def draw_sheet(dataset: LlavaDataset, predictions: list[dict[str, Any]], path: Path) -> None:
-    """Draws pictures, evenly spread over the data set, with reference and answer under each: green where they agree.
-
-    Texts that the machine's fonts cannot write are left out of the sheet, and long ones are cut; they count in the
-    metrics all the same.
-    """
-
-    def cut(text: str) -> str:
-        width = 13 if any(east_asian_width(character) in "WF" for character in text) else 26
-        return "\n".join(textwrap.wrap(text, width, max_lines=4, placeholder=" …"))
-
-    installed = fontManager.get_font_names()
-    fonts = [name for name in FONTS if name in installed]
-    writable = {code for name in fonts for code in get_font(findfont(name)).get_charmap()} | {ord("\n")}
-    fit = [p for p in predictions if set(map(ord, p["reference"] + p["prediction"])) <= writable and p["pictures"]]
-    rows, columns = SHEET
-    chosen = fit[:: max(1, len(fit) // (rows * columns))][: rows * columns]
-    with matplotlib.rc_context({"font.family": fonts, "font.size": 8, "text.parse_math": False}):
-        figure = Figure(figsize=(2.3 * columns, 2.7 * rows), layout="constrained")
-        for axes in figure.subplots(rows, columns).flat:
-            axes.axis("off")
-        for axes, p in zip(figure.axes, chosen, strict=False):
-            with suppress(OSError, ValueError):  # a picture that went away meanwhile
-                axes.imshow(dataset[p["index"]]["images"][0])
-            axes.set_title(cut(p["reference"]), fontsize=8)
-            color = "green" if is_exact(p) else "firebrick"
-            axes.text(0.5, -0.05, cut(p["prediction"]), transform=axes.transAxes, color=color, ha="center", va="top")
-        figure.suptitle("above each picture the reference, below it the model's answer")
-        figure.savefig(path, dpi=110)
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -251,42 +149,37 @@ def draw_comparison(runs: dict[str, dict[str, Any]], metrics: list[str], path: P
         figure.savefig(path, dpi=110)
 
 
-def draw(drawing: Callable[[Path], None], path: Path) -> None:
-    """Draws a picture into a file; where that fails, for whatever reason, says so and leaves the results alone."""
-    try:
-        drawing(path)
-    except Exception as error:
-        path.unlink(missing_ok=True)
-        print(f"{path.name} could not be drawn: {error}", file=sys.stderr)
-
-
-def evaluate(arguments: EvaluateArguments, folder: Path) -> dict[str, Any]:
-    """Asks every question, writes everything into `folder`, and gives back the metrics."""
+def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any]:
+    """Asks every question, writes everything into `folder`, where there is one, and gives back the metrics."""
     dataset = LlavaDataset(arguments.data_path, arguments.image_dir)
     model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
-    predictions, bad = predict(model, processor, dataset, arguments, blank=False)
+    settings = (dataset, arguments.batch_size, arguments.max_new_tokens)
+    predictions, bad = predict(model, processor, *settings)
+    if not predictions:
+        raise ValueError(f"no question of {arguments.data_path} could be asked; {bad[0]['id']}: {bad[0]['reason']}")
+    controls = {"most_frequent_answer": most_frequent_answer(predictions)}
+    if arguments.blank_control:
+        controls["blank_pictures"] = predict(model, processor, *settings, blank=True)[0]
+    metrics = by_language(predictions, score_group) | {"bad": bad}
+    metrics["controls"] = {name: by_language(control, score_exact) for name, control in controls.items()}
+    if folder is None:
+        return metrics
     for entry in bad[:10]:
         print(f"not asked: {entry['id']}: {entry['reason']}", file=sys.stderr)
     if bad:
         print(f"{len(bad)} questions or records could not be asked: see bad in metrics.json", file=sys.stderr)
-    controls = {"most_frequent_answer": most_frequent_answer(predictions)}
-    if arguments.blank_control:
-        controls["blank_pictures"] = predict(model, processor, dataset, arguments, blank=True)[0]
-    metrics = by_language(predictions, score_group) | {"bad": bad}
-    metrics["controls"] = {name: by_language(control, score_exact) for name, control in controls.items()}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
-        for prediction in predictions:
-            kept = {key: prediction[key] for key in ("id", "prompt", "reference", "prediction")}
-            if len(prediction["references"]) > 1:
-                kept["references"] = prediction["references"]
-            file.write(json.dumps(kept, ensure_ascii=False) + "\n")
-    draw(lambda path: draw_sheet(dataset, predictions, path), folder / "captions.png")
+    write_predictions(predictions, folder / "predictions.jsonl")
+    draw(lambda path: draw_sheet(dataset, predictions, path, SHEET), folder / "captions.png")
     return metrics
 
 
 def main() -> None:
     (arguments,) = parse_arguments(EvaluateArguments)
+    state = this_process()
+    if not state.is_main_process:
+        evaluate(arguments, None)
+        return
     with written_whole(arguments.output_dir) as folder:
         if arguments.compare:
             text, shown, picture = compare([Path(run) for run in arguments.compare], folder), "plot", "comparison.png"

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from PIL import Image
@@ -80,6 +82,11 @@ class InferArguments:
         check_positive(self, "batch_size", "max_new_tokens")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError("--temperature is 0 or above, and --top_p above 0 and at most 1")
+
+
+def this_process() -> PartialState:
+    """This process among those that `accelerate launch` or `torchrun` has started, or the only one."""
+    return PartialState(cpu=device().type == "cpu")
 
 
 def load_model(
@@ -407,11 +414,14 @@ def answer_file(
     asked = read_questions(questions)
     if answers.exists() and answers.samefile(questions):
         raise ValueError(f"--answers {answers} is the file of the questions: choose another")
-    digest = weights_digest(model)
-    left, refused, chat = unanswered(asked, answers, digest), [], Chat(processor)
-    with open(answers, "ab") as file, tqdm(total=len(asked), initial=len(asked) - len(left)) as bar:
-        for start in range(0, len(left), batch_size):
-            batch, images = [], []
+    digest, state, refused, chat = weights_digest(model), this_process(), [], Chat(processor)
+    with state.main_process_first():  # which mends the file
+        left = unanswered(asked, answers, digest)
+    state.wait_for_everyone()
+    settings = {"total": len(asked), "initial": len(asked) - len(left), "disable": not state.is_main_process}
+    with open(answers if state.is_main_process else os.devnull, "ab") as file, tqdm(**settings) as bar:
+        for first in range(0, len(left), batch_size * state.num_processes):
+            start, batch, images, unasked = first + batch_size * state.process_index, [], [], []
             for entry in left[start : start + batch_size]:
                 try:
                     shown = [fetch_image(name) for name in entry.pictures]
@@ -419,19 +429,24 @@ def answer_file(
                     images += shown
                     batch.append(entry)
                 except (OSError, ValueError) as error:
-                    refused.append(f"question {entry.id!r}: {error}")
+                    unasked.append(f"question {entry.id!r}: {error}")
             replies = (
                 generate(model, processor, [entry.messages for entry in batch], images, **options) if batch else []
             )
+            lines = []
             for entry, answer in zip(batch, replies, strict=True):
                 line = {"id": entry.id, "prompt": entry.prompt, "answer": answer}
                 line |= {"asked": entry.fingerprint(), "model": digest}
                 # a half of a surrogate pair, which only an id can hold, is written as it was: escaped
-                file.write(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+                lines.append(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+            for share, entries in gather_object([(lines, unasked)]):
+                file.writelines(share)
+                bar.update(len(share))
+                refused += entries
             file.flush()
-            bar.update(len(batch))
     if refused:
-        print(*refused, sep="\n", file=sys.stderr)
+        if state.is_main_process:
+            print(*refused, sep="\n", file=sys.stderr)
         raise ValueError(f"{len(refused)} of {len(asked)} questions could not be asked; {refused[0]}")
 
 

@@ -1,21 +1,29 @@
-"""What people read of a run: its loss curve, its model card, its tables."""
+"""What people read of a run: its curves, its sheet of answers, its model card, its tables."""
 
 import re
 import shutil
-from collections.abc import Sequence
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unicodedata import east_asian_width
 
+import matplotlib
 from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager, get_font
 from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
 from yaml import YAMLError
 
+from train_llava.metrics import METRICS, is_exact
 from train_llava.model import LoraArguments, count_parameters
 
 FILE = "README.md"
+FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"]
 INTRO = "A LLaVA, which answers questions about pictures. `AutoModelForImageTextToText` and `AutoProcessor` open it."
 ADAPTER = " It is a LoRA adapter: `PeftModel.from_pretrained` puts it on its base model."
 LICENCE = """## Licence
@@ -37,17 +45,67 @@ def markdown(rows: list[Sequence[str]]) -> str:
 
 
 def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
-    """Draws the training loss, and the held-out loss where there is one, over the steps."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label)
-            axes.legend()
-    axes.set(xlabel="step", ylabel="loss per answer token")
-    axes.grid(alpha=0.3)
+    """Draws the training loss, the held-out loss and the scores of held-out answers, what there is, over the steps."""
+    losses = [("loss", "training", "-"), ("eval_loss", "held out", "o-")]
+    scores = [(f"eval_{name}", label, "o-") for name, label in METRICS.items()]
+    panels = [("loss per answer token", losses), ("score of held-out answers", scores)]
+    panels = panels if any(key in entry for entry in log_history for key, *_ in scores) else panels[:1]
+    figure = Figure(figsize=(7, 4 * len(panels)), layout="constrained")
+    for axes, (ylabel, lines) in zip(figure.subplots(len(panels), squeeze=False).flat, panels, strict=True):
+        for key, label, style in lines:
+            points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label)
+                axes.legend()
+        axes.set(xlabel="step", ylabel=ylabel)
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
+
+
+def draw(drawing: Callable[[Path], None], path: Path) -> None:
+    """Draws a picture into a file; where that fails, for whatever reason, says so and leaves the results alone."""
+    try:
+        drawing(path)
+    except Exception as error:
+        path.unlink(missing_ok=True)
+        print(f"{path.name} could not be drawn: {error}", file=sys.stderr)
+
+
+def draw_sheet(
+    dataset: Any, predictions: list[dict[str, Any]], path: Path, shape: tuple[int, int], asked: bool = False
+) -> None:
+    """Draws pictures, evenly spread over the questions, in so many rows and columns: above each the reference (with
+    `asked`, the question, too), below it the answer, green where they agree.
+
+    Texts that the machine's fonts cannot write are left out of the sheet, and long ones are cut; they count in the
+    metrics all the same. Which pictures stand there does not depend on the answers.
+    """
+
+    def cut(text: str) -> str:
+        width = 13 if any(east_asian_width(character) in "WF" for character in text) else 26
+        return "\n".join(textwrap.wrap(text, width, max_lines=4, placeholder=" …"))
+
+    installed = fontManager.get_font_names()
+    fonts = [name for name in FONTS if name in installed]
+    writable = {code for name in fonts for code in get_font(findfont(name)).get_charmap()} | {ord("\n")}
+    fit = [p for p in predictions if set(map(ord, p["prompt"] + p["reference"])) <= writable and p["pictures"]]
+    rows, columns = shape
+    chosen = fit[:: max(1, len(fit) // (rows * columns))][: rows * columns]
+    with matplotlib.rc_context({"font.family": fonts, "font.size": 8, "text.parse_math": False}):
+        figure = Figure(figsize=(2.3 * columns, 2.7 * rows), layout="constrained")
+        for axes in figure.subplots(rows, columns).flat:
+            axes.axis("off")
+        for axes, p in zip(figure.axes, chosen, strict=False):
+            with suppress(OSError, ValueError):  # a picture that went away meanwhile
+                axes.imshow(dataset[p["index"]]["images"][0])
+            lines = [cut(p["prompt"])] * asked + [cut(p["reference"])]
+            axes.set_title("\n".join(lines), fontsize=8)
+            answer = "".join(c if ord(c) in writable else "\N{REPLACEMENT CHARACTER}" for c in p["prediction"])
+            color = "green" if is_exact(p) else "firebrick"
+            axes.text(0.5, -0.05, cut(answer), transform=axes.transAxes, color=color, ha="center", va="top")
+        above = "the question and the reference" if asked else "the reference"
+        figure.suptitle(f"above each picture {above}, below it the model's answer")
+        figure.savefig(path, dpi=110)
 
 
 def write_run_card(
@@ -83,6 +141,10 @@ def write_run_card(
         values = [entry[key] for entry in log_history if key in entry]
         if values:
             settings[name] = f"{values[-1]:.4f}"
+    for metric, name in METRICS.items():
+        values = [entry for entry in log_history if f"eval_{metric}" in entry]
+        if values:
+            settings[f"held-out {name}, last"] = cell({metric: values[-1][f"eval_{metric}"]}, metric)
     sections = [f"## Training\n\n{markdown([('', ''), *settings.items()])}\n\n![Loss](loss.png)"]
     base, data = model_arguments.model_name_or_path, data_arguments.data_path
     write_card(folder, folder.absolute().name, ancestors(base), data, sections, adapter_of=base if lora else None)

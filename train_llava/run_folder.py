@@ -2,6 +2,8 @@
 
 import json
 from argparse import ArgumentTypeError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import cached_file
 
@@ -88,6 +91,26 @@ def read_back(folder: Path, model: nn.Module) -> None:
     if empty or sum(numbers.values()) != expected or not any("multi_modal_projector" in name for name in numbers):
         what = f"{empty[0]} is empty" if empty else f"{sum(numbers.values()):,} numbers in place of {expected:,}"
         raise ValueError(f"{folder} was not saved whole: {what}")
+
+
+@contextmanager
+def as_opened(model: nn.Module) -> Iterator[None]:
+    """Gives a model in training, for a while, the precision that it has once it is saved and opened again.
+
+    What trains is held in float32 by training without DeepSpeed, and LoRA's matrices in half precision by training
+    with it, each otherwise than by `from_pretrained`.
+    """
+    held, saved_in = {}, model.dtype
+    for name, parameter in model.named_parameters():
+        dtype = torch.float32 if "lora_" in name else saved_in
+        if parameter.is_floating_point() and parameter.dtype != dtype and not is_deepspeed_zero3_enabled():
+            held[parameter] = parameter.data
+            parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in held.items():
+            parameter.data = data
 
 
 def first_numbers(model: nn.Module) -> dict[str, list[float]]:

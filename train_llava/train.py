@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 from datasets import IterableDataset
-from transformers import IntervalStrategy, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, IntervalStrategy, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train_llava.chat import Chat
@@ -64,6 +64,9 @@ class DataArguments:
     max_bad_fraction: float = field(default=0.01, metadata={"help": "Stop once more of the records are bad."})
     eval_data_path: str | None = field(default=None, metadata={"help": "Held-out data, in the same form."})
     eval_image_dir: str | None = field(default=None, metadata={"help": "Its pictures' folder, found as image_dir is."})
+    eval_answers: int | None = field(
+        default=None, metadata={"help": "Held-out questions that each evaluation answers; default: 64. 0: none."}
+    )
     max_length: int = field(default=2048, metadata={"help": "Longest conversation in tokens, pictures included."})
     packing: bool = field(
         default=False, metadata={"help": "Put a batch's conversations into one row, without padding, kept apart."}
@@ -90,6 +93,9 @@ class TrainArguments(TrainingArguments):
     )
     vision_learning_rate: float | None = field(
         default=None, metadata={"help": "The vision tower's, where it trains; default: a tenth of learning_rate."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model."}
     )
     preflight: bool = field(
         default=True, metadata={"help": "First try a step, saving and reading back on the longest records."}
@@ -119,6 +125,8 @@ class TrainArguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         if self.fp16 and self.use_cpu:
             raise ValueError("--fp16 takes a GPU: on a CPU take --bf16 true, or neither")
+        if self.early_stopping_patience is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
         if self.label_smoothing_factor:
             raise ValueError("--label_smoothing_factor is not supported: set it to 0")
         super().__post_init__()
@@ -157,10 +165,16 @@ def main() -> None:
         raise ValueError("--bits goes with --train_type lora, and not with ZeRO-3: weights in few bits cannot train")
     if data_arguments.streaming and args.max_steps <= 0:
         raise ValueError("--streaming has no end: set --max_steps")
-    if data_arguments.eval_data_path is None and args.eval_strategy != "no":
-        raise ValueError(f"--eval_strategy {args.eval_strategy.value} takes held-out data: set --eval_data_path")
-    if data_arguments.eval_data_path is not None and args.eval_strategy == "no":
-        args.eval_strategy = IntervalStrategy.EPOCH
+    if data_arguments.eval_data_path is None:
+        given = {"eval_strategy": args.eval_strategy != "no", "eval_answers": data_arguments.eval_answers}
+        given |= {"early_stopping_patience": args.early_stopping_patience}
+        if any(given.values()):
+            raise ValueError(f"--{next(filter(given.get, given))} takes held-out data: set --eval_data_path")
+        eval_answers = 0
+    else:
+        eval_answers = 64 if data_arguments.eval_answers is None else data_arguments.eval_answers
+        if args.eval_strategy == "no":
+            args.eval_strategy = IntervalStrategy.EPOCH
     learning_rates = {
         "vision tower": args.vision_learning_rate,
         "projector": args.projector_learning_rate,
@@ -182,7 +196,7 @@ def main() -> None:
     model, processor = load_checkpoint(
         model_arguments.model_name_or_path, dtype, model_arguments.attn_implementation, model_arguments.bits
     )
-    check_options(args, model)
+    check_options(args, model, eval_answers)
     check_claims(model, processor, data_arguments.packing)
 
     # 4. The data
@@ -219,6 +233,8 @@ def main() -> None:
         processing_class=processor,
         learning_rates=learning_rates,
         write_card=partial(write_run_card, model_arguments, lora_arguments, data_arguments, args, records, trained),
+        eval_answers=eval_answers,
+        callbacks=[EarlyStoppingCallback(patience)] if (patience := args.early_stopping_patience) else [],
     )
     if args.preflight:
         preflight(trainer)

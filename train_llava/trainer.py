@@ -3,6 +3,7 @@
 What differs from `Trainer`:
 
 - the held-out loss is that of all answer tokens alike, whatever the batch size and the number of ranks
+- an evaluation also answers held-out questions, and logs the answers' scores
 - conversations are grouped by their lengths as stored, where `Trainer` would open every picture first
 - the vision tower and the projector may have learning rates of their own
 - a whole model is loaded from a checkpoint by `from_pretrained`: its parameters have other names in files than
@@ -30,6 +31,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+from train_llava.answers import score_answers
 from train_llava.chat import IGNORE
 from train_llava.data import LlavaCollator
 from train_llava.model import load_checkpoint, part_of
@@ -46,10 +48,11 @@ def with_ids(items: list[dict[str, Any]], collator: LlavaCollator) -> dict[str, 
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends the run at the end of a step, with a checkpoint, once any rank has got a SIGTERM; no other end is early."""
+    """Ends the run at the end of a step, with a checkpoint, once any rank has got a SIGTERM; without one, or a score
+    that rises no more, no end is early."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = self.rises_no_more = False
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "received", True))
@@ -63,24 +66,32 @@ class StopOnSignal(TrainerCallback):
                 print(f"SIGTERM: ending at step {state.global_step} with a checkpoint", flush=True)
             self.received = control.should_save = control.should_training_stop = True
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.rises_no_more = control.should_training_stop  # by EarlyStoppingCallback, which is called before
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if state.global_step < state.max_steps and not self.received:
+        if state.global_step < state.max_steps and not self.received and not self.rises_no_more:
             raise ValueError(f"the data ended after {state.global_step} of {state.max_steps} steps")
 
 
 class LlavaTrainer(Trainer):
     """See the head of this file. `learning_rates`: one for each part of the model, as `part_of` names it.
 
-    `write_card` writes the model card, given what was logged.
+    `write_card` writes the model card, given what was logged. `eval_answers`: how many questions an evaluation asks.
     """
 
     def __init__(
-        self, *args: Any, learning_rates: dict[str, float], write_card: Callable[[list], None], **kwargs: Any
+        self,
+        *args: Any,
+        learning_rates: dict[str, float],
+        write_card: Callable[[list], None],
+        eval_answers: int = 0,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.data_collator = partial(with_ids, collator=self.data_collator)
-        self.learning_rates, self.write_card = learning_rates, write_card
+        self.learning_rates, self.write_card, self.eval_answers = learning_rates, write_card, eval_answers
         self.add_callback(StopOnSignal())
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -131,6 +142,9 @@ class LlavaTrainer(Trainer):
         self.held_out = torch.zeros(2, dtype=torch.float64)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics[f"{metric_key_prefix}_loss"] = (self.held_out[0] / self.held_out[1]).item()
+        if self.eval_answers:
+            scores = score_answers(self, self.eval_answers)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -1,0 +1,158 @@
+"""Held-out answers while it trains: those that `evaluate` gives of what is saved, on one process and on several."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, logged, random_adapter, run_train, run_zero2
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from train_llava import evaluate
+from train_llava.answers import LOGGED
+from train_llava.build_model import build_model
+
+SETTINGS = ["--learning_rate", "2e-2", "--per_device_train_batch_size", "4", "--lora_r", "4", "--warmup_steps", "0"]
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def evaluated(model: Path, data: Path, output: Path, monkeypatch, *arguments) -> tuple[dict, list[dict]]:
+    command = ["evaluate", "--model_name_or_path", model, "--data_path", data, "--output_dir", output, *arguments]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    evaluate.main()
+    return json.loads((output / "metrics.json").read_text()), read_lines(output / "predictions.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("train_type", "options"),
+    [
+        ("full", []),
+        ("projector", ["--packing", "true"]),
+        ("lora", []),
+        ("lora", ["--bf16", "true"]),
+        ("freeze_vision", ["--bf16", "true"]),
+    ],
+)
+def test_they_are_those_of_evaluate_and_cost_no_random_number(
+    parts, corpus, tmp_path, monkeypatch, train_type, options
+):
+    llava = tmp_path / "llava"
+    build_model(str(parts["clip"]), str(parts["qwen2"]), str(llava), "bfloat16" if "--bf16" in options else "auto")
+    settings = ["--train_type", train_type, "--max_steps", "6", "--eval_data_path", corpus, *SETTINGS, *options]
+    settings += ["--eval_strategy", "steps", "--eval_steps", "3"]
+    run, plain = tmp_path / "run", tmp_path / "plain"
+    losses = run_train(monkeypatch, llava, corpus, run, *settings, "--save_strategy", "no")
+    assert run_train(monkeypatch, llava, corpus, plain, *settings, "--eval_answers", "0") == losses
+    assert not (plain / "answers").exists()
+    base = ["--adapter_name_or_path", run] if train_type == "lora" else []
+    metrics, predictions = evaluated(llava if base else run, corpus, tmp_path / "out", monkeypatch, *base)
+    assert read_lines(run / "answers" / "step-000006.jsonl") == predictions
+    assert len({p["prediction"] for p in predictions}) > 1
+    for name in LOGGED:
+        assert logged(run, f"eval_{name}")[1] == pytest.approx(metrics[name], abs=1e-9)
+        assert not logged(plain, f"eval_{name}")
+    assert sorted(path.name for path in (run / "answers").iterdir()) == [
+        f"step-{step:06}.{kind}" for step in (3, 6) for kind in ("jsonl", "png")
+    ]
+    with Image.open(run / "loss.png") as panels, Image.open(plain / "loss.png") as panel:
+        assert panels.height == 2 * panel.height
+    assert "held-out exact match, last" in (run / "README.md").read_text()
+
+
+def test_tensorboard_shows_the_sheets(llava, corpus, tmp_path, monkeypatch):
+    settings = ["--train_type", "projector", "--max_steps", "2", "--eval_data_path", corpus, "--eval_answers", "3"]
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    command = ["train", "--model_name_or_path", llava, "--data_path", corpus, "--output_dir", tmp_path / "run"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in [*command, *settings, "--save_strategy", "no"]])
+    from train_llava import train
+
+    train.main()
+    (events,) = (tmp_path / "board").rglob("events*")
+    board = EventAccumulator(str(events), size_guidance={"images": 0})
+    board.Reload()
+    (sheet,) = board.Images("answers")
+    with Image.open(tmp_path / "run" / "answers" / "step-000002.png") as drawn:
+        assert (sheet.step, sheet.width, sheet.height) == (2, drawn.width, drawn.height)
+    assert len(read_lines(tmp_path / "run" / "answers" / "step-000002.jsonl")) == 3
+    assert {tag for tag in board.Tags()["scalars"] if "exact" in tag} == {"eval/exact_match"}
+
+
+def test_the_best_checkpoint_is_the_best_by_the_metric_and_a_run_stops_early(llava, corpus, tmp_path, monkeypatch):
+    settings = ["--train_type", "full", "--max_steps", "60", "--eval_data_path", corpus, *SETTINGS]
+    settings += ["--eval_strategy", "steps", "--eval_steps", "4", "--save_strategy", "steps", "--save_steps", "4"]
+    settings += ["--metric_for_best_model", "token_f1", "--load_best_model_at_end", "true"]
+    run = tmp_path / "run"
+    run_train(monkeypatch, llava, corpus, run, *settings, "--early_stopping_patience", "2", "--preflight", "false")
+    state, scores = json.loads((run / "trainer_state.json").read_text()), logged(run, "eval_token_f1")
+    best = int(np.argmax(scores))
+    assert (state["best_metric"], state["best_global_step"]) == (scores[best], 4 * (best + 1))
+    assert state["global_step"] == 4 * len(scores) == 4 * (best + 3) < 60
+    _, predictions = evaluated(run, corpus, tmp_path / "out", monkeypatch)
+    assert predictions == read_lines(run / "answers" / f"step-{4 * (best + 1):06}.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("train_type", "options"), [("full", []), ("lora", ["--deepspeed", "ds_zero3.json"])])
+def test_ranks_share_the_questions(llava, corpus, tmp_path, monkeypatch, train_type, options):
+    settings = [
+        "--train_type",
+        train_type,
+        *options,
+        "--max_steps",
+        "4",
+        "--eval_data_path",
+        corpus,
+        "--eval_answers",
+        "15",
+        *SETTINGS,
+    ]
+    run = tmp_path / "run"
+    done = run_zero2(llava, corpus, run, *settings, "--save_strategy", "no", "--preflight", "false")
+    assert done.returncode == 0, done.stderr[-2000:]
+    base = ["--adapter_name_or_path", run] if train_type == "lora" else []
+    _, predictions = evaluated(llava if base else run, corpus, tmp_path / "out", monkeypatch, *base)
+    assert read_lines(run / "answers" / "step-000004.jsonl") == predictions[:15]
+
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+          "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+
+
+def launch(*arguments) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*LAUNCH, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_write_the_files_of_one(llava, corpus, tmp_path, monkeypatch):
+    adapter = random_adapter(llava, tmp_path / "adapter", 1)
+    options = ["--adapter_name_or_path", adapter, "--max_new_tokens", "8", "--batch_size", "4"]
+    evaluated(llava, corpus, tmp_path / "one", monkeypatch, *options)
+    arguments = ["--model_name_or_path", llava, "--data_path", corpus, "--output_dir", tmp_path / "two", *options]
+    launch("-m", "train_llava.evaluate", *arguments)
+    for name in ("metrics.json", "predictions.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_two_processes_answer_a_file_in_order_and_go_on_where_it_ends(llava, corpus, tmp_path):
+    pictures = [str(corpus / "images_dl" / f"{i}.png") for i in (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11)]
+    lines = [{"id": i, "image": picture, "prompt": f"What is {i}?"} for i, picture in enumerate(pictures)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["--model_name_or_path", llava, "--questions", tmp_path / "q.jsonl", "--max_new_tokens", "6"]
+    command += ["--batch_size", "2", "--answers"]
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    words = [sys.executable, "-m", "train_llava.infer", *command, one]
+    subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True)
+    whole = one.read_bytes()
+    two.write_bytes(whole[: whole.index(b"\n", len(whole) // 2) - 9])  # killed within a line
+    launch("-m", "train_llava.infer", *command, two)
+    assert two.read_bytes() == whole
