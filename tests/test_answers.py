@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, logged, random_adapter, run_train, run_zero2
+import torch
+from conftest import ROOT, logged, make_tokenizer, random_adapter, run_train, run_zero2
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train_llava import evaluate
 from train_llava.answers import LOGGED
@@ -156,3 +159,51 @@ def test_two_processes_answer_a_file_in_order_and_go_on_where_it_ends(llava, cor
     two.write_bytes(whole[: whole.index(b"\n", len(whole) // 2) - 9])  # killed within a line
     launch("-m", "train_llava.infer", *command, two)
     assert two.read_bytes() == whole
+
+
+def test_language_kept_is_the_loss_of_the_text_by_hand(llava, parts, corpus, tmp_path, monkeypatch, capsys):
+    """Of the adapter, of its base with the adapter off, and of the language model that the base was made of."""
+    adapter = random_adapter(llava, tmp_path / "adapter", 1)
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris. 红色的方块\n" * 12, encoding="utf-8")
+    monkeypatch.setattr(evaluate, "WINDOW", 100)
+    short = ["--adapter_name_or_path", adapter, "--text_path", text, "--max_new_tokens", "2"]
+    kept = evaluated(llava, corpus, tmp_path / "off", monkeypatch, *short)[0]["text"]
+    assert f"loss per token of the text: {kept['loss']:.4f}, {kept['base_loss']:.4f} before" in capsys.readouterr().out
+    for base in (llava, parts["qwen2"]):
+        again = evaluated(llava, corpus, tmp_path / base.name, monkeypatch, *short, "--base", base)[0]["text"]
+        assert again == pytest.approx(kept, abs=1e-6)
+    language_model = AutoModelForCausalLM.from_pretrained(parts["qwen2"])
+    input_ids = torch.tensor(AutoTokenizer.from_pretrained(parts["qwen2"])(text.read_text())["input_ids"])
+    pieces = [piece[None] for piece in input_ids.split(100)]
+    losses = [language_model(input_ids=piece, labels=piece).loss.item() for piece in pieces]
+    weights = [piece.shape[1] - 1 for piece in pieces]
+    assert kept["base_loss"] == pytest.approx(np.average(losses, weights=weights), abs=1e-5)
+    assert kept["tokens"] == len(input_ids) > 200
+    assert abs(kept["loss"] - kept["base_loss"]) > 1e-3
+    (head, _, row, *_) = evaluate.compare([tmp_path / "off", tmp_path / "qwen2"], tmp_path).splitlines()
+    assert head.endswith("| text loss |")
+    assert row.endswith(f"| {kept['loss']:.4f} |")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text_path", "{tmp}/nowhere.txt"], "nowhere.txt"),
+        (["--text_path", "{tmp}/gbk.txt"], "gbk.txt cannot be opened"),
+        (["--text_path", "{tmp}/empty.txt"], "empty.txt is empty"),
+        (["--base", "{llava}"], "--base goes with --text_path"),
+        (["--text_path", "{tmp}/text.txt", "--base", "{tmp}"], "config.json"),
+        (["--text_path", "{tmp}/text.txt", "--base", "{tmp}/other"], "splits the text into other tokens"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_named(llava, parts, corpus, tmp_path, monkeypatch, arguments, message):
+    (tmp_path / "gbk.txt").write_bytes("红色的方块".encode("gbk"))
+    (tmp_path / "empty.txt").write_text(" ")
+    (tmp_path / "text.txt").write_text("What is this?")
+    shutil.copytree(parts["qwen2"], tmp_path / "other")
+    make_tokenizer(tmp_path / "other", ("<|endoftext|>", "<|im_end|>"), None, "<|im_end|>", None, size=290)
+    words = [word.format(tmp=tmp_path, llava=llava) for word in arguments]
+    with pytest.raises((OSError, ValueError), match=message):
+        evaluated(llava, corpus, tmp_path / "out", monkeypatch, *words, "--max_new_tokens", "1")
+    assert not (tmp_path / "out").exists()

@@ -17,10 +17,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
+import torch
+from accelerate.utils import gather_object
 from matplotlib.figure import Figure
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from train_llava.answers import BATCH, NEW_TOKENS, predict, write_predictions
-from train_llava.cli import check_positive, parse_arguments, run_command, written_whole
+from train_llava.build_model import load_language_model
+from train_llava.cli import check_name, check_positive, opening, parse_arguments, run_command, written_whole
 from train_llava.data import LlavaDataset
 from train_llava.infer import load_model, this_process
 from train_llava.metrics import (
@@ -32,10 +39,11 @@ from train_llava.metrics import (
     score_exact,
     score_group,
 )
-from train_llava.model import BITS_HELP
+from train_llava.model import BITS_HELP, load_checkpoint
 from train_llava.readers import read_jsonl
 from train_llava.reports import cell, draw, draw_sheet, markdown
 
+WINDOW = 1024  # tokens of a text read at once
 SHEET = (4, 6)  # rows and columns of captions.png
 
 
@@ -53,6 +61,13 @@ class EvaluateArguments:
     image_dir: str | None = field(
         default=None, metadata={"help": "The pictures' folder; default: images_dl/ or images/ beside the records."}
     )
+    text_path: str | None = field(
+        default=None, metadata={"help": "A plain text: how well the model predicts it, and what it was made of."}
+    )
+    base: str | None = field(
+        default=None,
+        metadata={"help": "With text_path, the model before training; default: the model without its adapter."},
+    )
     blank_control: bool = field(
         default=False, metadata={"help": "Ask everything again with blank pictures, to see what the pictures give."}
     )
@@ -65,6 +80,10 @@ class EvaluateArguments:
             raise ValueError(
                 "pass --model_name_or_path with --data_path to ask a model, or --compare with finished runs"
             )
+        if self.base is not None and self.text_path is None:
+            raise ValueError("--base goes with --text_path")
+        if self.base is not None:
+            check_name(f"--base {self.base}", self.base)
         check_positive(self, "batch_size", "max_new_tokens")
 
 
@@ -87,7 +106,11 @@ def table(metrics: dict[str, Any]) -> str:
     lines.append("this model's")
     for metric in [name for name in METRICS if name in metrics and name != "exact_match"]:
         lines.append(line(f"  {METRICS[metric]}", [cell(scores, metric) for scores in ours]))
-    return "\n".join([*lines, line("questions", [f"{scores['n']:,}" for scores in ours])])
+    lines.append(line("questions", [f"{scores['n']:,}" for scores in ours]))
+    if "text" in metrics:
+        before = f", {metrics['text']['base_loss']:.4f} before" if "base_loss" in metrics["text"] else ""
+        lines.append(f"loss per token of the text: {metrics['text']['loss']:.4f}{before}")
+    return "\n".join(lines)
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -115,13 +138,15 @@ def compare(folders: list[Path], output_dir: Path) -> str:
     (first, (_, ours)), *_ = runs.items()
     metrics = [name for name in METRICS if all(name in scores for scores, _ in runs.values())]
     head = ["run", *(METRICS[name] for name in metrics), f"exact match, less that of {first}"]
-    rows = [head]
+    texts = all("text" in scores for scores, _ in runs.values())
+    rows = [[*head, *["text loss"] * texts]]
     for name, (scores, predictions) in runs.items():
         if [(p["id"], p["prompt"]) for p in predictions] != [(p["id"], p["prompt"]) for p in ours]:
             raise ValueError(f"{name} and {first} were asked different questions")
         more, (low, high) = difference(predictions, ours)
         beside = "" if name == first else f"{more:+.1%} ({low:+.1%} to {high:+.1%})"
-        rows.append([name, *(cell(scores, metric) for metric in metrics), beside])
+        kept = [f"{scores['text']['loss']:.4f}"] if texts else []
+        rows.append([name, *(cell(scores, metric) for metric in metrics), beside, *kept])
     text = markdown(rows)
     (output_dir / "comparison.md").write_text(
         f"{text}\n\n{len(ours):,} questions; intervals: 95 %.\n", encoding="utf-8"
@@ -149,8 +174,51 @@ def draw_comparison(runs: dict[str, dict[str, Any]], metrics: list[str], path: P
         figure.savefig(path, dpi=110)
 
 
+@torch.inference_mode()
+def text_loss(model: PreTrainedModel | PeftModel, input_ids: list[int]) -> float:
+    """The mean loss of a text's next tokens, in pieces of `WINDOW` tokens; every process reads its share of them."""
+    window = min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW))
+    pieces = [piece for piece in torch.tensor(input_ids).split(window) if len(piece) > 1]
+    state, total, count = this_process(), 0.0, 0
+    mine = pieces[state.process_index :: state.num_processes]
+    for piece in tqdm(mine, "reading the text", disable=not state.is_main_process):
+        logits = model(input_ids=piece[None].to(model.device)).logits[0, :-1].float()
+        total += cross_entropy(logits, piece[1:].to(model.device), reduction="sum").item()
+        count += len(piece) - 1
+    totals, counts = zip(*gather_object([(total, count)]), strict=True)
+    return sum(totals) / sum(counts)
+
+
+def language_kept(model: PreTrainedModel | PeftModel, tokenizer: Any, text: str, base: str | None) -> dict[str, Any]:
+    """How well the model predicts a text, and how well what it was made of does: `base`, or it without its adapter.
+
+    Raises:
+        ValueError: the base cannot be opened, or splits the text into other tokens.
+    """
+    input_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    kept = {"loss": text_loss(model, input_ids), "tokens": len(input_ids)}
+    if base is not None:
+        with opening(base):
+            is_llava = AutoConfig.from_pretrained(base).model_type.startswith("llava")
+            theirs = AutoTokenizer.from_pretrained(base)(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if theirs != input_ids:
+            raise ValueError(f"--base {base} splits the text into other tokens than the model: it was not made of it")
+        before = load_checkpoint(base)[0] if is_llava else load_language_model(base, "auto")
+        kept["base_loss"] = text_loss(before.to(model.device), input_ids)
+    elif isinstance(model, PeftModel):
+        with model.disable_adapter():
+            kept["base_loss"] = text_loss(model, input_ids)
+    return kept
+
+
 def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any]:
     """Asks every question, writes everything into `folder`, where there is one, and gives back the metrics."""
+    text = None
+    if arguments.text_path is not None:
+        with opening(arguments.text_path):
+            text = Path(arguments.text_path).read_text(encoding="utf-8")
+        if not text.strip():
+            raise ValueError(f"--text_path {arguments.text_path} is empty")
     dataset = LlavaDataset(arguments.data_path, arguments.image_dir)
     model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
     settings = (dataset, arguments.batch_size, arguments.max_new_tokens)
@@ -161,6 +229,8 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
     if arguments.blank_control:
         controls["blank_pictures"] = predict(model, processor, *settings, blank=True)[0]
     metrics = by_language(predictions, score_group) | {"bad": bad}
+    if text is not None:
+        metrics["text"] = language_kept(model, processor.tokenizer, text, arguments.base)
     metrics["controls"] = {name: by_language(control, score_exact) for name, control in controls.items()}
     if folder is None:
         return metrics
