@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,15 @@ import torch
 from conftest import ROOT, logged, make_tokenizer, random_adapter, run_train, run_zero2
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from train_llava import evaluate
+from train_llava import evaluate, pace
 from train_llava.answers import LOGGED
 from train_llava.build_model import build_model
+from train_llava.chat import Chat
+from train_llava.data import LlavaCollator, LlavaDataset
+from train_llava.model import LoraArguments, load_checkpoint, load_processor, set_trainable
 
 SETTINGS = ["--learning_rate", "2e-2", "--per_device_train_batch_size", "4", "--lora_r", "4", "--warmup_steps", "0"]
 
@@ -207,3 +212,30 @@ def test_a_text_that_cannot_be_read_is_named(llava, parts, corpus, tmp_path, mon
     with pytest.raises((OSError, ValueError), match=message):
         evaluated(llava, corpus, tmp_path / "out", monkeypatch, *words, "--max_new_tokens", "1")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_log_tells_the_pace(llava, corpus, tmp_path, monkeypatch, capsys):
+    """Tokens and pictures are those of the records, operations those that a count by hand gives; evaluation is not
+    in it."""
+    settings = ["--train_type", "full", "--max_steps", "4", "--per_device_train_batch_size", "16"]
+    settings += ["--eval_data_path", corpus, "--eval_strategy", "steps", "--eval_steps", "1", "--preflight", "false"]
+    clock = iter(range(10**6))
+    monkeypatch.setattr(pace, "perf_counter", lambda: next(clock))  # a second passes at each look
+    monkeypatch.setattr(pace, "multiplication_rate", lambda *_: 1e6)
+    run_train(monkeypatch, llava, corpus, tmp_path / "run", *settings)
+    processor = load_processor(str(llava))[1]
+    dataset, chat = LlavaDataset(str(corpus)), Chat(processor)
+    tokens = sum(len(chat.labelled(dataset[i])["labels"]) for i in range(16))
+    first, second = logged(tmp_path / "run", "tokens_per_second")[:2]
+    # from the wait for the first batch to its end, and on to the log; then the same, a pause, and into it before
+    assert (first, second) == pytest.approx((tokens / 2, tokens / 4), rel=5e-3)
+    assert logged(tmp_path / "run", "pictures_per_second")[:2] == pytest.approx([15 / 2, 15 / 4], rel=5e-3)
+    assert logged(tmp_path / "run", "data_wait")[:2] == pytest.approx([1 / 2, 1 / 4], rel=5e-3)
+    batch = LlavaCollator(processor)([dataset[i] for i in range(16)])
+    model = load_checkpoint(str(llava))[0].train()
+    set_trainable(model, "full", LoraArguments())
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    assert logged(tmp_path / "run", "mfu")[0] == pytest.approx(counter.get_total_flops() / 2 / 1e6, rel=5e-3)
+    out = capsys.readouterr().out
+    assert re.search(r"^tokens a second, on all devices +\d", out, re.MULTILINE)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_data import ITEMS, gradients
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer
 
-from train_llava import checks
+from train_llava import checks, pace
 from train_llava.data import LlavaCollator, LlavaDataset
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.run_folder import UNFINISHED, check_resumable, finished_checkpoint, is_finished
@@ -257,9 +257,9 @@ def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, name, expected):
     monkeypatch.setitem(sys.modules, "resource", module)
     monkeypatch.setattr(sys, "platform", name)
     monkeypatch.setattr(
-        checks.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=7))
+        pace.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=7))
     )
-    assert checks.peak_memory(torch.device("cpu")) == expected
+    assert pace.peak_memory(torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize("train_type", ["lora", "full", "freeze_vision", "projector"])

@@ -1,13 +1,11 @@
 """What is measured and not assumed: of an assembled model and, before a long run, of what would fail after hours."""
 
 import shutil
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from torch import nn
@@ -27,6 +25,7 @@ from train_llava.answers import LOGGED
 from train_llava.chat import IGNORE, Chat, Processor, form_of
 from train_llava.data import CheckedDataset
 from train_llava.model import count_parameters, load_checkpoint
+from train_llava.pace import peak_memory
 from train_llava.pictures import prepare_pictures
 from train_llava.records import IMAGE_TOKEN
 from train_llava.run_folder import differing_tensor
@@ -69,17 +68,6 @@ def longest_items(trainer: LlavaTrainer) -> list[dict[str, Any]]:
             break
     longest = sorted(tokens, key=lambda i: -tokens[i])[:size]
     return [dataset[i] for i in longest or [0]]  # where none is good, [0] says so
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most memory used so far, in bytes: of the GPU, or, without one, of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource  # here, since Windows has none
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def preflight(trainer: LlavaTrainer) -> None:

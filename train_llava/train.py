@@ -22,6 +22,7 @@ from train_llava.checks import check_claims, check_options, preflight
 from train_llava.cli import device, parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.model import BITS_HELP, TRAIN_TYPES, LoraArguments, count_parameters, load_checkpoint, set_trainable
+from train_llava.pace import describe_pace
 from train_llava.reports import describe_trainable, write_run_card
 from train_llava.run_folder import starting_point
 from train_llava.stream import stream_items
@@ -103,7 +104,10 @@ class TrainArguments(TrainingArguments):
     warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up; below 1, that part of all steps."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logged losses."})
-    report_to: str = field(default="tensorboard", metadata={"help": "Where the losses are reported."})
+    report_to: str = field(
+        default="tensorboard",
+        metadata={"help": "Where the losses are reported: tensorboard, wandb, swanlab, trackio …"},
+    )
     bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16; default: where the GPU can."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Stays false: the collator needs them all."})
     prediction_loss_only: bool = field(default=True, metadata={"help": "Stays true: logits are kept at labels only."})
@@ -245,6 +249,7 @@ def main() -> None:
     trainer.save_state()
     trainer.create_model_card()
     if trainer.is_world_process_zero():
+        print(describe_pace(trainer.state.log_history))
         print(f"written to {args.output_dir}")
     trainer.accelerator.end_training()  # ranks that leave without parting from each other may abort at exit
 

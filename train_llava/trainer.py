@@ -3,6 +3,7 @@
 What differs from `Trainer`:
 
 - the held-out loss is that of all answer tokens alike, whatever the batch size and the number of ranks
+- the log tells the pace, too
 - an evaluation also answers held-out questions, and logs the answers' scores
 - conversations are grouped by their lengths as stored, where `Trainer` would open every picture first
 - the vision tower and the projector may have learning rates of their own
@@ -35,15 +36,17 @@ from train_llava.answers import score_answers
 from train_llava.chat import IGNORE
 from train_llava.data import LlavaCollator
 from train_llava.model import load_checkpoint, part_of
+from train_llava.pace import Pace
 from train_llava.run_folder import UNFINISHED, check_base, read_back, save_base_fingerprint
 
 
 def with_ids(items: list[dict[str, Any]], collator: LlavaCollator) -> dict[str, Any]:
-    """The collator's batch and, for the trainer alone, the records' `ids`, the numbers of their `answer_tokens`, and
-    which of them is a `stand_in` for a bad one."""
+    """The collator's batch and, for the trainer alone, the records' `ids`, the numbers of their `answer_tokens`, which
+    of them is a `stand_in` for a bad one, and the batch's `size`: how many tokens and pictures."""
     items = [collator.chat.labelled(item) for item in items]
     counts = [int((item["labels"][1:] != IGNORE).sum()) for item in items]
     extra = {"ids": [item["id"] for item in items], "answer_tokens": torch.tensor(counts)}
+    extra["size"] = (sum(len(item["labels"]) for item in items), sum(len(item["images"]) for item in items))
     return collator(items) | extra | {"stand_in": torch.tensor([item.get("stand_in", False) for item in items])}
 
 
@@ -92,6 +95,8 @@ class LlavaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.data_collator = partial(with_ids, collator=self.data_collator)
         self.learning_rates, self.write_card, self.eval_answers = learning_rates, write_card, eval_answers
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        self.pace = Pace(self.args.device, dtype, self.args.world_size)
         self.add_callback(StopOnSignal())
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -118,7 +123,7 @@ class LlavaTrainer(Trainer):
         return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        ids, *_ = (inputs.pop(name) for name in ("ids", "answer_tokens", "stand_in"))
+        ids, *_ = (inputs.pop(name) for name in ("ids", "answer_tokens", "stand_in", "size"))
         outcome = super().compute_loss(model, inputs, *args, **kwargs)
         loss = outcome[0] if isinstance(outcome, tuple) else outcome
         if model.training and not torch.isfinite(loss):
@@ -126,10 +131,21 @@ class LlavaTrainer(Trainer):
             raise ValueError(f"step {step}: the loss is {loss.item()} at the records {', '.join(map(repr, ids))}")
         return outcome
 
+    def get_batch_samples(self, *args: Any) -> Any:
+        with self.pace.waiting():
+            return super().get_batch_samples(*args)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
+        with self.pace.computing(*inputs["size"]):
+            return super().training_step(model, inputs, *args)
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        super().log(logs | self.pace.read() if "loss" in logs else logs, *args)
+
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
         """Adds the losses of the records of a batch, and their tokens, to `held_out`; no record counts twice."""
         inputs = self._prepare_inputs(inputs)
-        names = ("ids", "labels", "answer_tokens", "stand_in", "shift_labels")
+        names = ("ids", "size", "labels", "answer_tokens", "stand_in", "shift_labels")
         *_, counts, stand_in, labels = (inputs.pop(name) for name in names)
         with torch.no_grad():
             losses = cross_entropy(model(**inputs).logits.float(), labels, reduction="none")
@@ -140,11 +156,11 @@ class LlavaTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self.held_out = torch.zeros(2, dtype=torch.float64)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics[f"{metric_key_prefix}_loss"] = (self.held_out[0] / self.held_out[1]).item()
-        if self.eval_answers:
-            scores = score_answers(self, self.eval_answers)
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        with self.pace.pausing():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            scores = score_answers(self, self.eval_answers) if self.eval_answers else {}
+        scores["loss"] = (self.held_out[0] / self.held_out[1]).item()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -180,7 +196,8 @@ class LlavaTrainer(Trainer):
             if self.is_world_process_zero():
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / UNFINISHED).touch()
-            super()._save_checkpoint(model, trial)
+            with self.pace.pausing():
+                super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 (folder / UNFINISHED).unlink()

@@ -1,0 +1,113 @@
+"""What a run tells of its pace: tokens and pictures a second, waiting for data, memory, how busy the device is."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import psutil
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+# What an entry of the log says of the steps since the last one
+LOGGED = {
+    "pictures_per_second": "pictures a second, on all devices",
+    "tokens_per_second": "tokens a second, on all devices",
+    "data_wait": "share of the time spent waiting for data",
+    "mfu": "share of the device's multiplication rate",
+    "memory_gb": "peak memory of a process, GB",
+}
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory used so far, in bytes: of the GPU, or, without one, of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # here, since Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def multiplication_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """The floating-point operations a second of the fastest of five products of two large square matrices."""
+    side, times = 8192 if device.type == "cuda" else 512, []
+    with torch.no_grad():
+        matrix = torch.ones(side, side, device=device, dtype=dtype)
+        for _ in range(5):
+            started = perf_counter()
+            (matrix @ matrix)[0, 0].item()  # waits for the device
+            times.append(perf_counter() - started)
+    return 2 * side**3 / min(times)
+
+
+class Pace:
+    """Counts what this process does between two entries of the log; the other processes do as much."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, processes: int):
+        self.device, self.processes, self.rate = device, processes, multiplication_rate(device, dtype)
+        self.operations = 0.0  # of a token, by the first batch
+        self.tokens = self.pictures = 0
+        self.waited, self.started = 0.0, None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time in it is spent waiting for data; the first wait is where the run starts."""
+        begin = perf_counter()
+        self.started = self.started or begin
+        yield
+        self.waited += perf_counter() - begin
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """The time in it does not count, as that of an evaluation."""
+        begin = perf_counter()
+        yield
+        if self.started is not None:
+            self.started += perf_counter() - begin
+
+    @contextmanager
+    def computing(self, tokens: int, pictures: int) -> Iterator[None]:
+        """Forward and backward of a batch; the operations of the first one are counted by PyTorch."""
+        self.tokens, self.pictures = self.tokens + tokens, self.pictures + pictures
+        if self.operations:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.operations = counter.get_total_flops() / tokens
+
+    def read(self) -> dict[str, float]:
+        """What `LOGGED` names, since it was last asked."""
+        seconds = perf_counter() - self.started
+        each = self.tokens / seconds
+        read = {
+            "pictures_per_second": self.processes * self.pictures / seconds,
+            "tokens_per_second": self.processes * each,
+            "data_wait": self.waited / seconds,
+            "mfu": each * self.operations / self.rate,
+            "memory_gb": peak_memory(self.device) / 1e9,
+        }
+        self.tokens = self.pictures = 0
+        self.waited, self.started = 0.0, perf_counter()
+        return {name: float(f"{value:.3g}") for name, value in read.items()}
+
+
+def describe_pace(log_history: list[dict[str, Any]]) -> str:
+    """A table of what the log says of the pace: medians over its entries, and ranges; nothing where it has none.
+
+    The first entry is left out where there are more: it has the start in it.
+    """
+    entries = [entry for entry in log_history if "tokens_per_second" in entry]
+    lines = []
+    for name, label in LOGGED.items() if entries else ():
+        values = [entry[name] for entry in entries[len(entries) > 1 :]]
+        shown = [
+            f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+            for value in (median(values), min(values), max(values))
+        ]
+        lines.append(f"{label:<44}{shown[0]:>10}  ({shown[1]} to {shown[2]})")
+    return "\n".join(lines)
