@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains a LLaVA with DeepSpeed ZeRO-2, on every GPU or, on a machine without one, on two CPU ranks.
 #   bash run_zero2.sh                                           the embedded example: OpenMoji pictures, some minutes
+#   bash run_zero2.sh recipes/one-gpu-stage1.yaml               the arguments in a file; those behind it override it
 #   bash run_zero2.sh --model_name_or_path M --data_path D --train_type lora --output_dir O …     your own run
 # The arguments are those of `python -m train_llava.train`, and paths those of the folder the command is given in.
 # Settings in the environment:
@@ -19,14 +20,10 @@ if [ $# -eq 0 ]; then
   exec bash "$repo/examples/openmoji/run.sh"
 fi
 export PYTHONSAFEPATH=1 # a datasets.py of the caller's folder is not the library
-arguments=(--deepspeed "$repo/ds_zero2_no_offload.json")
 for argument in "$@"; do
   case $argument in -h | --help) exec python3 -m train_llava.train --help ;; esac
-  # DeepSpeed's settings that are not in the caller's folder are those of this one
-  file=${argument#--deepspeed=}
-  case $file in ds_*.json) [ -e "$file" ] || argument=${argument%"$file"}$repo/$file ;; esac
-  arguments+=("$argument")
 done
+arguments=(--deepspeed="$repo/ds_zero2_no_offload.json" "$@") # in one word, which gives way to a recipe behind it
 
 # the ranks and this script tell what went wrong: DeepSpeed's launcher would repeat the command in an error line
 launcher=(--master_port "${MASTER_PORT:-29500}" --log_level critical)

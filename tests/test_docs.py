@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import HfArgumentParser
@@ -11,6 +12,7 @@ from transformers import HfArgumentParser
 from examples.openmoji.compare_modes import table
 from train_llava.build_model import BuildArguments
 from train_llava.check_data import CheckArguments
+from train_llava.cli import given_arguments
 from train_llava.evaluate import EvaluateArguments
 from train_llava.export_gguf import ExportArguments
 from train_llava.infer import InferArguments
@@ -51,11 +53,37 @@ def test_both_languages_give_the_same_commands():
 @pytest.mark.parametrize(
     "command", [c for c in commands("README.md") if re.match(r"(\w+=\S+ )*(python -m train_llava|bash run_z)", c)]
 )
-def test_a_command_parses(command):
+def test_a_command_parses(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
     words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
     module, arguments = ("train", words[2:]) if words[0] == "bash" else (words[2].split(".")[1], words[3:])
     if arguments:
-        HfArgumentParser(ARGUMENTS[module]).parse_args_into_dataclasses(arguments)
+        parse(module, arguments)
+
+
+def parse(module: str, words: list[str]) -> tuple[Any, ...]:
+    """As `parse_arguments`, which would also look for models and data."""
+    given = given_arguments(ARGUMENTS[module], words)
+    return HfArgumentParser(ARGUMENTS[module]).parse_dict(given)
+
+
+def test_every_recipe_parses_and_the_batch_is_that_of_the_readme():
+    batches = {}
+    for file in (ROOT / "recipes").glob("*.yaml"):
+        *_, args = parse("train", [str(file)])
+        batches[file.stem] = args.per_device_train_batch_size * args.gradient_accumulation_steps, args.train_type
+        command = f"bash run_zero2.sh recipes/{file.name}"
+        where = "examples/openmoji/run.sh" if file.stem.startswith("openmoji") else "README.md"
+        assert command in (ROOT / where).read_text(encoding="utf-8")
+    assert batches == {
+        "one-gpu-stage1": (256, "projector"),
+        "one-gpu-stage2": (128, "lora"),
+        "eight-gpus-stage1": (256 // 8, "projector"),
+        "eight-gpus-stage2": (128 // 8, "freeze_vision"),
+        "two-nodes-stage2": (128 // 16, "freeze_vision"),
+        "openmoji-stage1": (32 // 2, "projector"),
+        "openmoji-stage2": (64 // 2, "freeze_vision"),
+    }
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -1,19 +1,25 @@
-"""What every command shares: arguments from dataclasses, errors in one line, folders that appear whole."""
+"""What every command shares: arguments and recipes of them, errors in one line, folders that appear whole."""
 
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from argparse import SUPPRESS
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from difflib import get_close_matches
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -45,15 +51,26 @@ logging.getLogger("transformers.modeling_utils").addFilter(_is_of_use)
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks transformers
 
 
+ROOT = Path(__file__).parent.parent
+# What DeepSpeed's launcher and run_zero2.sh put in front of a command's own words; a recipe may say otherwise
+LAUNCHERS_OWN = ("--local_rank=", "--deepspeed=")
+
+
 def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
     """Parses the command line into one instance of each dataclass; the fields' `help` is the documentation.
+
+    A recipe, a file of arguments in YAML, may stand first; the arguments behind it override it.
 
     Raises:
         ValueError: an argument is wrong, or what `*_name_or_path` names is neither a folder nor on the hub.
     """
-    parser = HfArgumentParser(dataclasses)
-    parser.error = _refuse  # argparse's own prints the usage, which has hundreds of lines
-    parsed = parser.parse_args_into_dataclasses()
+    given = given_arguments(dataclasses)
+    own = [field for dataclass in dataclasses for field in fields(dataclass) if field.init]
+    required = [field.name for field in own if field.default is MISSING and field.default_factory is MISSING]
+    missing = [f"--{name}" for name in required if name not in given]
+    if missing:
+        raise ValueError(f"the following arguments are required: {', '.join(missing)}")
+    parsed = HfArgumentParser(dataclasses).parse_dict(given)
     for name, value in [item for arguments in parsed for item in vars(arguments).items()]:
         if name.endswith("name_or_path") and value is not None:
             check_name(f"--{name} {value}", value)
@@ -64,8 +81,103 @@ def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
     return parsed
 
 
-def _refuse(message: str) -> None:
-    raise ValueError(message)
+def given_arguments(dataclasses: Iterable[type], words: list[str] | None = None) -> dict[str, Any]:
+    """The arguments that the command line and its recipe give, by name: what is not given is not there.
+
+    Args:
+        words: the command line; by default this process's.
+
+    Raises:
+        ValueError: a word is no argument, or a value is not of its type; an error in a recipe names it and the line.
+    """
+    words = sys.argv[1:] if words is None else words
+    parser = HfArgumentParser(dataclasses)
+    if not {"-h", "--help"}.isdisjoint(words):
+        parser.parse_args(["--help"])
+    for action in parser._actions:
+        action.default, action.required = SUPPRESS, False
+    known = [field.name for dataclass in dataclasses for field in fields(dataclass) if field.init]
+    place = next((i for i, word in enumerate(words) if not word.startswith(LAUNCHERS_OWN)), len(words))
+    if place < len(words) and words[place].lower().endswith((".yaml", ".yml")):
+        words = [*words[:place], *_recipe_words(words[place], parser, known), *words[place + 1 :]]
+    parser.error = _refuse  # argparse's own prints the usage, which has hundreds of lines
+    given, rest = parser.parse_known_args(words)
+    options = [word for word in rest if word.startswith("--")]
+    if options:
+        _refuse(_unknown(options[0].partition("=")[0], known, "--"))
+    if rest:
+        _refuse(f"{rest[0]} belongs to no argument" + ": a recipe stands first" * rest[0].endswith((".yaml", ".yml")))
+    given = vars(given)
+    if "deepspeed" in given and not os.path.exists(given["deepspeed"]) and (ROOT / given["deepspeed"]).exists():
+        given["deepspeed"] = str(ROOT / given["deepspeed"])  # DeepSpeed's settings are those of this folder
+    return given
+
+
+def _refuse(message: str, where: str = "") -> None:
+    raise ValueError(where + message)
+
+
+def _unknown(name: str, known: list[str], dashes: str = "") -> str:
+    (nearest,) = get_close_matches(name.strip("-").replace("-", "_"), known, 1, 0)
+    return f"{name} is not known: the nearest that is known is {dashes}{nearest}"
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as the command line does; YAML 1.1, which the library follows, wants 1.0e-3."""
+
+
+NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, [*"-+0123456789"])
+
+
+def _recipe_words(path: str, parser: HfArgumentParser, known: list[str]) -> list[str]:
+    """The words of a command line that a recipe stands for, each line tried by itself.
+
+    A value is the text that stands there, as on the command line; of what YAML has beyond that, a list is several
+    values, a mapping the JSON of it, and a null an argument that is not given.
+
+    Raises:
+        ValueError: the file is no YAML of lines `key: value`, or one of them is wrong.
+    """
+    try:
+        loader = _Loader(Path(path).read_text(encoding="utf-8-sig"))
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise ValueError(f"{path} " + ("is empty" if root is None else "does not hold lines `key: value`"))
+        lines = [(f"{path}, line {key.start_mark.line + 1}: ", str(key.value), value) for key, value in root.value]
+        values = [_values(value, loader) for _, _, value in lines]
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    words, seen = [], set()
+    for (where, key, _), texts in zip(lines, values, strict=True):
+        name = key.lstrip("-").replace("-", "_")
+        parser.error = partial(_refuse, where=where)
+        if name not in known:
+            parser.error(_unknown(key, known))
+        if name in seen:
+            parser.error(f"{key} stands there a second time")
+        seen.add(name)
+        if texts is not None:
+            # in one word, a value may begin with a dash
+            line = [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
+            if parser.parse_known_args(line)[1]:
+                parser.error(f"{key} takes one value, and here are {len(texts)}")
+            words += line
+    return words
+
+
+def _values(node: yaml.Node, loader: _Loader) -> list[str] | None:
+    """The values of a recipe's key as texts; None: it is null."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_text(item, loader) for item in node.value]
+    return None if node.tag == "tag:yaml.org,2002:null" else [_text(node, loader)]
+
+
+def _text(node: yaml.Node, loader: _Loader) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        return json.dumps(loader.construct_object(node, deep=True), ensure_ascii=False, default=str)
+    home = node.value.startswith("~/") and node.style is None  # a shell leaves what is quoted as it is, too
+    return os.path.expanduser(node.value) if home else node.value
 
 
 def check_name(option: str, name_or_path: str) -> None:

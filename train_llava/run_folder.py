@@ -1,12 +1,17 @@
 """What is on disk of a run: what is finished, what it can go on from, and whether what was saved is whole."""
 
 import json
+import os
+import shutil
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from filelock import FileLock
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -18,9 +23,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import cached_file
 
+from train_llava.cli import ROOT, given_arguments
 from train_llava.model import count_parameters
 
 FINGERPRINT = "base_fingerprint.json"  # of the model that an adapter was trained on, in the adapter's folder
+RECIPE = "recipe.yaml"
+DERIVED = ("train_type", "learning_rate", "projector_learning_rate", "vision_learning_rate", "bf16", "seed")
 UNFINISHED = "unfinished"  # a file that a checkpoint holds while it is being written
 
 
@@ -55,6 +63,34 @@ def starting_point(args: TrainingArguments) -> str | None:
     if checkpoint is not None:
         check_resumable(Path(checkpoint), args.world_size)
     return checkpoint
+
+
+def write_recipe(*arguments: Any) -> None:
+    """Writes what a run was started with to its folder, as a recipe by which it can be run again.
+
+    That is all that was given, and of the rest what was derived from it. An earlier start's recipe that says otherwise
+    is kept beside it as recipe-1.yaml, recipe-2.yaml, …
+
+    Args:
+        arguments: the instances of the run's dataclasses; the last are its `TrainingArguments`.
+    """
+    args = arguments[-1]
+    if args.process_index != 0:
+        return
+    given = given_arguments([type(part) for part in arguments]) | {name: getattr(args, name) for name in DERIVED}
+    if "deepspeed" in given and Path(given["deepspeed"]).parent == ROOT:
+        given["deepspeed"] = Path(given["deepspeed"]).name
+    names = [field.name for part in arguments for field in fields(part)]
+    kept = [name for name in names if name in given and name != "local_rank" and not name.endswith("_token")]
+    folder = Path(args.output_dir)
+    command = "bash run_zero2.sh" if args.deepspeed else "python -m train_llava.train"
+    text = f"# What a run on {args.world_size} ranks was started with; again: {command} THIS_FILE --output_dir NEW\n"
+    text += yaml.safe_dump({name: given[name] for name in kept}, allow_unicode=True, sort_keys=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / RECIPE).exists() and (folder / RECIPE).read_text(encoding="utf-8") != text:
+        shutil.copy(folder / RECIPE, folder / f"recipe-{len(list(folder.glob('recipe-*.yaml'))) + 1}.yaml")
+    (folder / ".recipe").write_text(text, encoding="utf-8")
+    os.replace(folder / ".recipe", folder / RECIPE)
 
 
 def check_resumable(checkpoint: Path, ranks: int) -> None:

@@ -4,7 +4,7 @@
         --model_name_or_path output/llava --data_path data --output_dir output/run
 
 runs in one process; `bash run_zero2.sh` takes the same arguments and trains with DeepSpeed ZeRO-2 on every GPU. All of
-`TrainingArguments` is accepted.
+`TrainingArguments` is accepted, and a recipe, a YAML file of arguments, may stand in front.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.model import BITS_HELP, TRAIN_TYPES, LoraArguments, count_parameters, load_checkpoint, set_trainable
 from train_llava.pace import describe_pace
 from train_llava.reports import describe_trainable, write_run_card
-from train_llava.run_folder import starting_point
+from train_llava.run_folder import starting_point, write_recipe
 from train_llava.stream import stream_items
 from train_llava.trainer import LlavaTrainer
 
@@ -244,6 +244,7 @@ def main() -> None:
         preflight(trainer)
 
     # 7. Training, and what it leaves
+    write_recipe(model_arguments, lora_arguments, data_arguments, args)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -24,14 +24,10 @@ python3 -m train_llava.build_model --output_dir "$out/llava" \
   --vision_model_name_or_path "$parts/clip" --language_model_name_or_path "$parts/qwen2" --dtype float32
 
 stage "3/5 stage 1: train the projector alone, in $out/stage1"
-bash run_zero2.sh --train_type projector --model_name_or_path "$out/llava" \
-  --data_path "$data/train" --output_dir "$out/stage1" \
-  --per_device_train_batch_size 16 --max_steps 200 --learning_rate 5e-3 --save_strategy no
+bash run_zero2.sh recipes/openmoji-stage1.yaml
 
 stage "4/5 stage 2: train the projector and the language model, in $out/stage2"
-bash run_zero2.sh --train_type freeze_vision --model_name_or_path "$out/stage1" \
-  --data_path "$data/train" --output_dir "$out/stage2" \
-  --per_device_train_batch_size 32 --num_train_epochs 10 --learning_rate 2.2e-3 --save_strategy no --logging_steps 100
+bash run_zero2.sh recipes/openmoji-stage2.yaml
 
 stage "5/5 ask about pictures that were held out, in $out/evaluation"
 python3 -m train_llava.evaluate --model_name_or_path "$out/stage2" --data_path "$data/heldout" \
