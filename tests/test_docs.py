@@ -51,12 +51,21 @@ def test_both_languages_give_the_same_commands():
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in commands("README.md") if re.match(r"(\w+=\S+ )*(python -m train_llava|bash run_z)", c)]
+    "command",
+    [
+        c
+        for c in commands("README.md")
+        if re.match(r"(\w+=\S+ )*((python|accelerate launch) -m train_llava|bash run_z)", c)
+    ],
 )
 def test_a_command_parses(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
-    module, arguments = ("train", words[2:]) if words[0] == "bash" else (words[2].split(".")[1], words[3:])
+    if words[0] == "bash":
+        module, arguments = "train", words[2:]
+    else:
+        place = words.index("-m") + 1
+        module, arguments = words[place].split(".")[1], words[place + 1 :]
     if arguments:
         parse(module, arguments)
 

@@ -82,8 +82,6 @@ class EvaluateArguments:
             )
         if self.base is not None and self.text_path is None:
             raise ValueError("--base goes with --text_path")
-        if self.base is not None:
-            check_name(f"--base {self.base}", self.base)
         check_positive(self, "batch_size", "max_new_tokens")
 
 
@@ -214,6 +212,8 @@ def language_kept(model: PreTrainedModel | PeftModel, tokenizer: Any, text: str,
 def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any]:
     """Asks every question, writes everything into `folder`, where there is one, and gives back the metrics."""
     text = None
+    if arguments.base is not None:
+        check_name(f"--base {arguments.base}", arguments.base)
     if arguments.text_path is not None:
         with opening(arguments.text_path):
             text = Path(arguments.text_path).read_text(encoding="utf-8")

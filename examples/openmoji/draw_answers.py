@@ -1,0 +1,51 @@
+"""Draws how the answers about a few held-out pictures come, over the steps of the example's stage 2.
+
+    python examples/openmoji/draw_answers.py docs/answers.png
+
+It reads what `bash run_zero2.sh` left in output/openmoji. The pictures are those of every sixth English question among
+those that were asked while the model trained.
+"""
+
+import argparse
+import json
+import textwrap
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+EXAMPLE = Path("output/openmoji")
+EVERY, ROWS = 6, 5
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", type=Path, help="The file to write.")
+    args = parser.parse_args()
+    files = sorted((EXAMPLE / "stage2" / "answers").glob("step-*.jsonl"))
+    if not files:
+        raise SystemExit(f"draw_answers: no answers in {EXAMPLE}/stage2: run `bash run_zero2.sh` first")
+    names = {record["id"]: record["image"] for record in json.loads((EXAMPLE / "data/heldout/chat.json").read_text())}
+    steps = {int(path.stem.removeprefix("step-")): read_lines(path) for path in files}
+    english = [i for i, line in enumerate(steps[min(steps)]) if line["id"].endswith("-en")][::EVERY][:ROWS]
+    figure = Figure(figsize=(1.3 + 1.7 * (len(steps) + 1), 1.05 * ROWS + 0.3), layout="constrained")
+    for row, i in zip(figure.subplots(ROWS, len(steps) + 2, squeeze=False), english, strict=True):
+        reference = steps[min(steps)][i]["reference"]
+        row[0].imshow(Image.open(EXAMPLE / "data/heldout/images_dl" / names[steps[min(steps)][i]["id"]]))
+        answers = [(f"step {step}", lines[i]["prediction"]) for step, lines in steps.items()]
+        for axes, (title, text) in zip(row[1:], [*answers, ("the caption", reference)], strict=True):
+            color = "black" if title == "the caption" else "green" if text == reference else "firebrick"
+            wrapped = "\n".join(textwrap.wrap(text, 20, max_lines=4, placeholder=" …"))
+            axes.text(0.5, 0.5, wrapped, ha="center", va="center", fontsize=9, color=color, parse_math=False)
+            axes.set_title(title if i == english[0] else "", fontsize=9, color="gray")
+        for axes in row:
+            axes.axis("off")
+    figure.savefig(args.picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
