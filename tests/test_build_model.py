@@ -1,7 +1,9 @@
 """The assembled checkpoint holds both models unchanged, opens with transformers alone, and fails cleanly."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -438,3 +440,69 @@ def test_another_towers_weights_are_refused(parts, tmp_path):
     with pytest.raises(ValueError, match="siglip"):
         build_model(str(siglip), str(parts["qwen2"]), str(tmp_path / "llava"))
     assert not (tmp_path / "llava").exists()
+
+
+def published_layout(projector: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a projector as LLaVA's authors publish theirs."""
+    numbers = {"linear_1": 0, "linear_2": 2}
+    names = {name: re.sub(r"linear_\d", lambda m: str(numbers[m[0]]), name) for name in projector}
+    torch.save({f"model.mm_projector.{names[name]}": tensor for name, tensor in projector.items()}, path)
+
+
+@pytest.mark.parametrize("ratio", ["crop", "anyres"])
+def test_a_trained_projector_is_put_in_in_either_layout(parts, corpus, tmp_path, monkeypatch, ratio):
+    """What stage 1 has trained, alone, and what it has written whole are one model once more."""
+    options = {"image_aspect_ratio": ratio}
+    build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "llava"), **options)
+    run = ["--train_type", "projector", "--max_steps", "2", "--learning_rate", "1e-2"]
+    run_train(monkeypatch, tmp_path / "llava", corpus, tmp_path / "run", *run)
+    trained = load_file(tmp_path / "run" / "projector.safetensors")
+    assert trained.keys() == {
+        name for name in load_file(tmp_path / "run" / "model.safetensors") if "projector" in name or "newline" in name
+    }
+    build_model(
+        str(parts["clip"]),
+        str(parts["qwen2"]),
+        str(tmp_path / "again"),
+        projector=str(tmp_path / "run" / "projector.safetensors"),
+        **options,
+    )
+    whole, again, before = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "again", "llava"))
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert any(not torch.equal(whole[name], before[name]) for name in trained)
+    layers = {name.removeprefix("multi_modal_projector."): t for name, t in trained.items() if "projector" in name}
+    published_layout(layers, tmp_path / "mm_projector.bin")
+    build_model(
+        str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "theirs"), projector=str(tmp_path / "mm_projector.bin")
+    )
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert all(torch.equal(theirs[f"multi_modal_projector.{name}"], tensor) for name, tensor in layers.items())
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            {"linear_1.weight": (48, 32)},
+            r"linear_1.weight is \(48, 32\), and between these two models it would be \(32, 32\)",
+        ),
+        ({"linear_2.bias": None}, "no projector of two linear layers"),
+        ({"linear_3.bias": (32,)}, "no projector of two linear layers"),
+    ],
+)
+def test_a_projector_that_does_not_fit_is_refused_by_name(parts, tmp_path, fault, message):
+    shapes = {"linear_1.weight": (32, 32), "linear_1.bias": (32,), "linear_2.weight": (32, 32), "linear_2.bias": (32,)}
+    tensors = {name: torch.zeros(shape) for name, shape in (shapes | fault).items() if shape is not None}
+    save_file(
+        {f"multi_modal_projector.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "p.safetensors"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_model(
+            str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "out"), projector=str(tmp_path / "p.safetensors")
+        )
+    assert not (tmp_path / "out").exists()
+    for name, content in (("torn.safetensors", b"{"), ("torn.bin", b"no pickle")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} cannot be opened"):
+            build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "out"), projector=str(tmp_path / name))

@@ -342,13 +342,15 @@ def test_a_wrong_argument_ends_with_one_line(llava, parts, corpus, tmp_path, arg
     ],
 )
 def test_an_option_that_cannot_be_is_said_before_data_is_read(
-    llava, corpus, tmp_path, monkeypatch, capsys, arguments, message
+    llava, corpus, tmp_path, monkeypatch, request, arguments, message
 ):
     command = ["train", "--model_name_or_path", llava, "--data_path", corpus, "--output_dir", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in [*command, *arguments]])
     monkeypatch.setattr(train, "load_data", None)
     for module in ("bitsandbytes", "bitsandbytes.optim"):
         monkeypatch.setitem(sys.modules, module, None)
+    is_bitsandbytes_available.cache_clear()
+    request.addfinalizer(is_bitsandbytes_available.cache_clear)
     with pytest.raises(SystemExit, match=rf"^error: .*{re.escape(message)}.*$"):
         run_command(train.main)
     assert not (tmp_path / "out").exists()

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -79,6 +80,10 @@ class BuildArguments:
     image_grid_pinpoints: list[str] | None = field(
         default=None,
         metadata={"help": f"With anyres, the grids that a picture may be cut into; default: {' '.join(PINPOINTS)}."},
+    )
+    projector: str | None = field(
+        default=None,
+        metadata={"help": "A trained projector: projector.safetensors of a run, or LLaVA's mm_projector.bin."},
     )
     skip_checks: bool = field(default=False, metadata={"help": "Do not run the assembled model before naming it."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a tokenizer."})
@@ -279,6 +284,43 @@ def assemble(
     return model.eval()
 
 
+def load_projector(path: str) -> dict[str, torch.Tensor]:
+    """A trained projector's tensors by the names that they have in a LLaVA, and `image_newline` where it has one.
+
+    Raises:
+        ValueError: it cannot be opened, or is no projector of two linear layers.
+    """
+    with opening(path):
+        saved = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+        names = {}
+        for name, tensor in saved.items():
+            # the authors of LLaVA count the projector's layers: 0, an activation, 2
+            short = re.sub(r"^(model\.)?(mm_projector|multi_modal_projector)\.|^model\.(?=image_newline)", "", name)
+            names[re.sub(r"^([02])\.", lambda m: f"linear_{int(m[1]) // 2 + 1}.", short)] = tensor
+        layers = {f"linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
+        if names.keys() - {"image_newline"} != layers:
+            raise ValueError(f"it holds {', '.join(sorted(names)[:5])}, and no projector of two linear layers")
+    return names
+
+
+def put_projector(model: Llava, projector: dict[str, torch.Tensor], path: str) -> None:
+    """Gives a LLaVA a trained projector.
+
+    Raises:
+        ValueError: a tensor of it has another shape; the message names it.
+    """
+    places = dict(model.model.multi_modal_projector.named_parameters())
+    places |= dict(model.model.named_parameters(recurse=False))
+    for name, tensor in projector.items():
+        if name in places and tensor.shape != places[name].shape:
+            raise ValueError(
+                f"--projector {path}: {name} is {tuple(tensor.shape)}, and between these two models it would be "
+                f"{tuple(places[name].shape)}"
+            )
+        if name in places:
+            places[name].data = tensor.to(places[name].dtype)
+
+
 def published_names(model: Llava) -> dict[str, torch.Tensor]:
     """A LLaVA's weights with the tower's named as in published checkpoints.
 
@@ -308,6 +350,7 @@ def build_model(*arguments: Any, **named: Any) -> None:
     """
     given = BuildArguments(*arguments, **named)
     layer, strategy = given.vision_feature_layer, given.vision_feature_select_strategy
+    projector = None if given.projector is None else load_projector(given.projector)
     with written_whole(given.output_dir) as folder:
         part_config(given.language_model_name_or_path)  # before code that comes with a tokenizer may run
         tokenizer = load_tokenizer(given.language_model_name_or_path, given.trust_remote_code)
@@ -339,10 +382,14 @@ def build_model(*arguments: Any, **named: Any) -> None:
             references = reference_outputs(vision_tower, language_model, processor, layer)
         with running_as_one():
             model = assemble(vision_tower, language_model, processor, tokens - (strategy == "default"), layer)
+        if projector is not None:
+            put_projector(model, projector, given.projector)
         model.save_pretrained(folder, state_dict=published_names(model))
         processor.save_pretrained(folder)
         parts = [given.vision_model_name_or_path, given.language_model_name_or_path]
         note = "Put together and not trained yet: the projector is random."
+        if projector is not None:
+            note = "Put together with a trained projector."
         write_card(folder, Path(given.output_dir).name, parts, [], [note])
         sizes = [(part, f"{total:,} parameters") for part, (_, total) in count_parameters(model).items()]
         del model, vision_tower, language_model  # the checks load the saved model: never two in memory

@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 # What an entry of the log says of the steps since the last one
 LOGGED = {
@@ -69,16 +68,9 @@ class Pace:
         if self.started is not None:
             self.started += perf_counter() - begin
 
-    @contextmanager
-    def computing(self, tokens: int, pictures: int) -> Iterator[None]:
-        """Forward and backward of a batch; the operations of the first one are counted by PyTorch."""
+    def add(self, tokens: int, pictures: int) -> None:
+        """Counts a batch."""
         self.tokens, self.pictures = self.tokens + tokens, self.pictures + pictures
-        if self.operations:
-            yield
-            return
-        with FlopCounterMode(display=False) as counter:
-            yield
-        self.operations = counter.get_total_flops() / tokens
 
     def read(self) -> dict[str, float]:
         """What `LOGGED` names, since it was last asked."""

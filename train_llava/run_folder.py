@@ -15,6 +15,7 @@ import yaml
 from filelock import FileLock
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainingArguments
 from transformers.core_model_loading import revert_weight_conversion
@@ -24,11 +25,12 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import cached_file
 
 from train_llava.cli import ROOT, given_arguments
-from train_llava.model import count_parameters
+from train_llava.model import count_parameters, part_of
 
 FINGERPRINT = "base_fingerprint.json"  # of the model that an adapter was trained on, in the adapter's folder
 RECIPE = "recipe.yaml"
 DERIVED = ("train_type", "learning_rate", "projector_learning_rate", "vision_learning_rate", "bf16", "seed")
+PROJECTOR = "projector.safetensors"  # of a run that trained it alone
 UNFINISHED = "unfinished"  # a file that a checkpoint holds while it is being written
 
 
@@ -118,7 +120,7 @@ def read_back(folder: Path, model: nn.Module) -> None:
     counts = count_parameters(model).values()
     expected = sum(trainable if isinstance(model, PeftModel) else total for trainable, total in counts)
     numbers = {}
-    for path in folder.glob("*.safetensors"):
+    for path in set(folder.glob("*.safetensors")) - {folder / PROJECTOR}:
         with safe_open(path, framework="pt") as file:
             numbers |= {name: torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys()}  # noqa: SIM118
     if model.config.get_text_config().tie_word_embeddings:  # DeepSpeed writes the one tensor under both names
@@ -147,6 +149,15 @@ def as_opened(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, data in held.items():
             parameter.data = data
+
+
+def save_projector(folder: Path) -> None:
+    """Writes the projector of a whole model just saved alone, too, for `build_model --projector`."""
+    held = {}
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            held |= {name: file.get_tensor(name) for name in file.keys() if part_of(name) == "projector"}  # noqa: SIM118
+    save_file(held, folder / PROJECTOR)
 
 
 def first_numbers(model: nn.Module) -> dict[str, list[float]]:

@@ -24,7 +24,7 @@ from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.model import BITS_HELP, TRAIN_TYPES, LoraArguments, count_parameters, load_checkpoint, set_trainable
 from train_llava.pace import describe_pace
 from train_llava.reports import describe_trainable, write_run_card
-from train_llava.run_folder import starting_point, write_recipe
+from train_llava.run_folder import save_projector, starting_point, write_recipe
 from train_llava.stream import stream_items
 from train_llava.trainer import LlavaTrainer
 
@@ -248,6 +248,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
+    if args.train_type == "projector" and args.process_index == 0:
+        save_projector(Path(args.output_dir))
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         print(describe_pace(trainer.state.log_history))

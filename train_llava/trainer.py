@@ -123,7 +123,8 @@ class LlavaTrainer(Trainer):
         return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        ids, *_ = (inputs.pop(name) for name in ("ids", "answer_tokens", "stand_in", "size"))
+        ids, size, *_ = (inputs.pop(name) for name in ("ids", "size", "answer_tokens", "stand_in"))
+        self.pace.add(*size)
         outcome = super().compute_loss(model, inputs, *args, **kwargs)
         loss = outcome[0] if isinstance(outcome, tuple) else outcome
         if model.training and not torch.isfinite(loss):
@@ -134,10 +135,6 @@ class LlavaTrainer(Trainer):
     def get_batch_samples(self, *args: Any) -> Any:
         with self.pace.waiting():
             return super().get_batch_samples(*args)
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
-        with self.pace.computing(*inputs["size"]):
-            return super().training_step(model, inputs, *args)
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
         super().log(logs | self.pace.read() if "loss" in logs else logs, *args)
