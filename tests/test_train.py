@@ -18,6 +18,7 @@ import torch
 from conftest import logged, run_train, run_zero2, turns, zero2_command
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers.utils import is_bitsandbytes_available
 
 from train_llava import train
 from train_llava.chat import Chat
