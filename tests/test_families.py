@@ -176,19 +176,20 @@ import json, sys
 sys.modules["train_llava"] = None  # an import of this repo's package would fail
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
-model, processor = AutoModelForImageTextToText.from_pretrained(sys.argv[1]), AutoProcessor.from_pretrained(sys.argv[1])
 image = Image.new("RGB", (50, 30), "red")
 parts = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
-answers = []
-for content in (parts, "<image>\\nWhat is this?"):
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
-    answers.append(processor.decode(output, skip_special_tokens=True))
-ask = pipeline("image-text-to-text", model=sys.argv[1])
-said = ask(text=[{"role": "user", "content": parts}], return_full_text=False,
-           generate_kwargs={"max_new_tokens": 8, "do_sample": False})
-print(json.dumps([*answers, said[0]["generated_text"]]))
+for folder in sys.argv[1:]:
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    answers = []
+    for content in (parts, "<image>\\nWhat is this?"):
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+        answers.append(processor.decode(output, skip_special_tokens=True))
+    ask = pipeline("image-text-to-text", model=folder)
+    said = ask(text=[{"role": "user", "content": parts}], return_full_text=False,
+               generate_kwargs={"max_new_tokens": 8, "do_sample": False})
+    print(json.dumps([*answers, said[0]["generated_text"]]))
 """
 
 
