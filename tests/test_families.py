@@ -99,6 +99,18 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def save_family(folder, config, special, template, eos, pad, tokens=300, rows=320, stops=None) -> None:
+    """A tiny random language model with its tokenizer and chat template; `stops` is what generation ends with."""
+    tokenizer = make_tokenizer(folder, special, template, eos, pad, tokens)
+    config.vocab_size = rows
+    config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    stops = tokenizer.eos_token_id if stops is None else stops
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def built(parts, tmp_path_factory):
     """Every family assembled once with the tiny CLIP: name -> (language model folder, LLaVA folder)."""
@@ -106,15 +118,8 @@ def built(parts, tmp_path_factory):
 
     def build(name):
         if name not in folders:
-            config, special, template, eos, pad, tokens, rows, stops, _ = FAMILIES[name]
             root = tmp_path_factory.mktemp("family")
-            tokenizer = make_tokenizer(root / "lm", special, template, eos, pad, tokens)
-            config.vocab_size = rows
-            config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config)
-            model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
-            model.save_pretrained(root / "lm")
+            save_family(root / "lm", *FAMILIES[name][:-1])
             build_model(str(parts["clip"]), str(root / "lm"), str(root / "llava"))
             folders[name] = root / "lm", root / "llava"
         return folders[name]
