@@ -64,7 +64,8 @@ PHI4 = (
 )
 OLMO2 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|assistant|>\n' + m.content }}"
-    "{{ eos_token }}{{ '' if loop.last else '\n' }}{% else %}{{ '<|' + m.role + '|>\n' + m.content + '\n' }}{% endif %}{% endfor %}"
+    "{{ eos_token + ('' if loop.last else '\n') }}{% else %}{{ '<|' + m.role + '|>\n' + m.content + '\n' }}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 GLM4 = (
@@ -124,7 +125,8 @@ FAMILIES = {
     "Llama 3": (LlamaConfig(**LM), LLAMA_TOKENS, LLAMA3, "<|eot_id|>", None),
     "SmolLM2": (LlamaConfig(**LM, tie_word_embeddings=True), *CHATML_FORMAT),
     "SmolLM3": (
-        SmolLM3Config(**NO_HEAD_DIM, no_rope_layers=[1, 0], pad_token_id=0), QWEN, SMOLLM3, "<|im_end|>", "<|endoftext|>"
+        SmolLM3Config(**NO_HEAD_DIM, no_rope_layers=[1, 0], pad_token_id=0),
+        QWEN, SMOLLM3, "<|im_end|>", "<|endoftext|>",
     ),
     "Mistral": (MistralConfig(**LM, sliding_window=None), *MISTRAL_FORMAT),
     "Mixtral": (MixtralConfig(**LM, num_local_experts=4), *MISTRAL_FORMAT),
