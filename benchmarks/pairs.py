@@ -111,6 +111,8 @@ LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope
           "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
           "first_k_dense_replace": 1}  # fmt: skip
 
+Outcome = dict[tuple[str, str], dict[str, str]]  # (family, tower) -> see `measure`
+
 # A configuration, special tokens, a chat template, the token that ends texts, the one that pads
 FAMILIES = {
     "Qwen2, Qwen2.5": (Qwen2Config(**NO_HEAD_DIM), *CHATML_FORMAT),
@@ -192,8 +194,8 @@ def measure(tower: Path, language_model: Path, folder: Path) -> dict[str, str]:
     return found
 
 
-def measure_all(families: list[str], towers: list[str], root: Path) -> dict[tuple[str, str], dict[str, str]]:
-    """Every pair of the two (family, tower); of a family that is refused with the first tower, that one alone."""
+def measure_all(families: list[str], towers: list[str], root: Path) -> Outcome:
+    """Every pair of the two; of a family that is refused with the first tower, that one alone."""
     for tower in towers:
         save_tower(root / tower, *(TOWERS | REFUSED)[tower][:-1])
     found = {}
@@ -207,78 +209,88 @@ def measure_all(families: list[str], towers: list[str], root: Path) -> dict[tupl
 
 
 def worst(outcomes: list[str]) -> str:
-    """The largest of the differences that rows of `build_model` name."""
-    return max((outcome.rsplit(" ", 1)[-1].rstrip(")") for outcome in outcomes), key=float)
+    """The largest of the differences in rows of `build_model`, which end with "(difference 1e-07)"."""
+    return f"{max(float(outcome.rpartition(' ')[-1].rstrip(')')) for outcome in outcomes):g}"
 
 
-def cell(text: str) -> str:
-    return text.replace("|", r"\|")
+def line(*cells: str) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def family_row(name: str, pairs: dict[str, dict[str, str]], towers: int) -> str:
-    """A language model's row of its pairs, by tower."""
+    """A language model's row, of its pairs by tower."""
     rows = list(pairs.values())
-    learnt = {row["what is learnt"].removeprefix("each answer with ").partition(",")[0] for row in rows}
-    packs = {row["packed against alone"].startswith("equal") for row in rows}
-    exported = [tower for tower, row in pairs.items() if not row["gguf"]]
-    cells = [
+    (learnt,) = {row["what is learnt"].removeprefix("each answer with ").partition(",")[0] for row in rows}
+    (packs,) = {row["packed against alone"].startswith("equal") for row in rows}
+    return line(
         name,
         worst([row["text-only logits"] for row in rows]),
-        " / ".join(sorted(f"`{end}`" for end in learnt)),
-        {(True,): "yes", (False,): "refused"}.get(tuple(packs), "by tower"),
+        " or ".join(f"`{end}`" for end in learnt.split(" or ")),
+        "yes" if packs else "refused",
         worst([row["batched against single"] for row in rows]),
         f"{len(pairs)} of {towers}",
-        ", ".join(exported) or "no",
-    ]
-    return f"| {' | '.join(map(cell, cells))} |"
+        ", ".join(tower for tower, row in pairs.items() if not row["gguf"]) or "no",
+    )
 
 
 def tower_row(name: str, pairs: dict[str, dict[str, str]], families: int) -> str:
-    """A tower's row of its pairs, by family."""
+    """A tower's row, of its pairs by family."""
     rows = list(pairs.values())
+    (beside,) = {row["beside"] for row in rows}
     (tokens,) = {row["tokens a picture"].partition(" ")[0] for row in rows}
-    difference = worst([row["vision features"] for row in rows])
-    cells = [name, rows[0]["beside"], tokens, difference, f"{len(pairs)} of {families}"]
-    return f"| {' | '.join(map(cell, cells))} |"
+    return line(name, beside, tokens, worst([row["vision features"] for row in rows]), f"{len(pairs)} of {families}")
 
 
-def table(found: dict[tuple[str, str], dict[str, str]], refused_towers: dict[str, str]) -> str:
-    """What was measured: a table by language model, one by tower, and what was refused and why."""
+def table(found: Outcome, refused_towers: dict[str, str]) -> str:
+    """What was measured: by language model, by tower, and what is refused and why."""
     good = {pair: row for pair, row in found.items() if "refused" not in row}
     families = list(dict.fromkeys(family for family, _ in good))
     towers = list(dict.fromkeys(tower for _, tower in found))
-    lines = [
-        "| language model | logits | learnt: answer and | packing | batching | towers | GGUF |",
-        "|---|---:|---|---|---:|---:|---|",
-        *(family_row(name, {t: row for (f, t), row in good.items() if f == name}, len(towers)) for name in families),
-        "",
-        "| vision tower | tokens beside the patches | `<image>` tokens for 16 patches | features | language models |",
-        "|---|---:|---:|---:|---:|",
-        *(tower_row(name, {f: row for (f, t), row in good.items() if t == name}, len(families)) for name in towers),
-        "",
-        "| refused | why |",
-        "|---|---|",
-        *(
-            f"| {family if family not in families else f'{family} with {tower}'} | {cell(row['refused'])} |"
-            for (family, tower), row in found.items()
-            if "refused" in row
-        ),
-        *(f"| {name} | {cell(reason)} |" for name, reason in refused_towers.items()),
-    ]
-    return "\n".join(lines)
+    refused = {
+        family if family not in families else f"{family} with {tower}": row["refused"]
+        for (family, tower), row in found.items()
+        if "refused" in row
+    }
+    # one reason for each part of which no pair has a GGUF: with the other table's first
+    without = {family: good[family, towers[0]]["gguf"] for family in families}
+    without |= {tower: good[families[0], tower]["gguf"] for tower in towers}
+    exported = {name for pair, row in good.items() if not row["gguf"] for name in pair}
+    return "\n".join(
+        [
+            "| language model | logits | learnt: the answer and | packing | batching | towers | GGUF |",
+            "|---|---:|---|---|---:|---:|---|",
+            *(
+                family_row(name, {t: row for (f, t), row in good.items() if f == name}, len(towers))
+                for name in families
+            ),
+            "",
+            "| vision tower | tokens beside the patches | `<image>` tokens | features | language models |",
+            "|---|---:|---:|---:|---:|",
+            *(
+                tower_row(name, {f: row for (f, t), row in good.items() if t == name}, len(families))
+                for name in towers
+            ),
+            "",
+            "| refused | why |",
+            "|---|---|",
+            *(line(name, reason) for name, reason in (refused | refused_towers).items()),
+            "",
+            "| no GGUF | why |",
+            "|---|---|",
+            *(line(name, reason) for name, reason in without.items() if name not in exported),
+        ]
+    )
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    first = next(iter(FAMILIES))
     with tempfile.TemporaryDirectory() as folder:
         found = measure_all(list(FAMILIES), list(TOWERS), Path(folder))
-        refused = {
-            name: measure_all(["Qwen2, Qwen2.5"], [name], Path(folder))["Qwen2, Qwen2.5", name]["refused"]
-            for name in REFUSED
-        }
-    print(table(found, refused))
+        others = measure_all([first], ["CLIP", *REFUSED], Path(folder))
+    print(table(found, {name: others[first, name]["refused"].removeprefix("it: ") for name in REFUSED}))
 
 
 if __name__ == "__main__":

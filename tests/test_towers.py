@@ -88,11 +88,11 @@ PALIGEMMA = PaliGemmaConfig(
 TOWERS = {
     "CLIP": (CLIPModel, CLIPConfig(**TWO), CROP, 1),
     "SigLIP": (SiglipModel, SiglipConfig(**TWO), SQUARE, 0),
-    "SigLIP 2, one size": (
+    "SigLIP 2": (  # of one size: SigLIP's classes
         SiglipModel, SiglipConfig(text_config=TEXT | {"projection_size": 16}, vision_config=VISION), SQUARE, 0
     ),
     "DINOv2": (Dinov2Model, Dinov2Config(**VISION | {"image_size": 63}), DINO, 1),  # positions are interpolated
-    "DINOv2, registers": (
+    "DINOv2 with registers": (
         Dinov2WithRegistersModel,
         Dinov2WithRegistersConfig(**VISION | {"image_size": 63}, num_register_tokens=4), DINO, 5,
     ),
@@ -100,10 +100,10 @@ TOWERS = {
     "AIMv2": (Aimv2VisionModel, Aimv2VisionConfig(**VISION), CROP, 0),
     "AIMv2 with text": (Aimv2Model, Aimv2Config(**TWO), CROP, 0),
     "ViT": (ViTModel, ViTConfig(**VISION), VIT, 1),
-    "ViT, a classifier": (ViTForImageClassification, ViTConfig(**VISION), VIT, 1),
+    "ViT classifier": (ViTForImageClassification, ViTConfig(**VISION), VIT, 1),
     "MetaCLIP 2": (MetaClip2Model, MetaClip2Config(**TWO), CROP, 1),
     "AltCLIP": (AltCLIPModel, AltCLIPConfig(**TWO), CROP, 1),
-    "inside PaliGemma": (PaliGemmaForConditionalGeneration, PALIGEMMA, SQUARE, 0),
+    "PaliGemma's": (PaliGemmaForConditionalGeneration, PALIGEMMA, SQUARE, 0),
 }  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def test_what_is_clip_but_for_its_name_is_written_as_clip(built):
 
 
 def test_a_pooler_that_is_lacking_is_zero_and_all_else_is_there(built):
-    folder, llava = built("ViT, a classifier")
+    folder, llava = built("ViT classifier")
     tower = opened(llava)[0].model.vision_tower
     classifier = ViTForImageClassification.from_pretrained(folder).vit.state_dict()
     for name, weight in tower.state_dict().items():
