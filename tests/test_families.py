@@ -99,6 +99,18 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def save_family(folder, config, special, template, eos, pad, tokens=300, rows=320, stops=None) -> None:
+    """A tiny random language model with its tokenizer and chat template; `stops` is what generation ends with."""
+    tokenizer = make_tokenizer(folder, special, template, eos, pad, tokens)
+    config.vocab_size = rows
+    config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    stops = tokenizer.eos_token_id if stops is None else stops
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def built(parts, tmp_path_factory):
     """Every family assembled once with the tiny CLIP: name -> (language model folder, LLaVA folder)."""
@@ -106,15 +118,8 @@ def built(parts, tmp_path_factory):
 
     def build(name):
         if name not in folders:
-            config, special, template, eos, pad, tokens, rows, stops, _ = FAMILIES[name]
             root = tmp_path_factory.mktemp("family")
-            tokenizer = make_tokenizer(root / "lm", special, template, eos, pad, tokens)
-            config.vocab_size = rows
-            config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config)
-            model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
-            model.save_pretrained(root / "lm")
+            save_family(root / "lm", *FAMILIES[name][:-1])
             build_model(str(parts["clip"]), str(root / "lm"), str(root / "llava"))
             folders[name] = root / "lm", root / "llava"
         return folders[name]
@@ -176,19 +181,20 @@ import json, sys
 sys.modules["train_llava"] = None  # an import of this repo's package would fail
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
-model, processor = AutoModelForImageTextToText.from_pretrained(sys.argv[1]), AutoProcessor.from_pretrained(sys.argv[1])
 image = Image.new("RGB", (50, 30), "red")
 parts = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
-answers = []
-for content in (parts, "<image>\\nWhat is this?"):
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
-    answers.append(processor.decode(output, skip_special_tokens=True))
-ask = pipeline("image-text-to-text", model=sys.argv[1])
-said = ask(text=[{"role": "user", "content": parts}], return_full_text=False,
-           generate_kwargs={"max_new_tokens": 8, "do_sample": False})
-print(json.dumps([*answers, said[0]["generated_text"]]))
+for folder in sys.argv[1:]:
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    answers = []
+    for content in (parts, "<image>\\nWhat is this?"):
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+        answers.append(processor.decode(output, skip_special_tokens=True))
+    ask = pipeline("image-text-to-text", model=folder)
+    said = ask(text=[{"role": "user", "content": parts}], return_full_text=False,
+               generate_kwargs={"max_new_tokens": 8, "do_sample": False})
+    print(json.dumps([*answers, said[0]["generated_text"]]))
 """
 
 

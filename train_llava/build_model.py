@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     BaseImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     LlavaConfig,
     LlavaNextConfig,
     LlavaNextProcessor,
@@ -42,7 +45,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from train_llava.chat import Processor
 from train_llava.checks import check_checkpoint, reference_outputs
 from train_llava.cli import opening, parse_arguments, run_command, written_whole
-from train_llava.model import Llava, count_parameters
+from train_llava.model import Llava, count_parameters, tower_states
 from train_llava.pictures import is_anyres
 from train_llava.records import IMAGE_TOKEN
 from train_llava.reports import write_card
@@ -121,7 +124,10 @@ def load_part(auto_class: Any, name_or_path: str, dtype: Any) -> tuple[PreTraine
     if auto_class is AutoModelForCausalLM and type(config) not in auto_class._model_mapping:
         auto_class = AutoModelForImageTextToText  # it may have a language model in it
     if type(config) not in auto_class._model_mapping:
-        raise ValueError(f"{name_or_path} is a {config.model_type}, which is no model of that kind")
+        opener = auto_class.__name__
+        raise ValueError(
+            f"{name_or_path} is a {config.model_type}, which is no model of that kind: no {opener} has it"
+        )
     with opening(name_or_path):
         model, loading = auto_class.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
     return model.eval(), set(loading["missing_keys"])
@@ -131,16 +137,70 @@ def load_vision_tower(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
     """A vision model's encoder, of a checkpoint that holds it alone or inside a larger model, such as CLIP.
 
     Raises:
-        ValueError: the checkpoint has no vision tower, or not all of its weights.
+        ValueError: the checkpoint has no vision tower that a LLaVA could hold, or not all of its weights.
     """
     model, missing = load_part(AutoModel, name_or_path, dtype)
-    tower = model.get_encoder("image")
-    if tower.main_input_name != "pixel_values":
-        raise ValueError(f"{name_or_path} is a {model.config.model_type} model, not a vision tower")
+    tower, kind = model.get_encoder("image"), model.config.model_type
+    takes = signature(tower.forward).parameters
+    if "pixel_values" not in takes or "input_ids" in takes:
+        raise ValueError(
+            f"{name_or_path} is a {kind} model, not a vision tower, nor does transformers find one in it that takes "
+            "plain pictures"
+        )
+    if not isinstance(tower, PreTrainedModel):
+        raise ValueError(f"{name_or_path} is a {kind}, whose vision tower is no model by itself in transformers")
     prefix = next(name for name, module in model.named_modules() if module is tower)
-    if lacking := sorted(name for name in missing if name.startswith(prefix)):
-        raise ValueError(f"{name_or_path} lacks weights of its vision tower, {lacking[0]} for one")
+    lacking = {name[len(prefix) :].lstrip(".") for name in missing if name.startswith(prefix)}
+    if type(tower.config) not in AutoModel._model_mapping:
+        tower = as_clip(tower, name_or_path)
+    if lacking:
+        fill_unread(tower, lacking, name_or_path)
     return tower
+
+
+def as_clip(tower: PreTrainedModel, name: str) -> PreTrainedModel:
+    """A tower that transformers opens inside its larger model only, as the CLIP that it is but for its name.
+
+    So are those of MetaCLIP 2, AltCLIP and CLIPSeg.
+
+    Raises:
+        ValueError: its weights have other names or shapes than a CLIP's, or give other features.
+    """
+    kind = tower.config.model_type
+    config = CLIPVisionConfig.from_dict(tower.config.to_dict() | {"model_type": CLIPVisionConfig.model_type})
+    try:
+        clip = CLIPVisionModel(config).to(tower.dtype).eval()
+        clip.load_state_dict(tower.state_dict())
+        with torch.inference_mode():
+            picture = torch.linspace(-2, 2, 3 * config.image_size**2).reshape(1, 3, config.image_size, -1)
+            ours, theirs = (
+                torch.stack(model(picture.to(model.dtype), output_hidden_states=True).hidden_states)
+                for model in (clip, tower)
+            )
+        if not ours.equal(theirs):
+            raise ValueError("its features are others")
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name}: transformers opens a {kind} inside its larger model only, and it is no CLIP under another name"
+        ) from error
+    return clip
+
+
+def fill_unread(tower: PreTrainedModel, lacking: set[str], name: str) -> None:
+    """Sets to zero those of a tower's `lacking` weights that no hidden state depends on, such as the pooler of a ViT
+    that was published as a classifier.
+
+    Raises:
+        ValueError: a hidden state depends on one.
+    """
+    with running_as_one():
+        copy, states = tower_states(LlavaConfig(vision_config=tower.config), tower.config.image_size)
+        states[-1].sum().backward()
+    unread = {weight for weight, parameter in copy.named_parameters() if parameter.grad is None}
+    if broken := sorted(lacking - unread):
+        raise ValueError(f"{name} lacks weights of its vision tower, {broken[0]} for one")
+    for weight in lacking:
+        torch.nn.init.zeros_(tower.get_parameter(weight))
 
 
 def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
@@ -213,6 +273,11 @@ def ask_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, name:
             f"the image processor of {name} makes pictures of {side} pixels a side, its vision tower takes "
             f"{getattr(tower.config, 'image_size', 'others')}: {error}"
         ) from error
+    for size in (patch, getattr(tower.config, "image_size", None)):
+        if isinstance(size, (list, tuple)):
+            raise ValueError(
+                f"{name} is a {tower.config.model_type} of sizes in pairs, {size}: a LLaVA takes one number"
+            )
     if states is None or not isinstance(patch, int) or len({state.shape for state in states}) > 1:
         raise ValueError(f"{name} is a {tower.config.model_type}, whose hidden states are not one grid of patches")
     tokens, patches = states[0].shape[-2], (side // patch) ** 2
