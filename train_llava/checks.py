@@ -32,6 +32,23 @@ from train_llava.run_folder import differing_tensor
 from train_llava.trainer import LlavaTrainer
 
 
+def check_together(bits: int | None, data_arguments: Any, args: TrainingArguments) -> None:
+    """Refuses arguments of training that need each other, or shut each other out.
+
+    Raises:
+        ValueError: the message names them.
+    """
+    if bits and (args.train_type != "lora" or is_deepspeed_zero3_enabled()):
+        raise ValueError("--bits goes with --train_type lora, and not with ZeRO-3: weights in few bits cannot train")
+    if data_arguments.streaming and args.max_steps <= 0:
+        raise ValueError("--streaming has no end: set --max_steps")
+    if data_arguments.eval_data_path is None:
+        given = {"eval_strategy": args.eval_strategy != "no", "eval_answers": data_arguments.eval_answers}
+        given["early_stopping_patience"] = args.early_stopping_patience
+        if any(given.values()):
+            raise ValueError(f"--{next(filter(given.get, given))} takes held-out data: set --eval_data_path")
+
+
 def check_options(args: TrainingArguments, model: nn.Module, eval_answers: int) -> None:
     """Asks the libraries for what the arguments name, before data is read or anything written.
 

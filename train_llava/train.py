@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, IntervalStrategy, TrainingArgume
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train_llava.chat import Chat
-from train_llava.checks import check_claims, check_options, preflight
+from train_llava.checks import check_claims, check_options, check_together, preflight
 from train_llava.cli import device, parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.model import BITS_HELP, TRAIN_TYPES, LoraArguments, count_parameters, load_checkpoint, set_trainable
@@ -72,6 +72,10 @@ class DataArguments:
     packing: bool = field(
         default=False, metadata={"help": "Put a batch's conversations into one row, without padding, kept apart."}
     )
+
+    def __post_init__(self) -> None:
+        if self.eval_answers is None:
+            self.eval_answers = 0 if self.eval_data_path is None else 64
 
 
 @dataclass
@@ -165,20 +169,9 @@ def main() -> None:
     model_arguments, lora_arguments, data_arguments, args = parse_arguments(
         ModelArguments, LoraArguments, DataArguments, TrainArguments
     )
-    if model_arguments.bits and (args.train_type != "lora" or is_deepspeed_zero3_enabled()):
-        raise ValueError("--bits goes with --train_type lora, and not with ZeRO-3: weights in few bits cannot train")
-    if data_arguments.streaming and args.max_steps <= 0:
-        raise ValueError("--streaming has no end: set --max_steps")
-    if data_arguments.eval_data_path is None:
-        given = {"eval_strategy": args.eval_strategy != "no", "eval_answers": data_arguments.eval_answers}
-        given |= {"early_stopping_patience": args.early_stopping_patience}
-        if any(given.values()):
-            raise ValueError(f"--{next(filter(given.get, given))} takes held-out data: set --eval_data_path")
-        eval_answers = 0
-    else:
-        eval_answers = 64 if data_arguments.eval_answers is None else data_arguments.eval_answers
-        if args.eval_strategy == "no":
-            args.eval_strategy = IntervalStrategy.EPOCH
+    check_together(model_arguments.bits, data_arguments, args)
+    if data_arguments.eval_data_path is not None and args.eval_strategy == "no":
+        args.eval_strategy = IntervalStrategy.EPOCH
     learning_rates = {
         "vision tower": args.vision_learning_rate,
         "projector": args.projector_learning_rate,
@@ -200,7 +193,7 @@ def main() -> None:
     model, processor = load_checkpoint(
         model_arguments.model_name_or_path, dtype, model_arguments.attn_implementation, model_arguments.bits
     )
-    check_options(args, model, eval_answers)
+    check_options(args, model, data_arguments.eval_answers)
     check_claims(model, processor, data_arguments.packing)
 
     # 4. The data
@@ -237,7 +230,7 @@ def main() -> None:
         processing_class=processor,
         learning_rates=learning_rates,
         write_card=partial(write_run_card, model_arguments, lora_arguments, data_arguments, args, records, trained),
-        eval_answers=eval_answers,
+        eval_answers=data_arguments.eval_answers,
         callbacks=[EarlyStoppingCallback(patience)] if (patience := args.early_stopping_patience) else [],
     )
     if args.preflight:
