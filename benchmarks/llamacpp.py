@@ -1,12 +1,12 @@
-"""Counts how many of 50 pictures llama.cpp and transformers answer alike, greedily, in f16 and quantised.
+"""Counts how many questions llama.cpp and transformers answer alike, greedily, in f16 and quantised.
 
     PYTHONPATH=. python benchmarks/llamacpp.py                        the engine as it is released
     PYTHONPATH=. python benchmarks/llamacpp.py --class_token first    one with pull request 25844: see README.md here
 
-It exports what `bash run_zero2.sh` left in output/openmoji, a CLIP with a Qwen2, and asks about held-out pictures, and
-the SigLIP with a Qwen3 of siglip_qwen3.py, asked about the pictures that it learnt. It needs llama-cpp-python. The
-tokenizers have to agree on some texts in any case. The tower and the projector stay in f16; transformers computes in
-float32 throughout.
+It exports what `bash run_zero2.sh` left in output/openmoji, a CLIP with a Qwen2, and asks all about the held-out
+pictures; and the SigLIP with a Qwen3 of siglip_qwen3.py, asked about the pictures that it learnt. It needs
+llama-cpp-python. The tokenizers have to agree on some texts in any case. The tower and the projector stay in f16;
+transformers computes in float32 throughout.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from train_llava.export_gguf import export_gguf
 from train_llava.infer import generate
 from train_llava.model import load_checkpoint
 
-QUESTIONS, NEW_TOKENS = 50, 32
+NEW_TOKENS = 32
 TEXTS = [
     "What is this?",
     "It's  12345 apples,\n\n and\tmore…",
@@ -67,22 +67,26 @@ def matrices(path: Path) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
 
 
-def agreement(checkpoint: Path, dataset: LlavaDataset, class_token: str, folder: Path, names: list[str]) -> list[int]:
-    """Exports a checkpoint to `folder`; how many answers are those of transformers: in f16, and quantised to `names`.
+def agreement(
+    checkpoint: Path, dataset: LlavaDataset, class_token: str, folder: Path, names: list[str]
+) -> tuple[int, list[int]]:
+    """Exports a checkpoint to `folder` and asks every question of a data set.
+
+    Returns:
+        How many there are, and how many answers are those of transformers: in f16, and quantised to each of `names`.
 
     Raises:
         ValueError: llama.cpp splits a text into other tokens, or the model answers many pictures alike.
     """
     export_gguf(str(checkpoint), str(folder), class_token)
     model, processor = load_checkpoint(str(checkpoint))
-    every = len(dataset) // (QUESTIONS - 1)
-    asked = [found for i in range(0, len(dataset), every) for found in questions(dataset[i])][:QUESTIONS]
+    asked = [found for item in dataset for found in questions(item)]
     images = [image for question in asked for image in question["images"]]
     ours = generate(model.eval(), processor, [question["messages"] for question in asked], images, NEW_TOKENS)
-    if len(set(ours)) < 0.8 * QUESTIONS:
-        raise ValueError(f"{len(set(ours))} different answers to {QUESTIONS} pictures: too few to compare by")
+    if len(set(ours)) < 0.8 * len(asked):
+        raise ValueError(f"{len(set(ours))} different answers to {len(asked)} questions: too few to compare by")
     paths = [folder / "model-f16.gguf", *(quantize(folder, name) for name in names)]
-    return [count_same(path, processor.tokenizer, asked, images, ours) for path in paths]
+    return len(asked), [count_same(path, processor.tokenizer, asked, images, ours) for path in paths]
 
 
 def count_same(
@@ -124,8 +128,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(sys.stderr):  # exporting prints, too
         for pair, (checkpoint, dataset) in pairs.items():
             folder = Path(root) / checkpoint.parent.name
-            counts = agreement(checkpoint, dataset, class_token, folder, names)
-            lines += [f"| {pair}, {n} | {c} | {QUESTIONS} |" for n, c in zip(["f16", *names], counts, strict=True)]
+            asked, counts = agreement(checkpoint, dataset, class_token, folder, names)
+            lines += [f"| {pair}, {n} | {c} | {asked} |" for n, c in zip(["f16", *names], counts, strict=True)]
             notes += [f"{pair}, {name}: {matrices(folder / f'model-{name}.gguf')}" for name in names]
     if notes:
         lines += ["", "Matrices of the quantised files by type:", "", *(f"- {note}" for note in notes)]

@@ -1,4 +1,4 @@
-"""Trains a small SigLIP with a small Qwen3, both from random weights, until they know 50 of the embedded example's
+"""Trains a small SigLIP with a small Qwen3, both from random weights, until they know 200 of the embedded example's
 pictures by heart.
 
     PYTHONPATH=. python benchmarks/siglip_qwen3.py
@@ -30,7 +30,7 @@ DATA = Path("output/openmoji/data/train")
 OUTPUT = Path("output/siglip_qwen3")
 TOKENIZER = Path("examples/openmoji/parts/qwen2")
 SIDE, PATCH = 72, 18  # pixels, as the example's CLIP
-PICTURES = 50
+PICTURES = 200
 
 
 def make_parts(folder: Path) -> None:
@@ -74,8 +74,8 @@ def main() -> None:
     build_model(str(OUTPUT / "parts/siglip"), str(OUTPUT / "parts/qwen3"), str(OUTPUT / "llava"))
     command = [sys.executable, "-m", "train_llava.train", "--train_type", "full", "--save_strategy", "no"]
     command += ["--model_name_or_path", OUTPUT / "llava", "--output_dir", OUTPUT / "run", "--preflight", "false"]
-    command += ["--data_path", OUTPUT / "data", "--image_dir", DATA / "images_dl", "--logging_steps", 20]
-    command += ["--per_device_train_batch_size", PICTURES // 2, "--max_steps", 300]
+    command += ["--data_path", OUTPUT / "data", "--image_dir", DATA / "images_dl", "--logging_steps", 50]
+    command += ["--per_device_train_batch_size", 25, "--max_steps", 600]
     command += ["--learning_rate", 1.5e-3, "--vision_learning_rate", 1e-3]
     subprocess.run([str(word) for word in command], check=True)
 

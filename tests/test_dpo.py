@@ -27,12 +27,12 @@ def test_preferences_grow_and_the_checkpoint_opens(llava, corpus, tmp_path):
         theirs = processor(text=prompt, images=row["images"], add_special_tokens=False, return_tensors="pt")
         assert torch.equal(asked, theirs["input_ids"])
 
-    logged = train(model, processor, pairs, str(tmp_path / "dpo"), 5e-3, 12)
-    assert len(logged) == 12
+    logged = train(model, processor, pairs, str(tmp_path / "dpo"), 2e-2, 40)
+    assert len(logged) == 40
     assert logged[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # log 2: nothing is preferred yet
     assert logged[0]["rewards/margins"] == pytest.approx(0, abs=1e-3)
-    assert logged[-1]["rewards/margins"] > 0.1
-    assert logged[-1]["loss"] < 0.65
+    assert sum(entry["rewards/margins"] for entry in logged[-10:]) / 10 > 0.5
+    assert sum(entry["loss"] for entry in logged[-10:]) / 10 < 0.6
     before, after = load_checkpoint(str(llava))[0].state_dict(), load_checkpoint(str(tmp_path / "dpo"))[0].state_dict()
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
