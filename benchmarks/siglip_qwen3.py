@@ -3,9 +3,9 @@ pictures by heart.
 
     PYTHONPATH=. python benchmarks/siglip_qwen3.py
 
-`llamacpp.py` asks the outcome, output/siglip_qwen3/run, about these pictures, output/siglip_qwen3/data: captions
-learnt by heart differ from picture to picture. The pictures are of those that `bash run_zero2.sh` left in
-output/openmoji; the tokenizer is the example's.
+`llamacpp.py` asks the outcome, output/siglip_qwen3/run, about the held-out pictures. Its answers to these are seldom
+right, but two hundred different ones. The pictures are those that `bash run_zero2.sh` left in output/openmoji, the
+tokenizer is the example's.
 """
 
 import json
