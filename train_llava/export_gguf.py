@@ -16,7 +16,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase
+from PIL import Image, ImageOps
+from transformers import (
+    BaseImageProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import is_gguf_available
 
 from train_llava.cli import parse_arguments, run_command, written_whole
@@ -31,6 +39,11 @@ WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PRE_TOKENIZERS = {WORDS + r"\p{N}" + REST: "qwen2", WORDS + r"\p{N}{1,3}" + REST: "llama-bpe"}
 SYSTEM = ("system", ("text",))
+LANGUAGE_MODELS = ("llama", "qwen2", "qwen3")  # gguf has their names in capitals
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+# llama.cpp has one GELU, the one by tanh, which is also what it takes for the exact one
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
+PADDING = (122, 116, 104)  # what llama.cpp fills a picture up with that is not square: the colour of LLaVA-1.5
 
 
 @dataclass
@@ -46,29 +59,45 @@ class ExportArguments:
     )
 
 
-def check_exportable(config: LlavaConfig) -> None:
+def check_exportable(config: LlavaConfig | LlavaNextConfig) -> None:
     """Makes sure that llama.cpp would compute what transformers computes.
 
     Raises:
         ValueError: it would not; the message names what it has no means for.
     """
+    if config.model_type == "llava_next":
+        raise ValueError(
+            "anyres cannot be exported to GGUF: llama.cpp hands on tile after tile, padding and all, then the whole "
+            "picture, and puts no image_newline between rows"
+        )
     text, vision, layer = config.text_config, config.vision_config, config.vision_feature_layer
-    if text.model_type not in ("qwen2", "llama") or vision.model_type != "clip_vision_model":
+    if text.model_type not in LANGUAGE_MODELS or vision.model_type not in TOWERS:
         kinds = f"{vision.model_type} and {text.model_type}"
-        raise ValueError(f"only CLIP with a Qwen2 or Llama language model can be exported to GGUF, not {kinds}")
+        raise ValueError(
+            f"only CLIP or SigLIP with a Qwen2, Qwen3 or Llama language model can be exported to GGUF, not {kinds}"
+        )
+    drops_first = config.vision_feature_select_strategy == "default"
     hindrances = {
         f"the activation {text.hidden_act} in the language model": text.hidden_act != "silu",
-        f"the activation {vision.hidden_act} in the vision tower": vision.hidden_act not in ("quick_gelu", "gelu"),
+        f"the activation {vision.hidden_act} in the vision tower": vision.hidden_act not in ACTIVATIONS,
         f"the activation {config.projector_hidden_act} in the projector": config.projector_hidden_act != "gelu",
         "a projector without bias": not config.multimodal_projector_bias,
         f"features of more than one layer ({layer})": not isinstance(layer, int),
-        "the class token among the features": config.vision_feature_select_strategy != "default",
+        "the class token among the features": has_class_token(config) and not drops_first,
+        "a SigLIP without its first patch": drops_first and not has_class_token(config),
+        "a vision tower whose MLP is as wide as its states": vision.intermediate_size == vision.hidden_size,
         f"rope scaling ({text.rope_parameters['rope_type']})": text.rope_parameters["rope_type"] != "default",
-        "sliding windows": text.model_type == "qwen2" and text.use_sliding_window,
+        "sliding windows": getattr(text, "use_sliding_window", False),
+        "biases in Qwen3's attention": text.model_type == "qwen3" and text.attention_bias,
     }
     for what, applies in hindrances.items():
         if applies:
             raise ValueError(f"{what} cannot be exported to GGUF")
+
+
+def has_class_token(config: LlavaConfig) -> bool:
+    """Whether the tower puts a token in front of those of the patches: CLIP does, SigLIP does not."""
+    return config.vision_config.model_type == "clip_vision_model"
 
 
 def pre_tokenizer(written: dict[str, Any]) -> str:
@@ -145,14 +174,16 @@ def picture_tensors(model: LlavaForConditionalGeneration, class_token: str) -> I
 
     The layer norm behind the last layer is left out: llama.cpp would apply it, a LLaVA reads features before it.
 
+    SigLIP's pooling head is left out, too: a LLaVA has no use for it.
+
     An engine with the class token last gives position 0 to the first patch. The rows of the position table are moved
     along, so that each patch meets its own and the tower computes what it was trained to. What such an engine hands on
     is then still one row off: it leaves out the first patch and ends with the class token.
     """
     for name, tensor in model.model.vision_tower.state_dict().items():
-        if class_token == "last" and name == "embeddings.position_embedding.weight":
+        if class_token == "last" and has_class_token(model.config) and name == "embeddings.position_embedding.weight":
             tensor = tensor.roll(-1, dims=0)
-        if not name.startswith("post_layernorm."):
+        if not name.startswith(("post_layernorm.", "head.")):
             yield f"vision_tower.vision_model.{name}", tensor
     # llama.cpp counts the projector's layers as LLaVA's authors did: 0, an activation, 2
     for name, tensor in model.model.multi_modal_projector.state_dict().items():
@@ -184,7 +215,7 @@ def write(writer: "gguf.GGUFWriter", names: "gguf.TensorNameMap", tensors: Itera
 def export_text(model: LlavaForConditionalGeneration, processor: LlavaProcessor, path: Path) -> None:
     """Writes the language model's file."""
     config = model.config.text_config
-    arch = {"qwen2": gguf.MODEL_ARCH.QWEN2, "llama": gguf.MODEL_ARCH.LLAMA}[config.model_type]
+    arch = gguf.MODEL_ARCH[config.model_type.upper()]
     head_dim = model.model.language_model.layers[0].self_attn.head_dim
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
@@ -223,13 +254,29 @@ def export_pictures(
     writer.add_vision_attention_layernorm_eps(config.layer_norm_eps)
     writer.add_vision_image_mean(prepare.image_mean)
     writer.add_vision_image_std(prepare.image_std)
-    writer.add_vision_use_gelu(config.hidden_act == "gelu")
+    writer.add_vision_use_gelu(config.hidden_act != "quick_gelu")
     # counted as hidden states are, 0 being what goes into the first layer; unsaid, it is the last layer but one
     layer = range(config.num_hidden_layers + 1)[model.config.vision_feature_layer]
     if layer != config.num_hidden_layers - 1:
         writer.add_array("clip.vision.feature_layer", [layer])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, max(3, config.num_hidden_layers))
     write(writer, names, picture_tensors(model, class_token))
+
+
+def prepared_otherwise(image_processor: BaseImageProcessor, side: int) -> list[str]:
+    """Which pictures llama.cpp makes other pixels of than the image processor: found on noise, twice `side` large.
+
+    llama.cpp resizes a picture bicubically until it fits into the square and fills up what is left.
+    """
+    rng, kinds = np.random.default_rng(0), []
+    for kind, height in (("square pictures", 2 * side), ("pictures that are not square", side)):
+        image = Image.fromarray(rng.integers(0, 256, (height, 2 * side, 3), dtype=np.uint8))
+        theirs = np.array(ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, color=PADDING))
+        ours = image_processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        ours = (ours * image_processor.image_std + image_processor.image_mean) / image_processor.rescale_factor
+        if np.abs(ours - theirs).mean() > 3:  # of 256 levels; Pillow's and torch's roundings differ by less than one
+            kinds.append(kind)
+    return kinds
 
 
 def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -288,6 +335,8 @@ def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
 def export_gguf(*arguments: Any, **named: Any) -> None:
     """Writes `model-f16.gguf`, `mmproj-f16.gguf` and `Modelfile` to a new folder; takes what `ExportArguments` takes.
 
+    Prints which pictures the engines prepare otherwise: most processors crop or stretch those that are not square.
+
     Raises:
         ValueError: there is no such checkpoint, or llama.cpp would compute something else with it; nothing is left
             behind.
@@ -298,6 +347,8 @@ def export_gguf(*arguments: Any, **named: Any) -> None:
     with written_whole(given.output_dir) as folder:
         model, processor = load_checkpoint(given.model_name_or_path)
         check_exportable(model.config)
+        for kind in prepared_otherwise(processor.image_processor, model.config.vision_config.image_size):
+            print(f"llama.cpp prepares {kind} otherwise than this model's image processor: answers to them may differ")
         (folder / "Modelfile").write_text(modelfile(processor.tokenizer), encoding="utf-8", newline="\n")
         export_text(model, processor, folder / "model-f16.gguf")
         export_pictures(model, processor, given.class_token, folder / "mmproj-f16.gguf")
