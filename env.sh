@@ -2,11 +2,12 @@
 # folder, train_llava; `repo` is the folder of this file.
 #   source env.sh requirements.txt
 # An active environment that has them all is used as it is; otherwise they go into .venv.
+#   TORCH_INDEX=URL   another source of torch's CPU build, which Linux gets without an NVIDIA GPU; empty: PyPI's build
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 
-has_packages() { # PYTHON FILE: does this Python have every package that the file (and the one it includes) pins?
-  "$1" - "$repo/$2" 2>/dev/null <<'PYTHON'
+has_packages() { # PYTHON FILE [NAME]: does it have every package (or that one) that the file and what it includes pin?
+  "$1" - "$repo/$2" "${@:3}" 2>/dev/null <<'PYTHON'
 import os, sys
 from importlib.metadata import version
 from packaging.requirements import Requirement
@@ -20,8 +21,30 @@ def lines(path):
             yield Requirement(line)
 
 wanted = [line for line in lines(sys.argv[1]) if line.marker is None or line.marker.evaluate()]
+wanted = [line for line in wanted if line.name in sys.argv[2:] or not sys.argv[2:]]
 sys.exit(not all(line.specifier.contains(version(line.name), prereleases=True) for line in wanted))
 PYTHON
+}
+
+# PyPI's torch for Linux brings CUDA's libraries, which nothing uses without an NVIDIA GPU. There torch, and nothing
+# else, comes from PyTorch's own index; what torch needs is left to the installation from PyPI that follows.
+install_cpu_torch() {
+  local index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu} pin
+  # The driver tells, as torch, which would know, is not there yet. WSL has nvidia-smi alone.
+  if [ "$(uname -s)" != Linux ] || [ -z "$index" ] || [ -e /dev/nvidiactl ] || [ -e /proc/driver/nvidia ] ||
+    command -v nvidia-smi >/dev/null || has_packages python3 requirements.txt torch; then
+    return 0
+  fi
+  pin=$(grep -o '^torch==[^ ]*' "$repo/requirements.txt")
+  echo "no NVIDIA GPU here: torch is the CPU build from $index, a tenth of the size (TORCH_INDEX= takes PyPI's)"
+  trap 'exit 130' INT # pip told to stop ends like pip without an index
+  # pip alone would try each address of a silent index for as long as a slow download may pause
+  if ! timeout --foreground 10 python3 -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' \
+    "${index%/}/torch/" 2>/dev/null ||
+    ! python3 -m pip install --disable-pip-version-check --retries 0 --no-deps --index-url "$index" "$pin+cpu"; then
+    echo "$index does not give it: torch is PyPI's CUDA build, which computes on the CPU as well"
+  fi
+  trap - INT
 }
 
 if ! has_packages python3 "$1"; then
@@ -39,6 +62,7 @@ if ! has_packages python3 "$1"; then
   export VIRTUAL_ENV=$repo/.venv PATH=$repo/.venv/bin:$PATH
   if ! has_packages python3 "$1"; then
     echo "installing $1 into .venv, some minutes the first time"
+    install_cpu_torch
     python3 -m pip install --disable-pip-version-check -r "$repo/$1"
   fi
 fi

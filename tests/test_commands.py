@@ -3,10 +3,17 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
+import zipfile
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import packaging
+import pip
 import pytest
 import torch
 from conftest import ROOT, random_adapter, run_train, run_zero2
@@ -14,6 +21,11 @@ from huggingface_hub import constants
 
 from train_llava import cli, evaluate, infer, merge_lora
 from train_llava.cli import check_name, device, run_command
+
+# as env.sh tells
+WITHOUT_GPU = sys.platform == "linux" and not any(
+    [os.path.exists("/dev/nvidiactl"), os.path.exists("/proc/driver/nvidia"), shutil.which("nvidia-smi")]
+)
 
 
 @pytest.fixture
@@ -206,3 +218,115 @@ def test_an_environment_that_has_what_is_pinned_is_used_as_it_is(tmp_path):
     (tmp_path / "more.txt").write_text("packaging\n")
     done = bash(tmp_path, "source env.sh requirements.txt; command -v python3")
     assert (done.stdout, done.stderr) == (f"{Path(sys.executable).parent}/python3\n", "")
+
+
+@pytest.mark.parametrize(
+    ("build", "used"), [("2.13.0+cpu", True), ("2.13.0+cu130", True), ("2.13.0", True), ("2.12.1+cpu", False)]
+)
+def test_either_build_of_torch_is_the_pinned_one(tmp_path, build, used):
+    shutil.copy(ROOT / "env.sh", tmp_path)
+    (tmp_path / "requirements.txt").write_text("torch==2.13.0\n")
+    # the folder of env.sh is first in PYTHONPATH, so that this is the torch that is installed
+    write_wheel(tmp_path / "torch.whl", "torch", build)
+    zipfile.ZipFile(tmp_path / "torch.whl").extractall(tmp_path)
+    (tmp_path / ".venv").mkdir()
+    write_program(tmp_path / ".venv" / "bin" / "python", "echo an old one; exit 1")
+    done = bash(tmp_path, "source env.sh requirements.txt")
+    assert (done.returncode == 0, done.stderr == "") == (used, used)
+
+
+def write_wheel(path: Path, name: str, version: str, needs: str = "") -> None:
+    """A package of no code, as pip takes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = f"{name}-{version}.dist-info"
+    needed = f"Requires-Dist: {needs}\n" if needs else ""
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{folder}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needed}")
+        wheel.writestr(f"{folder}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{folder}/RECORD", f"{folder}/METADATA,,\n{folder}/WHEEL,,\n{folder}/RECORD,,\n")
+
+
+@pytest.fixture
+def install(tmp_path):
+    """An env.sh of its own with an empty .venv, beside two package indexes, `cpu` and `pypi`, that are served.
+
+    Yields a function that sources it with some settings. It returns what env.sh says of torch, the packages that .venv
+    then has, and what `cpu` has been asked for so far.
+    """
+    for index, name, version, needs in [
+        ("cpu", "torch", "0.0.1+cpu", "filelock"),
+        ("cpu", "filelock", "9.9", ""),
+        ("pypi", "torch", "0.0.1", "filelock"),
+        ("pypi", "filelock", "3.0", ""),
+        ("pypi", "added", "1.0", ""),
+    ]:
+        write_wheel(tmp_path / index / name / f"{name}-{version}-py3-none-any.whl", name, version, needs)
+    (tmp_path / "empty" / "torch").mkdir(parents=True)
+    shutil.copy(ROOT / "env.sh", tmp_path)
+    (tmp_path / "requirements.txt").write_text("torch==0.0.1 # as it is\n")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    site = next(tmp_path.glob(".venv/lib/python*/site-packages"))
+    for module in (pip, packaging):
+        (site / module.__name__).symlink_to(Path(module.__file__).parent)
+    asked = []
+
+    class Indexes(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=tmp_path)
+
+        def log_message(self, *_):
+            asked.extend([self.path] if self.path.startswith("/cpu/") else [])
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Indexes)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def source(settings: str = "TORCH_INDEX=$url/cpu") -> tuple[str, list[str], list[str]]:
+        lines = [
+            f"set -eu; unset ${{!PIP_@}}; url=http://127.0.0.1:{server.server_port}",
+            "export no_proxy=127.0.0.1 PIP_CONFIG_FILE=/dev/null PIP_INDEX_URL=$url/pypi",
+            f"{settings}; source env.sh requirements.txt",
+        ]
+        done = bash(tmp_path, "\n".join(lines), tmp_path / "bin")
+        assert done.returncode == 0, done.stderr
+        said = [line for line in done.stdout.splitlines() if "torch is" in line]
+        return "\n".join(said), sorted(path.stem for path in site.glob("*.dist-info")), list(asked)
+
+    yield source
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.skipif(not WITHOUT_GPU, reason="on Linux without an NVIDIA GPU")
+def test_without_an_nvidia_gpu_torch_and_nothing_else_is_the_cpu_build(install, tmp_path):
+    said, packages, asked = install()
+    assert "CPU build" in said
+    assert len(said.splitlines()) == 1
+    assert packages == ["filelock-3.0", "torch-0.0.1+cpu"]
+    assert {path.split("/")[2] for path in asked} == {"torch"}
+    with open(tmp_path / "requirements.txt", "a") as file:
+        file.write("added==1.0\n")
+    assert install() == ("", ["added-1.0", *packages], asked)
+    assert install() == ("", ["added-1.0", *packages], asked)
+
+
+@pytest.mark.skipif(not WITHOUT_GPU, reason="on Linux without an NVIDIA GPU")
+@pytest.mark.parametrize("index", ["http://127.0.0.1:9", "$url/nowhere", "$url/empty", "silent"])
+def test_where_the_index_of_cpu_builds_fails_torch_is_that_of_pypi(install, index):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = index.replace("silent", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        before = time.monotonic()
+        said, packages, _ = install(f"TORCH_INDEX={url}")
+    assert time.monotonic() - before < 30
+    assert len(said.splitlines()) == 2
+    assert said.endswith("torch is PyPI's CUDA build, which computes on the CPU as well")
+    assert packages == ["filelock-3.0", "torch-0.0.1"]
+
+
+@pytest.mark.parametrize("why", ["GPU", "macOS", "asked"])
+def test_the_index_of_cpu_builds_is_for_linux_without_an_nvidia_gpu(install, tmp_path, why):
+    if why == "GPU":
+        write_program(tmp_path / "bin" / "nvidia-smi", "exit 0")
+    if why == "macOS":
+        write_program(tmp_path / "bin" / "uname", "echo Darwin")
+    given = "TORCH_INDEX=" if why == "asked" else "TORCH_INDEX=$url/cpu"
+    assert install(given) == ("", ["filelock-3.0", "torch-0.0.1"], [])
