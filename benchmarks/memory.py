@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python benchmarks/memory.py
 
-First what each training type keeps of the model under ZeRO-2 in bf16: weights, gradients and optimizer state. Then, with
-what a step keeps beside it (see train_llava/memory.py), the largest batch a GPU. A card of 24 GB is taken as 24 x 10^9
-bytes; it has 7 % more, which is left to CUDA, to DeepSpeed's buffers and to gaps between tensors.
+First what each training type keeps of the model under ZeRO-2 in bf16: weights, gradients, optimizer state. Then, with
+what a step keeps beside it (train_llava/memory.py), the largest batch a GPU. 24 GB are 24 x 10^9 bytes; such a card has
+7 % more, which is left to CUDA, to DeepSpeed's buffers and to gaps between tensors.
 """
 
 import torch
@@ -48,7 +48,7 @@ def main() -> None:
     }
     print("| type | trainable | " + " | ".join(f"GB a GPU, {n} GPU{'s' * (n > 1)}" for n in GPUS) + " |")
     print("|---|---:|" + "---:|" * len(GPUS))
-    states, batches = {}, []
+    batches = []
     for train_type in LEARNING_RATES:
         for pictures, config in configs.items():
             llava, model = empty_model(config, train_type, LoraArguments(), torch.bfloat16)
@@ -68,12 +68,9 @@ def main() -> None:
                     fit = [largest_batch(state, *step, card) or "–" for step in steps.values()]
                     cells.append(" / ".join(map(str, fit)))
             batches.append(f"| `{train_type}`, `{pictures}`, {tokens:,} tokens | " + " | ".join(cells) + " |")
-    print(
-        "\n| with / without checkpointing | "
-        + " | ".join(f"{card} GB, {n} GPU{'s' * (n > 1)}" for card in CARDS for n in GPUS)
-        + " |"
-    )
-    print("|---|" + "---:|" * len(GPUS) * len(CARDS))
+    columns = [f"{card} GB, {n} GPU{'s' * (n > 1)}" for card in CARDS for n in GPUS]
+    print(f"\n| with / without checkpointing | {' | '.join(columns)} |")
+    print("|---|" + "---:|" * len(columns))
     print("\n".join(batches))
 
 

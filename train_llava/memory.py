@@ -74,12 +74,16 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
         self.seen = {tensor.untyped_storage()._cdata: tensor for tensor in tensors}
         super().__init__(self._keep, lambda tensor: tensor)
 
+    def __enter__(self) -> "SavedTensors":
+        super().__enter__()
+        return self
+
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.seen:
             self.seen[storage._cdata] = storage  # held, or another storage might come to lie at its address
             self.nbytes += storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself, it would never be freed
 
 
 def empty_model(
@@ -119,11 +123,11 @@ def step_bytes(llava: Llava, rows: int, tokens: int, pictures: int, answers: int
         What autograd keeps, the loss's included; how much of it a layer of the language model keeps, the largest; and
         logits with their copy in fp32, which are there while the loss is computed.
     """
-    language_model, saved, layers = llava.model.language_model, SavedTensors(llava), []
-    hooks = [
-        layer.register_forward_pre_hook(lambda *_: layers.append(saved.nbytes)) for layer in language_model.layers
-    ]
-    hooks += [layer.register_forward_hook(lambda *_: layers.append(saved.nbytes)) for layer in language_model.layers]
+    language_model, saved, marks = llava.model.language_model, SavedTensors(llava), []
+    hooks = []
+    for layer in language_model.layers:
+        for register in (layer.register_forward_pre_hook, layer.register_forward_hook):
+            hooks.append(register(lambda *_: marks.append(saved.nbytes)))
     with torch.device("meta"), FusedKernels(), saved:
         embeds = llava.get_input_embeddings()(torch.empty(rows, tokens, dtype=torch.long))
         places = torch.empty(rows, tokens, 1, dtype=torch.bool)
@@ -137,7 +141,7 @@ def step_bytes(llava: Llava, rows: int, tokens: int, pictures: int, answers: int
         functional.cross_entropy(in_fp32, labels, reduction="sum")
     for hook in hooks:
         hook.remove()
-    largest = max(after - before for before, after in zip(layers[::2], layers[1::2], strict=True))
+    largest = max(after - before for before, after in zip(marks[::2], marks[1::2], strict=True))
     copies = {x.untyped_storage()._cdata: x.nbytes for x in (logits, in_fp32)}
     return saved.nbytes, largest, sum(copies.values())
 
