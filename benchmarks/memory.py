@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/memory.py
 
 First what each training type keeps of the model under ZeRO-2 in bf16: weights, gradients, optimizer state. Then, with
-what a step keeps beside it (train_llava/memory.py), the largest batch a GPU. 24 GB are 24 x 10^9 bytes; such a card has
+what a step keeps beside it (train_llava/memory.py), the largest batch a GPU. 24 GB are 24 x 10^9 bytes; a card has
 7 % more, which is left to CUDA, to DeepSpeed's buffers and to gaps between tensors.
 """
 
