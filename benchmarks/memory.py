@@ -1,15 +1,17 @@
-"""Computes what each training type keeps on a GPU for the real pair, without loading or downloading anything.
+"""Computes what fits a GPU for the real pair, without loading or downloading anything.
 
-    python benchmarks/memory.py
+    PYTHONPATH=. python benchmarks/memory.py
 
-Counted are weights, gradients and optimizer state under ZeRO-2 in bf16. Activations come on top: they depend on the
-batch, the length of the conversations and activation checkpointing.
+First what each training type keeps of the model under ZeRO-2 in bf16: weights, gradients, optimizer state. Then, with
+what a step keeps beside it (train_llava/memory.py), the largest batch a GPU. 24 GB are 24 x 10^9 bytes; a card has
+7 % more, which is left to CUDA, to DeepSpeed's buffers and to gaps between tensors.
 """
 
 import torch
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaNextConfig, Qwen2Config
 
-from train_llava.model import LoraArguments, count_parameters, set_trainable
+from train_llava.memory import ANSWER, TEXT, activation_bytes, empty_model, picture_features, state_bytes
+from train_llava.model import LoraArguments, count_parameters
 from train_llava.train import LEARNING_RATES
 
 # The published configurations of openai/clip-vit-large-patch14-336 and Qwen/Qwen1.5-4B-Chat
@@ -30,23 +32,46 @@ QWEN = Qwen2Config(
     vocab_size=151936,
     tie_word_embeddings=False,
 )
-WEIGHT, GRADIENT = 2, 2  # bytes a parameter in bf16
-OPTIMIZER = 4 + 4 + 4  # the fp32 copy and AdamW's two moments
-GPUS = (1, 8)
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+GPUS, CARDS = (1, 8), (24, 40, 80)
+
+
+def largest_batch(state: float, one: float, two: float, card: int) -> int:
+    """How many records fit a card of so many GB beside the model, by the bytes of a step with one and with two."""
+    return max(0, int((card * 1e9 - state - one) // (two - one)) + 1)
 
 
 def main() -> None:
+    configs = {
+        "crop": LlavaConfig(vision_config=CLIP, text_config=QWEN),
+        "anyres": LlavaNextConfig(vision_config=CLIP, text_config=QWEN, image_grid_pinpoints=PINPOINTS),
+    }
     print("| type | trainable | " + " | ".join(f"GB a GPU, {n} GPU{'s' * (n > 1)}" for n in GPUS) + " |")
     print("|---|---:|" + "---:|" * len(GPUS))
+    batches = []
     for train_type in LEARNING_RATES:
-        with torch.device("meta"):
-            model = LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIP, text_config=QWEN))
-            model = set_trainable(model, train_type, LoraArguments())
-        counts = count_parameters(model).values()
-        trainable, total = (sum(column) for column in zip(*counts, strict=True))
-        # ZeRO-2 shares gradients and optimizer state out among the GPUs; every GPU holds all weights
-        sizes = [(total * WEIGHT + trainable * (GRADIENT + OPTIMIZER) / n) / 1e9 for n in GPUS]
-        print(f"| `{train_type}` | {trainable / 1e6:,.0f} M | " + " | ".join(f"{size:.1f}" for size in sizes) + " |")
+        for pictures, config in configs.items():
+            llava, model = empty_model(config, train_type, LoraArguments(), torch.bfloat16)
+            states = [sum(state_bytes(model, torch.bfloat16, n, zero=2).values()) for n in GPUS]
+            if pictures == "crop":
+                trainable = sum(trained for trained, _ in count_parameters(model).values())
+                sizes = " | ".join(f"{size / 1e9:.1f}" for size in states)
+                print(f"| `{train_type}` | {trainable / 1e6:,.0f} M | {sizes} |")
+            tokens = len(picture_features(llava, 1)) + TEXT
+            cells = []
+            steps = {
+                recompute: [sum(activation_bytes(llava, n, tokens, n, n * ANSWER, recompute).values()) for n in (1, 2)]
+                for recompute in (True, False)
+            }
+            for card in CARDS:
+                for state in states:
+                    fit = [largest_batch(state, *step, card) or "–" for step in steps.values()]
+                    cells.append(" / ".join(map(str, fit)))
+            batches.append(f"| `{train_type}`, `{pictures}`, {tokens:,} tokens | " + " | ".join(cells) + " |")
+    columns = [f"{card} GB, {n} GPU{'s' * (n > 1)}" for card in CARDS for n in GPUS]
+    print(f"\n| with / without checkpointing | {' | '.join(columns)} |")
+    print("|---|" + "---:|" * len(columns))
+    print("\n".join(batches))
 
 
 if __name__ == "__main__":

@@ -60,10 +60,8 @@ def tower_states(config: LlavaConfig | LlavaNextConfig, side: int) -> tuple[PreT
         return tower, tower(torch.empty(1, 3, side, side), output_hidden_states=True).hidden_states
 
 
-def load_processor(model_name_or_path: str) -> tuple[LlavaConfig | LlavaNextConfig, Processor]:
-    """The configuration and the processor of a LLaVA checkpoint, a folder or a hub id.
-
-    What processors saved by older versions of transformers lack is derived, and said so on standard error.
+def load_config(model_name_or_path: str) -> LlavaConfig | LlavaNextConfig:
+    """The configuration of a LLaVA checkpoint, a folder or a hub id.
 
     Raises:
         ValueError: there is no checkpoint of that name, or it is not a LLaVA; the message says which.
@@ -77,6 +75,18 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig | LlavaNextConf
         raise ValueError(f"{model_name_or_path} is no model folder, and no model that the hub would give") from error
     if config.model_type not in ("llava", "llava_next"):
         raise ValueError(f"{model_name_or_path} is a {config.model_type} model, not a LLaVA: see build_model")
+    return config
+
+
+def load_processor(model_name_or_path: str) -> tuple[LlavaConfig | LlavaNextConfig, Processor]:
+    """The configuration and the processor of a LLaVA checkpoint, a folder or a hub id.
+
+    What processors saved by older versions of transformers lack is derived, and said so on standard error.
+
+    Raises:
+        ValueError: see `load_config`.
+    """
+    config = load_config(model_name_or_path)
     with opening(model_name_or_path):
         processor = AutoProcessor.from_pretrained(model_name_or_path)
     tokenizer = processor.tokenizer

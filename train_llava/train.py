@@ -21,6 +21,7 @@ from train_llava.chat import Chat
 from train_llava.checks import check_claims, check_options, check_together, preflight
 from train_llava.cli import device, parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
+from train_llava.memory import print_estimate
 from train_llava.model import BITS_HELP, TRAIN_TYPES, LoraArguments, count_parameters, load_checkpoint, set_trainable
 from train_llava.pace import describe_pace
 from train_llava.reports import describe_trainable, write_run_card
@@ -184,6 +185,9 @@ def main() -> None:
     checkpoint = starting_point(args)
 
     # 3. The model
+    if args.preflight and args.process_index == 0:
+        more = (model_arguments.bits, data_arguments.packing, data_arguments.max_length)
+        print_estimate(model_arguments.model_name_or_path, lora_arguments, args, *more)
     if is_deepspeed_zero3_enabled():
         # Weights are shared out while they are loaded, before a Trainer has told DeepSpeed of the other ranks
         from deepspeed import init_distributed  # here, since it takes seconds and complains where it is not needed

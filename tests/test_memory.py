@@ -1,0 +1,146 @@
+"""What a step takes of a GPU, computed on the meta device, against steps computed with numbers and counts by hand."""
+
+import pytest
+import torch
+from conftest import run_train
+from PIL import Image
+from torch.optim import AdamW
+
+from train_llava import memory, train
+from train_llava.build_model import build_model
+from train_llava.data import LlavaCollator, LlavaDataset
+from train_llava.memory import SavedTensors, activation_bytes, empty_model, picture_features, state_bytes, step_bytes
+from train_llava.model import TRAIN_TYPES, LoraArguments, load_checkpoint, load_config, set_trainable
+
+LORA = LoraArguments(lora_r=4, lora_dropout=0.0)
+SHAPE = (2, 30, 2, 12)  # rows, tokens of each; pictures, learnt tokens
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("train_type", TRAIN_TYPES)
+def test_activations_are_those_of_a_step_with_numbers(llava, corpus, train_type, recompute):
+    llava_model, processor = load_checkpoint(str(llava), torch.float32)
+    batch = LlavaCollator(processor)([LlavaDataset(str(corpus))[i] for i in range(2, 6)])
+    model = set_trainable(llava_model, train_type, LORA).train()
+    llava_model.model.language_model.config.use_cache = False
+    empty, _ = empty_model(load_config(str(llava)), train_type, LORA, torch.float32)
+    if recompute:
+        llava_model.model.language_model.activation_checkpointing_enable()
+        empty.model.language_model.activation_checkpointing_enable()
+    with SavedTensors(model) as saved:
+        model(**batch, num_items_in_batch=4)
+    shape = (*batch["input_ids"].shape, len(batch["pixel_values"]), len(batch["shift_labels"]))
+    # where there is a label, the step remembers by a byte a token; the meta device by two indices a label
+    indices, mask = 2 * 8 * len(batch["shift_labels"]), batch["logits_to_keep"].nbytes
+    assert step_bytes(empty, *shape)[0] - indices == saved.nbytes - mask
+
+
+def longer(llava, layers: int, train_type: str = "freeze_vision"):
+    config = load_config(str(llava))
+    config.text_config.num_hidden_layers, config.text_config.layer_types = layers, ["full_attention"] * layers
+    return empty_model(config, train_type, LORA, torch.bfloat16)[0]
+
+
+def test_with_checkpointing_a_layer_keeps_its_input_alone(llava):
+    rows, tokens, width = *SHAPE[:2], 32
+    plain, layer, logits = step_bytes(longer(llava, 2), *SHAPE)
+    rotary = 2 * tokens * 16 * 2  # sines and cosines of a head's width, which all layers share, counted at the first
+    assert step_bytes(longer(llava, 5), *SHAPE)[0] - plain == 3 * (layer - rotary)
+    short, long = (activation_bytes(longer(llava, n), *SHAPE, recompute=True)["activations"] for n in (2, 5))
+    assert long - short == 3 * rows * tokens * width * 2
+    assert logits == SHAPE[3] * 320 * (2 + 4)  # in bf16, and in fp32
+
+
+def test_memory_grows_evenly_with_the_rows(llava):
+    for recompute in (False, True):
+        two, three, five = (
+            activation_bytes(longer(llava, 2, "lora"), n, 30, n, 6 * n, recompute)["activations"] for n in (2, 3, 5)
+        )
+        assert five == two + 3 * (three - two)
+
+
+def test_dropout_keeps_a_byte_a_number_more(llava):
+    config, dropout = load_config(str(llava)), LoraArguments(lora_r=4, lora_dropout=0.1)
+    without, with_it = (
+        step_bytes(empty_model(config, "lora", arguments, torch.bfloat16)[0], *SHAPE)[1]
+        for arguments in (LORA, dropout)
+    )
+    # seven linear layers' inputs: their masks, and each one's own dropped-out copy in place of the input itself, which
+    # q, k and v share, gate and up, too; the output projection's is attention's result, kept anyway
+    inputs, shared = 6 * 32 + 64, 32 + 32 + 64
+    assert with_it - without == SHAPE[0] * SHAPE[1] * (inputs + 2 * (inputs - shared))
+
+
+def test_state_is_that_of_a_step_with_numbers(llava):
+    model = set_trainable(load_checkpoint(str(llava), torch.float32)[0], "freeze_vision", LORA)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer = AdamW(p for p in model.parameters() if p.requires_grad)
+    optimizer.step()
+    moments = [x for state in optimizer.state.values() for name, x in state.items() if name != "step"]
+    empty = empty_model(load_config(str(llava)), "freeze_vision", LORA, torch.float32)[1]
+    assert state_bytes(empty, torch.float32) == {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+        "optimizer": sum(x.nbytes for x in moments),
+    }
+
+
+def test_what_zero_divides(llava):
+    empty = empty_model(load_config(str(llava)), "full", LORA, torch.bfloat16)[1]
+    alone = state_bytes(empty, torch.bfloat16, 1, zero=2)
+    shares = [state_bytes(empty, torch.bfloat16, 8, zero=stage) for stage in (0, 1, 2, 3)]
+    divided = [[name for name in alone if share[name] == alone[name] / 8] for share in shares]
+    assert divided == [[], ["optimizer"], ["gradients", "optimizer"], ["weights", "gradients", "optimizer"]]
+    assert sum(state_bytes(empty, torch.bfloat16, 8, zero=3, offload=True).values()) == 0
+
+
+def test_a_picture_in_tiles_has_its_most_tokens(parts, tmp_path):
+    build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "model"), image_aspect_ratio="anyres")
+    model, processor = load_checkpoint(str(tmp_path / "model"), torch.float32)
+    empty, _ = empty_model(model.config, "lora", LORA, torch.bfloat16)
+    pictures = [Image.new("RGB", (28 * w, 28 * h)) for w in range(1, 5) for h in range(1, 5)]
+    collator = LlavaCollator(processor)
+    assert len(picture_features(empty, 1)) == max(collator.chat.image_tokens(picture.size) for picture in pictures)
+
+
+def test_said_before_anything_is_loaded(llava, corpus, tmp_path, monkeypatch, capsys):
+    class LoadedError(Exception):
+        pass
+
+    def load(*_):
+        raise LoadedError
+
+    monkeypatch.setattr(train, "load_checkpoint", load)
+    arguments = ["--train_type", "projector", "--per_device_train_batch_size", "4", "--max_length", "60"]
+    with pytest.raises(LoadedError):
+        run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments)
+    out = capsys.readouterr().out
+    assert (
+        "memory: about 0.0 GB a rank (weights 0.0, gradients 0.0, optimizer 0.0, activations 0.0, logits 0.0)" in out
+    )
+    assert "for 4 x 60 tokens, a picture in each" in out
+    assert "this GPU" not in out
+
+    card = type("Card", (), {"total_memory": 2e5})
+    monkeypatch.setattr(memory, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    with pytest.raises(LoadedError):
+        run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments)
+    assert (
+        "memory: this GPU has 0.0 GB. Less takes: --activation_checkpointing true; a smaller"
+        in capsys.readouterr().out
+    )
+    card.total_memory = 1e9
+    with pytest.raises(LoadedError):
+        run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments)
+    assert "this GPU" not in capsys.readouterr().out
+
+
+def test_no_estimate_costs_no_run(llava, monkeypatch, capsys):
+    def fail(*_):
+        raise NotImplementedError("no numbers")
+
+    monkeypatch.setattr(memory, "estimate_memory", fail)
+    memory.print_estimate(str(llava), LORA, None, None, False, 2048)
+    assert capsys.readouterr().out == "memory: no estimate for a qwen2 (no numbers)\n"
