@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -155,6 +156,25 @@ def activation_bytes(llava: Llava, rows: int, tokens: int, pictures: int, answer
         kept = step_bytes(llava, rows, tokens, pictures, answers)[0] + layer
         llava.model.language_model.activation_checkpointing_disable()
     return {"activations": kept, "logits": logits}
+
+
+def token_operations(
+    config: LlavaConfig | LlavaNextConfig, lora_arguments: LoraArguments, args: TrainingArguments
+) -> float:
+    """Floating-point operations that a training step does for each token: PyTorch counts the matrix products, forward
+    and backward, of a row with one picture of as many tokens as it can have. A layer that is computed twice, by
+    activation checkpointing, counts twice."""
+    llava, _ = empty_model(config, args.train_type, lora_arguments, torch.float32)
+    if args.activation_checkpointing:
+        llava.model.language_model.activation_checkpointing_enable()
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        features = picture_features(llava, 1)[None]
+        embeds = torch.cat([features, llava.get_input_embeddings()(torch.empty(1, TEXT, dtype=torch.long))], dim=1)
+        # a mask given ready-made is not looked into, which a tensor without numbers would not allow
+        mask = {"full_attention": None, "sliding_attention": None}
+        hidden = llava.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+        llava.lm_head(hidden.last_hidden_state[:, -ANSWER:]).sum().backward()
+    return counter.get_total_flops() / embeds.shape[1]
 
 
 def state_bytes(

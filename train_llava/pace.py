@@ -2,13 +2,17 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import psutil
 import torch
+from transformers import TrainingArguments
+
+from train_llava.memory import token_operations
+from train_llava.model import LoraArguments
 
 # What an entry of the log says of the steps since the last one
 LOGGED = {
@@ -48,9 +52,14 @@ class Pace:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, processes: int):
         self.device, self.processes, self.rate = device, processes, multiplication_rate(device, dtype)
-        self.operations = 0.0  # of a token, by the first batch
+        self.operations = 0.0  # of a token; 0: not known
         self.tokens = self.pictures = 0
         self.waited, self.started = 0.0, None
+
+    def learn_operations(self, config: Any, lora_arguments: LoraArguments, args: TrainingArguments) -> None:
+        """Counts the operations of a token, where the model can be run without numbers."""
+        with suppress(Exception):  # models raise anything there
+            self.operations = token_operations(config, lora_arguments, args)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -83,6 +92,8 @@ class Pace:
             "mfu": each * self.operations / self.rate,
             "memory_gb": peak_memory(self.device) / 1e9,
         }
+        if not self.operations:
+            del read["mfu"]
         self.tokens = self.pictures = 0
         self.waited, self.started = 0.0, perf_counter()
         return {name: float(f"{value:.3g}") for name, value in read.items()}
@@ -96,7 +107,9 @@ def describe_pace(log_history: list[dict[str, Any]]) -> str:
     entries = [entry for entry in log_history if "tokens_per_second" in entry]
     lines = []
     for name, label in LOGGED.items() if entries else ():
-        values = [entry[name] for entry in entries[len(entries) > 1 :]]
+        values = [entry[name] for entry in entries[len(entries) > 1 :] if name in entry]
+        if not values:
+            continue
         shown = [
             f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
             for value in (median(values), min(values), max(values))

@@ -238,6 +238,7 @@ def main() -> None:
         callbacks=[EarlyStoppingCallback(patience)] if (patience := args.early_stopping_patience) else [],
     )
     if args.preflight:
+        trainer.pace.learn_operations(model.config, lora_arguments, args)
         preflight(trainer)
 
     # 7. Training, and what it leaves
