@@ -20,6 +20,7 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from train_llava.cli import device
 from train_llava.model import Llava, LoraArguments, count_parameters, load_config, set_trainable
@@ -223,11 +224,17 @@ def estimate_memory(
     """What a run's step takes on each GPU, in bytes by kind, and for what batch: each record with one picture of as
     many tokens as it can have, and `TEXT` tokens beside it, `ANSWER` of them learnt."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    llava, model = empty_model(config, args.train_type, lora_arguments, dtype)
+    deepspeed = args.hf_deepspeed_config if args.deepspeed is not None else None
+    if deepspeed is not None:
+        unset_hf_deepspeed_config()  # under ZeRO-3 transformers would share even these weights out
+    try:
+        llava, model = empty_model(config, args.train_type, lora_arguments, dtype)
+    finally:
+        if deepspeed is not None:
+            set_hf_deepspeed_config(deepspeed)
     batch, tokens = args.per_device_train_batch_size, len(picture_features(llava, 1)) + TEXT
     tokens = min(tokens, max_length or tokens)
     rows, width = (1, batch * tokens) if packing else (batch, tokens)
-    deepspeed = args.hf_deepspeed_config if args.deepspeed is not None else None
     zero = None if deepspeed is None else deepspeed.get_value("zero_optimization.stage", 0)
     offload = deepspeed is not None and deepspeed.is_offload()
     sizes = state_bytes(model, dtype, args.world_size, zero, offload, bits)
