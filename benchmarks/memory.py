@@ -35,18 +35,27 @@ OPTIMIZER = 4 + 4 + 4  # the fp32 copy and AdamW's two moments
 GPUS = (1, 8)
 
 
+def kept(config: LlavaConfig, train_type: str, gpus: int, stage: int = 2) -> tuple[int, float]:
+    """How many numbers train, and the GB that a GPU keeps.
+
+    ZeRO-2 shares gradients and optimizer state out among the GPUs, each of which holds all weights; ZeRO-3 shares the
+    weights out, too.
+    """
+    with torch.device("meta"):
+        model = set_trainable(LlavaForConditionalGeneration(config), train_type, LoraArguments())
+    trainable, total = (sum(column) for column in zip(*count_parameters(model).values(), strict=True))
+    weights = total * WEIGHT / (gpus if stage == 3 else 1)
+    return trainable, (weights + trainable * (GRADIENT + OPTIMIZER) / gpus) / 1e9
+
+
 def main() -> None:
     print("| type | trainable | " + " | ".join(f"GB a GPU, {n} GPU{'s' * (n > 1)}" for n in GPUS) + " |")
     print("|---|---:|" + "---:|" * len(GPUS))
+    config = LlavaConfig(vision_config=CLIP, text_config=QWEN)
     for train_type in LEARNING_RATES:
-        with torch.device("meta"):
-            model = LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIP, text_config=QWEN))
-            model = set_trainable(model, train_type, LoraArguments())
-        counts = count_parameters(model).values()
-        trainable, total = (sum(column) for column in zip(*counts, strict=True))
-        # ZeRO-2 shares gradients and optimizer state out among the GPUs; every GPU holds all weights
-        sizes = [(total * WEIGHT + trainable * (GRADIENT + OPTIMIZER) / n) / 1e9 for n in GPUS]
-        print(f"| `{train_type}` | {trainable / 1e6:,.0f} M | " + " | ".join(f"{size:.1f}" for size in sizes) + " |")
+        (trainable, _), *_ = sizes = [kept(config, train_type, n) for n in GPUS]
+        columns = " | ".join(f"{size:.1f}" for _, size in sizes)
+        print(f"| `{train_type}` | {trainable / 1e6:,.0f} M | {columns} |")
 
 
 if __name__ == "__main__":
