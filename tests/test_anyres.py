@@ -4,11 +4,12 @@ import io
 import json
 import subprocess
 import sys
+from threading import Event, Lock
 
 import numpy as np
 import pytest
 import torch
-from conftest import logged, run_train, turns
+from conftest import logged, run_train, run_zero2, turns
 from PIL import ExifTags, Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -22,6 +23,7 @@ from train_llava.merge_lora import merge_lora
 from train_llava.model import load_checkpoint
 from train_llava.pictures import open_image, picture_size
 from train_llava.records import to_messages
+from train_llava.web_demo import stream
 
 SIZES = [(1, 1), (2, 1), (1, 2), (3, 2), (7, 5), (28, 28), (29, 27), (56, 28), (28, 56), (57, 56), (84, 28), (90, 30),
          (30, 90), (100, 99), (101, 67), (640, 480), (480, 640), (1000, 10), (10, 1000), (3000, 200)]  # fmt: skip
@@ -257,3 +259,28 @@ def test_pictures_and_tags_have_to_be_as_many(anyres, count):
     model, processor = load_model(str(anyres))
     with pytest.raises(ValueError, match=f"1 <image> tags, {count} pictures"):
         generate(model, processor, [[question("What?", 1)]], [noise(28, 28)] * count)
+
+
+def test_the_page_answers_as_infer_does(anyres):
+    model, processor = load_model(str(anyres))
+    asked, images = [question("What is this?", 1)], [noise(90, 30)]
+    *_, answer = stream(model, processor, asked, images, Event(), Lock(), max_new_tokens=8)
+    assert answer == generate(model, processor, [asked], images, 8)[0]
+
+
+@pytest.mark.slow
+def test_two_zero2_ranks_do_not_change_the_loss(anyres, photos, tmp_path, monkeypatch):
+    settings = [
+        "--train_type",
+        "freeze_vision",
+        "--max_steps",
+        "4",
+        "--learning_rate",
+        "1e-3",
+        "--save_strategy",
+        "no",
+    ]
+    losses = run_train(monkeypatch, anyres, photos, tmp_path / "one", *settings, "--per_device_train_batch_size", "4")
+    done = run_zero2(anyres, photos, tmp_path / "two", *settings, "--per_device_train_batch_size", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert logged(tmp_path / "two") == pytest.approx(losses, rel=1e-4)
