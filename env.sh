@@ -42,7 +42,7 @@ install_cpu_torch() {
   if ! timeout --foreground 10 python3 -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' \
     "${index%/}/torch/" 2>/dev/null ||
     ! python3 -m pip install --disable-pip-version-check --retries 0 --no-deps --index-url "$index" "$pin+cpu"; then
-    echo "$index does not give it: torch is PyPI's CUDA build, which computes on the CPU as well"
+    echo "$index does not give it: torch comes from PyPI, whose CUDA build computes on the CPU as well"
   fi
   trap - INT
 }
