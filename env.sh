@@ -36,7 +36,7 @@ install_cpu_torch() {
     return 0
   fi
   pin=$(grep -o '^torch==[^ ]*' "$repo/requirements.txt")
-  echo "no NVIDIA GPU here: torch is the CPU build from $index, a tenth of the size (TORCH_INDEX= takes PyPI's)"
+  echo "no NVIDIA GPU here: asking $index for torch's CPU build, a tenth of PyPI's (TORCH_INDEX= takes that)"
   trap 'exit 130' INT # pip told to stop ends like pip without an index
   # pip alone would try each address of a silent index for as long as a slow download may pause
   if ! timeout --foreground 10 python3 -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' \
