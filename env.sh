@@ -36,13 +36,13 @@ install_cpu_torch() {
     return 0
   fi
   pin=$(grep -o '^torch==[^ ]*' "$repo/requirements.txt")
-  echo "no NVIDIA GPU here: torch is the CPU build from $index, a tenth of the size (TORCH_INDEX= takes PyPI's)"
+  echo "no NVIDIA GPU here: asking $index for torch's CPU build, a tenth of PyPI's (TORCH_INDEX= takes that)"
   trap 'exit 130' INT # pip told to stop ends like pip without an index
   # pip alone would try each address of a silent index for as long as a slow download may pause
   if ! timeout --foreground 10 python3 -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' \
     "${index%/}/torch/" 2>/dev/null ||
     ! python3 -m pip install --disable-pip-version-check --retries 0 --no-deps --index-url "$index" "$pin+cpu"; then
-    echo "$index does not give it: torch is PyPI's CUDA build, which computes on the CPU as well"
+    echo "$index does not give it: torch comes from PyPI, whose CUDA build computes on the CPU as well"
   fi
   trap - INT
 }

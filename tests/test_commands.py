@@ -248,7 +248,7 @@ def write_wheel(path: Path, name: str, version: str, needs: str = "") -> None:
 
 @pytest.fixture
 def install(tmp_path):
-    """An env.sh of its own with an empty .venv, beside two package indexes, `cpu` and `pypi`, that are served.
+    """An env.sh of its own with an empty .venv, beside package indexes that are served: `cpu`, `pypi` and `own`.
 
     Yields a function that sources it with some settings. It returns what env.sh says of torch, the packages that .venv
     then has, and what `cpu` has been asked for so far.
@@ -256,6 +256,7 @@ def install(tmp_path):
     for index, name, version, needs in [
         ("cpu", "torch", "0.0.1+cpu", "filelock"),
         ("cpu", "filelock", "9.9", ""),
+        ("own", "torch", "0.0.1+cu130", "filelock"),
         ("pypi", "torch", "0.0.1", "filelock"),
         ("pypi", "filelock", "3.0", ""),
         ("pypi", "added", "1.0", ""),
@@ -288,7 +289,7 @@ def install(tmp_path):
         ]
         done = bash(tmp_path, "\n".join(lines), tmp_path / "bin")
         assert done.returncode == 0, done.stderr
-        said = [line for line in done.stdout.splitlines() if "torch is" in line]
+        said = [line for line in done.stdout.splitlines() if "PyPI" in line]
         return "\n".join(said), sorted(path.stem for path in site.glob("*.dist-info")), list(asked)
 
     yield source
@@ -298,7 +299,7 @@ def install(tmp_path):
 
 @pytest.mark.skipif(not WITHOUT_GPU, reason="on Linux without an NVIDIA GPU")
 def test_without_an_nvidia_gpu_torch_and_nothing_else_is_the_cpu_build(install, tmp_path):
-    said, packages, asked = install()
+    said, packages, asked = install("TORCH_INDEX=$url/cpu; export PIP_EXTRA_INDEX_URL=$url/own")
     assert "CPU build" in said
     assert len(said.splitlines()) == 1
     assert packages == ["filelock-3.0", "torch-0.0.1+cpu"]
@@ -318,7 +319,7 @@ def test_where_the_index_of_cpu_builds_fails_torch_is_that_of_pypi(install, inde
         said, packages, _ = install(f"TORCH_INDEX={url}")
     assert time.monotonic() - before < 30
     assert len(said.splitlines()) == 2
-    assert said.endswith("torch is PyPI's CUDA build, which computes on the CPU as well")
+    assert said.endswith("torch comes from PyPI, whose CUDA build computes on the CPU as well")
     assert packages == ["filelock-3.0", "torch-0.0.1"]
 
 
