@@ -26,13 +26,15 @@ sys.exit(not all(line.specifier.contains(version(line.name), prereleases=True) f
 PYTHON
 }
 
+has_nvidia() { # the driver tells, also where torch, which would know, is not there yet; WSL has nvidia-smi alone
+  [ -e /dev/nvidiactl ] || [ -e /proc/driver/nvidia ] || command -v nvidia-smi >/dev/null
+}
+
 # PyPI's torch for Linux brings CUDA's libraries, which nothing uses without an NVIDIA GPU. There torch, and nothing
 # else, comes from PyTorch's own index; what torch needs is left to the installation from PyPI that follows.
 install_cpu_torch() {
   local index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu} pin
-  # The driver tells, as torch, which would know, is not there yet. WSL has nvidia-smi alone.
-  if [ "$(uname -s)" != Linux ] || [ -z "$index" ] || [ -e /dev/nvidiactl ] || [ -e /proc/driver/nvidia ] ||
-    command -v nvidia-smi >/dev/null || has_packages python3 requirements.txt torch; then
+  if [ "$(uname -s)" != Linux ] || [ -z "$index" ] || has_nvidia || has_packages python3 requirements.txt torch; then
     return 0
   fi
   pin=$(grep -o '^torch==[^ ]*' "$repo/requirements.txt")
@@ -69,6 +71,9 @@ fi
 
 # Once is enough: run.sh and the tests start run_zero2.sh, which sources this again
 if [ -z "${DEVICE_LOOKED_UP:-}" ] && ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  if has_nvidia && python3 -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
+    echo "warning: this machine has an NVIDIA GPU, and torch is a CPU build: remove $repo/.venv to have it installed anew" >&2
+  fi
   export DS_ACCELERATOR=cpu # DeepSpeed runs on CPU ranks; it compiles a small extension the first time
   # a step's tensors are kept for the next step, instead of asked of the system again: measured 6 % faster (glibc)
   export MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=4294967296
