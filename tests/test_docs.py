@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import HfArgumentParser
 
-from examples.openmoji.compare_modes import table
+from examples.openmoji import compare_modes, four_pictures
 from train_llava.build_model import BuildArguments
 from train_llava.check_data import CheckArguments
 from train_llava.cli import given_arguments
@@ -112,7 +112,11 @@ def rows(text: str) -> list[list[str]]:
 def test_figures_come_from_files(name):
     page = (ROOT / name).read_text(encoding="utf-8")
     assert (ROOT / "docs/run.txt").read_text() in page
-    tables = [table(json.loads((ROOT / "examples/openmoji/modes.json").read_text()))]
+    measured = {"modes": compare_modes, "four_pictures": four_pictures}
+    tables = [
+        script.table(json.loads((ROOT / f"examples/openmoji/{name}.json").read_text()))
+        for name, script in measured.items()
+    ]
     tables += [(ROOT / "benchmarks/results" / name).read_text() for name in RESULTS]
     tables.append((ROOT / "benchmarks/results/pairs.md").read_text().partition("| refused | why")[0])
     for written in tables:

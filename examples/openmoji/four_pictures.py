@@ -1,33 +1,35 @@
 """What tiles are worth: sheets of four pictures, read at the size of one (`crop`) and in tiles (`anyres`).
 
-    python examples/openmoji/four_pictures.py --results output/four_pictures.json      measured anew, in an hour or two
-    python examples/openmoji/four_pictures.py                                          the table of what the file holds
+    PYTHONPATH=. python examples/openmoji/four_pictures.py --results output/four_pictures.json      measured anew, in an hour or two
+    PYTHONPATH=. python examples/openmoji/four_pictures.py                                          the table of what the file holds
 
 It starts from the data that `bash run_zero2.sh` left in output/openmoji. Four pictures, each as large as one is there,
 are put on a sheet, and the model is asked "What is in each of the four?": the answer is their captions, a line each.
 The same parts are assembled twice and trained on the same sheets with the same settings: with `crop` for as many steps
 as with `anyres`, and with `crop` for as much time. The held-out sheets show held-out pictures alone, pairs of motif
 and skin tone that no training sheet has. A picture counts as right where its line of the answer is its caption.
-What was measured goes into `--results` as each run ends, and a run that the file holds already is not made again.
+Each run is one process of one thread, two at a time. What was measured goes into `--results` as each run ends, and a
+run that the file holds already is not made again.
 """
 
 import argparse
 import json
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-from compare_modes import EXAMPLE, run
 from PIL import Image
 from tqdm import tqdm
 
+from examples.openmoji.compare_modes import EXAMPLE, run
 from train_llava.chat import Chat
 from train_llava.model import load_processor
 
 HERE = Path(__file__).parent
 QUESTION = "What is in each of the four?"
-STEPS, BATCH, RATE = 1500, 16, "1.5e-3"
+STEPS, BATCH, RATE = 700, 32, "1.5e-3"
 PASSES = {"train": 8, "heldout": 2}  # on how many sheets each picture is
 RUNS = ("crop, as many steps", "crop, as much time", "anyres")
 
@@ -126,15 +128,22 @@ def main() -> None:
                 build = ["--vision_model_name_or_path", str(HERE / "parts/clip"), "--output_dir", str(work / ratio)]
                 build += ["--language_model_name_or_path", str(HERE / "parts/qwen2"), "--dtype", "float32"]
                 run("build_model", *build, "--image_aspect_ratio", ratio)
-        for name, seed in tqdm(left, desc="runs", disable=not left):
-            steps = STEPS
-            if name == RUNS[1]:
-                slow, fast = (done[other, seed]["seconds_a_step"] for other in (RUNS[2], RUNS[0]))
-                steps = round(STEPS * slow / fast)
-            done[name, seed] = measure(name, seed, steps, work)
-            results = sorted(done.values(), key=lambda result: (RUNS.index(result["run"]), result["seed"]))
-            args.results.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+        bar = tqdm(total=len(left), desc="runs", disable=not left)
+
+        def measure_seed(seed: int) -> None:
+            for name in (name for name, other in left if other == seed):
+                steps = STEPS
+                if name == RUNS[1]:
+                    slow, fast = (done[other, seed]["seconds_a_step"] for other in (RUNS[2], RUNS[0]))
+                    steps = round(STEPS * slow / fast)
+                done[name, seed] = measure(name, seed, steps, work)
+                ordered = sorted(done.values(), key=lambda result: (RUNS.index(result["run"]), result["seed"]))
+                args.results.write_text(json.dumps(ordered, indent=1) + "\n")
+                bar.update()
+
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            list(pool.map(measure_seed, args.seeds))
+    print(table(list(done.values())))
 
 
 if __name__ == "__main__":
