@@ -1,7 +1,7 @@
 """What tiles are worth: sheets of four pictures, read at the size of one (`crop`) and in tiles (`anyres`).
 
-    PYTHONPATH=. python examples/openmoji/four_pictures.py --results output/four_pictures.json      measured anew, in an hour or two
-    PYTHONPATH=. python examples/openmoji/four_pictures.py                                          the table of what the file holds
+    PYTHONPATH=. python examples/openmoji/four_pictures.py --results output/four_pictures.json   measured anew
+    PYTHONPATH=. python examples/openmoji/four_pictures.py                                      what the file holds
 
 It starts from the data that `bash run_zero2.sh` left in output/openmoji. Four pictures, each as large as one is there,
 are put on a sheet, and the model is asked "What is in each of the four?": the answer is their captions, a line each.
