@@ -10,6 +10,7 @@ folder (`TMPDIR`).
 
 import argparse
 import json
+import os
 import re
 import shutil
 import signal
@@ -31,7 +32,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from train_llava.pace import read_pace
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 STEPS, RECORDS, MINUTES, PART_MINUTES = 12, 256, 28, 8
 BATCH = {"4b": 8, "tiny": 2}  # records a device
@@ -50,7 +51,7 @@ PARTS = {  # what train_llava.train is told; nothing: the geometry that speed.py
     "speed-4b": [],
     "speed-0.5b": [],
 }
-# one token each for the tokenizer of examples/openmoji/parts: with the template, at most memory.py's 64 beside a picture
+# a token each for the tokenizer of examples/openmoji/parts, so that a record has at most memory.py's 640
 WORDS = ["a", "small", "red", "square", "on", "white", "with", "blue"]
 
 
@@ -79,6 +80,8 @@ def end(process: subprocess.Popen) -> None:
 def run(command: list, seconds: float) -> tuple[str, str]:
     """What a command prints, and in one line why it failed, or nothing. None of its processes is left, whatever ends
     this one."""
+    if seconds <= 0:
+        return "", "no time left"
     late = False
     with tempfile.TemporaryFile("w+", errors="replace") as printed:
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT)
@@ -118,8 +121,9 @@ def training_row(name: str, command: list, output_dir: Path, seconds: float) -> 
 def speed_table(name: str, geometry: str, folder: Path, seconds: float) -> str:
     """What speed.py prints, its progress left out."""
     few = ["--rounds", "1", "--steps", "2"] if geometry == "tiny" else ["--rounds", "2", "--steps", "8"]
-    command = [sys.executable, ROOT / "benchmarks/speed.py", "--work_dir", folder, "--geometry", geometry, *few]
-    text, error = run(command, seconds)
+    one = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]  # of several, Trainer alone would take all
+    command = ["env", f"CUDA_VISIBLE_DEVICES={one}", sys.executable, ROOT / "benchmarks/speed.py"]
+    text, error = run([*command, "--work_dir", folder, "--geometry", geometry, *few], seconds)
     table = [line for line in text.splitlines() if line.startswith(("geometry ", "|"))]
     if error:
         return f"`{name}`: {error}"
@@ -128,15 +132,13 @@ def speed_table(name: str, geometry: str, folder: Path, seconds: float) -> str:
 
 def head(geometry: str) -> str:
     """The machine, the versions and what is run."""
-    where, driver = "CPU", ""
-    if ON_GPU:
-        gpu = torch.cuda.get_device_properties(0)
-        where = f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 1e9:.1f} GB"
-        ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-        with suppress(OSError):  # not every GPU is NVIDIA's
-            driver = f"driver {subprocess.run(ask, check=False, capture_output=True, text=True).stdout.strip()}, "
+    where = "CPU"
+    if ON_GPU:  # torch, asked for a name, would take memory of the GPU for as long as this program runs
+        ask = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader", "--id=0"]
+        told = subprocess.run(ask, check=False, capture_output=True, text=True).stdout.strip()
+        where = f"{torch.cuda.device_count()} x {told} (name, memory, driver)"
     return (
-        f"{where}, {driver}torch {torch.__version__}, {date.today()}; geometry {geometry}, random weights, bf16, "
+        f"{where}; torch {torch.__version__}; {date.today()}; geometry {geometry}, random weights, bf16, "
         f"{STEPS} steps of {BATCH[geometry]} records of up to 640 tokens a device\n\n"
         "| run | tokens/s | of the multiplication rate | GB measured | GB estimated | loss, first → last | failed |\n"
         "|---|---:|---:|---:|---:|---:|---|"
@@ -149,14 +151,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="Default: benchmarks/results/gpu.md")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="Default: all, in this order.")
     arguments = parser.parse_args()
-    geometry, output = arguments.geometry, (arguments.output or RESULTS / "gpu.md").absolute()
+    geometry, output = arguments.geometry, (arguments.output or RESULTS / "gpu.md").resolve()
     if geometry == "tiny" and output.parent == RESULTS:
         sys.exit("error: a trial does not write into benchmarks/results: give --output FILE")
     if geometry != "tiny" and not ON_GPU:
         sys.exit("error: no GPU here: --geometry tiny --output FILE tries the command without one")
     if not output.parent.is_dir():
         sys.exit(f"error: --output: there is no folder {output.parent}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # or what runs would go on by itself
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("stopped"))  # by way of run, or what it started would go on
     end_time = time.monotonic() + 60 * MINUTES
     with tempfile.TemporaryDirectory(prefix="gpu-") as temporary:
         folder = Path(temporary)
@@ -174,11 +177,9 @@ def main() -> None:
             seconds = min(left, 60 * PART_MINUTES)
             if name.startswith("speed-"):
                 asked = "tiny" if geometry == "tiny" else name.removeprefix("speed-")
-                told, written = tables, speed_table(name, asked, folder, seconds) if left > 0 else f"`{name}`: no time"
-            elif left <= 0:
-                told, written = rows, f"| `{name}` | | | | | | no time left |"
+                told, written = tables, speed_table(name, asked, folder, seconds)
             elif name == "lora-flash" and not is_flash_attn_2_available():
-                told, written = rows, f"| `{name}` | | | | | | flash_attn is not installed |"
+                told, written = rows, f"| `{name}` |  |  |  |  |  | flash_attn is not installed |"
             else:
                 told, written = rows, training_row(name, [*train, *PARTS[name]], folder / "run", seconds)
             told.append(written)
