@@ -17,6 +17,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    is_deepspeed_zero3_enabled,
+    unset_hf_deepspeed_config,
+)
 
 from train_llava import evaluate, memory, pace
 from train_llava.answers import LOGGED
@@ -244,8 +249,12 @@ def test_the_share_of_the_rate_counts_the_operations_of_a_real_step(llava, corpu
     monkeypatch.setattr(memory, "ANSWER", 7)
     model, processor = load_checkpoint(str(llava), attn_implementation="eager")
     given = LoraArguments(lora_r=4, lora_dropout=0.0)
-    args = SimpleNamespace(train_type=train_type, activation_checkpointing=False)
+    args = SimpleNamespace(train_type=train_type, activation_checkpointing=False, deepspeed=None)
     assumed = memory.token_operations(model.config, given, args)
+    args.deepspeed, args.hf_deepspeed_config = "ds_zero3.json", HfDeepSpeedConfig(str(ROOT / "ds_zero3.json"))
+    assert memory.token_operations(model.config, given, args) == assumed  # whose empty weights are not shared out
+    assert is_deepspeed_zero3_enabled()
+    unset_hf_deepspeed_config()
     model = set_trainable(model.train(), train_type, given)
     labels = torch.full((1, 61), -100)
     labels[:, -7:] = 3

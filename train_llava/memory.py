@@ -4,7 +4,8 @@ The model is on the meta device, where tensors have shapes and no numbers. A for
 keeps for the backward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -88,6 +89,19 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
         return tensor.detach()  # itself, it would never be freed
 
 
+@contextmanager
+def whole_models(args: TrainingArguments) -> Iterator[None]:
+    """Models made in it are whole: under ZeRO-3 transformers would share out even weights without numbers."""
+    if args.deepspeed is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(args.hf_deepspeed_config)
+
+
 def empty_model(
     config: LlavaConfig | LlavaNextConfig, train_type: str, lora_arguments: LoraArguments, dtype: torch.dtype
 ) -> tuple[Llava, nn.Module]:
@@ -165,7 +179,8 @@ def token_operations(
     """Floating-point operations that a training step does for each token: PyTorch counts the matrix products, forward
     and backward, of a row with one picture of as many tokens as it can have. A layer that is computed twice, by
     activation checkpointing, counts twice."""
-    llava, _ = empty_model(config, args.train_type, lora_arguments, torch.float32)
+    with whole_models(args):
+        llava, _ = empty_model(config, args.train_type, lora_arguments, torch.float32)
     if args.activation_checkpointing:
         llava.model.language_model.activation_checkpointing_enable()
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -225,13 +240,8 @@ def estimate_memory(
     many tokens as it can have, and `TEXT` tokens beside it, `ANSWER` of them learnt."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     deepspeed = args.hf_deepspeed_config if args.deepspeed is not None else None
-    if deepspeed is not None:
-        unset_hf_deepspeed_config()  # under ZeRO-3 transformers would share even these weights out
-    try:
+    with whole_models(args):
         llava, model = empty_model(config, args.train_type, lora_arguments, dtype)
-    finally:
-        if deepspeed is not None:
-            set_hf_deepspeed_config(deepspeed)
     batch, tokens = args.per_device_train_batch_size, len(picture_features(llava, 1)) + TEXT
     tokens = min(tokens, max_length or tokens)
     rows, width = (1, batch * tokens) if packing else (batch, tokens)

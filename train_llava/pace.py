@@ -99,20 +99,23 @@ class Pace:
         return {name: float(f"{value:.3g}") for name, value in read.items()}
 
 
-def describe_pace(log_history: list[dict[str, Any]]) -> str:
-    """A table of what the log says of the pace: medians over its entries, and ranges; nothing where it has none.
+def read_pace(log_history: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """What the entries of a log say of the pace, by the names of `LOGGED`; a name that none of them has is left out.
 
     The first entry is left out where there are more: it has the start in it.
     """
     entries = [entry for entry in log_history if "tokens_per_second" in entry]
+    found = {name: [entry[name] for entry in entries[len(entries) > 1 :] if name in entry] for name in LOGGED}
+    return {name: values for name, values in found.items() if values}
+
+
+def describe_pace(log_history: list[dict[str, Any]]) -> str:
+    """A table of what `read_pace` finds: medians and ranges; nothing where the log has none."""
     lines = []
-    for name, label in LOGGED.items() if entries else ():
-        values = [entry[name] for entry in entries[len(entries) > 1 :] if name in entry]
-        if not values:
-            continue
+    for name, values in read_pace(log_history).items():
         shown = [
             f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
             for value in (median(values), min(values), max(values))
         ]
-        lines.append(f"{label:<44}{shown[0]:>10}  ({shown[1]} to {shown[2]})")
+        lines.append(f"{LOGGED[name]:<44}{shown[0]:>10}  ({shown[1]} to {shown[2]})")
     return "\n".join(lines)
