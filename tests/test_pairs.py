@@ -10,9 +10,9 @@ WRITTEN = Path(__file__).parent.parent / "benchmarks/results/pairs.md"
 
 
 def cells(text: str) -> dict[str, list[str]]:
-    """First cell -> the others, of every row of the tables in a Markdown text."""
+    """First cell -> the others, of the first row that begins so in the tables of a Markdown text."""
     rows = [line.strip("| ").replace(r"\|", "¦").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return {first: others for first, *others in rows}
+    return {first: others for first, *others in reversed(rows)}
 
 
 @pytest.mark.slow
