@@ -1,4 +1,4 @@
-"""What is measured on a GPU, tried without one: rows of runs that train, fail or hang, and real runs at a tiny size."""
+"""What is measured on a GPU, tried without one: rows of runs that train, fail or hang, and runs of a tiny model."""
 
 import importlib
 import json
