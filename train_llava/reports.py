@@ -21,6 +21,7 @@ from yaml import YAMLError
 
 from train_llava.metrics import METRICS, is_exact
 from train_llava.model import LoraArguments, count_parameters
+from train_llava.records import IMAGE_TOKEN
 
 FILE = "README.md"
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"]
@@ -48,15 +49,17 @@ def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
     """Draws the training loss, the held-out loss and the scores of held-out answers, what there is, over the steps."""
     losses = [("loss", "training", "-"), ("eval_loss", "held out", "o-")]
     scores = [(f"eval_{name}", label, "o-") for name, label in METRICS.items()]
-    panels = [("loss per answer token", losses), ("score of held-out answers", scores)]
+    # losses fall and scores rise: the legend stands where there is room
+    panels = [("loss per answer token", losses, "upper right"), ("score of held-out answers", scores, "upper left")]
     panels = panels if any(key in entry for entry in log_history for key, *_ in scores) else panels[:1]
     figure = Figure(figsize=(7, 4 * len(panels)), layout="constrained")
-    for axes, (ylabel, lines) in zip(figure.subplots(len(panels), squeeze=False).flat, panels, strict=True):
-        for key, label, style in lines:
+    for axes, (ylabel, lines, free) in zip(figure.subplots(len(panels), squeeze=False).flat, panels, strict=True):
+        for i, (key, label, style) in enumerate(lines):
             points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
             if points:
-                axes.plot(*zip(*points, strict=True), style, label=label)
-                axes.legend()
+                scale = axes.twinx() if key == "eval_cider" else axes  # it goes up to 10
+                scale.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label)
+                scale.legend(loc=free if scale is axes else "lower right")
         axes.set(xlabel="step", ylabel=ylabel)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
@@ -98,7 +101,7 @@ def draw_sheet(
         for axes, p in zip(figure.axes, chosen, strict=False):
             with suppress(OSError, ValueError):  # a picture that went away meanwhile
                 axes.imshow(dataset[p["index"]]["images"][0])
-            lines = [cut(p["prompt"])] * asked + [cut(p["reference"])]
+            lines = [cut(p["prompt"].replace(IMAGE_TOKEN, "").strip())] * asked + [cut(p["reference"])]
             axes.set_title("\n".join(lines), fontsize=8)
             answer = "".join(c if ord(c) in writable else "\N{REPLACEMENT CHARACTER}" for c in p["prediction"])
             color = "green" if is_exact(p) else "firebrick"
