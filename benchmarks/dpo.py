@@ -2,7 +2,7 @@
 
     pip install -r benchmarks/requirements.txt
     PYTHONPATH=. python benchmarks/dpo.py --model_name_or_path output/openmoji/stage2 \
-        --data_path output/openmoji/data/train --output_dir output/dpo --learning_rate 1e-3
+        --data_path output/openmoji/data/train --output_dir output/dpo --learning_rate 3e-4
 
 The last answer of a record is the chosen one, that of the next record in the same language the rejected one. Prints
 how far the two lie apart as training goes on, and writes a checkpoint that every command here opens.
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--model_name_or_path", "--data_path", "--output_dir"):
         parser.add_argument(name, required=True)
-    parser.add_argument("--learning_rate", type=float, default=5e-6, help="The example's small model takes 1e-3.")
+    parser.add_argument("--learning_rate", type=float, default=5e-6, help="The example's small model takes 3e-4.")
     parser.add_argument("--records", type=int, default=200, help="How many of the data's records are taken.")
     parser.add_argument("--max_steps", type=int, default=20, help="Steps of eight pairs each.")
     given = parser.parse_args()
