@@ -15,9 +15,9 @@ import psutil
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
-from train_llava.checks import peak_memory
 from train_llava.memory import activation_bytes, empty_model, state_bytes
 from train_llava.model import LoraArguments, count_parameters, set_trainable
+from train_llava.pace import peak_memory
 
 TEXT, ANSWER, IMAGE = 64, 32, 0
 GEOMETRIES = {"0.1B": (512, 12, 256, 12), "0.3B": (1024, 16, 512, 12)}  # width and layers, the tower's
