@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from train_llava import evaluate, memory, pace
+from train_llava import answers, evaluate, memory, pace
 from train_llava.answers import LOGGED
 from train_llava.build_model import build_model
 from train_llava.chat import Chat
@@ -265,3 +265,10 @@ def test_the_share_of_the_rate_counts_the_operations_of_a_real_step(llava, corpu
     with FlopCounterMode(display=False) as counter:
         model(**inputs).logits.sum().backward()
     assert counter.get_total_flops() / 61 == pytest.approx(assumed, rel=1e-6)
+
+
+def test_held_out_data_without_a_question_is_said_in_a_line(llava, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "askable", lambda *_: ([], []))
+    settings = ["--train_type", "projector", "--max_steps", "1", "--eval_data_path", corpus, "--preflight", "false"]
+    with pytest.raises(ValueError, match="no held-out question can be asked of this model: set --eval_answers 0"):
+        run_train(monkeypatch, llava, corpus, tmp_path / "run", *settings)

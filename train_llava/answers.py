@@ -130,6 +130,8 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
     dataset.at_least = None  # pictures as `evaluate` opens them
     model, processor, step = trainer.model, trainer.processing_class, trainer.state.global_step
     asked = first_questions(model, processor, dataset, number)
+    if not asked:
+        raise ValueError("no held-out question can be asked of this model: set --eval_answers 0")
     mine, share = asked[state.process_index :: state.num_processes], -(-len(asked) // state.num_processes)
     mine += [asked[0]] * (share - len(mine))  # under ZeRO-3 no process computes alone
     with as_opened(model):
