@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -114,3 +115,21 @@ def test_reports_of_unused_weights_are_kept_for_a_llava_alone(llava, parts, tmp_
     load_checkpoint(str(tmp_path / "llava"))
     (line,) = told
     assert "image_newline" in line
+
+
+@pytest.mark.parametrize(("end", "code", "error"), [("pass", 0, ""), ("raise ValueError('no')", 1, "error: no\n")])
+def test_a_rank_leaves_without_taking_the_interpreter_apart(tmp_path, end, code, error):
+    """What would abort there is played by an object whose end aborts; what libraries left to do is done before."""
+    (tmp_path / "command.py").write_text(
+        "import atexit, os\n"
+        "from train_llava.cli import run_command\n"
+        "class Thread:\n    def __del__(self, abort=os.abort): abort()\n"
+        "thread = Thread()\n"
+        "atexit.register(print, 'report sent', end='')\n"
+        f"def main():\n    print('done', end=' ')\n    {end}\n"
+        "run_command(main)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "LOCAL_RANK": "0"}
+    command = [sys.executable, str(tmp_path / "command.py")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (code, "done report sent") and ended.stderr.endswith(error)

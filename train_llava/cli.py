@@ -1,5 +1,6 @@
 """What every command shares: arguments and recipes of them, errors in one line, folders that appear whole."""
 
+import atexit
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -226,6 +227,7 @@ def check_positive(arguments: Any, *names: str) -> None:
 
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command. What the user can mend (a wrong path, a broken file) ends it with one line and exit code 1."""
+    message = None
     try:
         main()
     except (OSError, ValueError, ImportError) as error:  # an option may need a package that is not installed
@@ -233,12 +235,30 @@ def run_command(main: Callable[[], None]) -> None:
         text = str(error).strip()
         if "Original Traceback" in text:
             text = text.splitlines()[-1].partition("Error: ")[2]
-        sys.exit(_once(f"error: {' '.join(text.split())}"))
+        message = _once(f"error: {' '.join(text.split())}")
     except torch.OutOfMemoryError as error:
         needs_less = "a smaller batch needs less, and so do --activation_checkpointing true and --bits 4 in training"
-        sys.exit(_once(f"error: {str(error).partition('. ')[0]}: {needs_less}"))
+        message = _once(f"error: {str(error).partition('. ')[0]}: {needs_less}")
     except KeyboardInterrupt:
-        sys.exit(_once("stopped"))
+        message = _once("stopped")
+    if "LOCAL_RANK" in os.environ:
+        _leave_rank(message)
+    if message is not None:
+        sys.exit(message)
+
+
+def _leave_rank(message: str | int | None) -> NoReturn:
+    """Ends a rank as `sys.exit` does, but for taking the interpreter apart.
+
+    DeepSpeed keeps process groups, whose threads run on when all is done. One that asks for Python while Python ends
+    aborts the process, now and then, and a run that went well would count as failed.
+    """
+    if isinstance(message, str):
+        print(message, file=sys.stderr)
+    atexit._run_exitfuncs()  # what libraries wish to do last, such as sending off their reports
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if message is None else 1)
 
 
 def _once(message: str) -> str | int:
