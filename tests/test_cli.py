@@ -132,4 +132,5 @@ def test_a_rank_leaves_without_taking_the_interpreter_apart(tmp_path, end, code,
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "LOCAL_RANK": "0"}
     command = [sys.executable, str(tmp_path / "command.py")]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout) == (code, "done report sent") and ended.stderr.endswith(error)
+    assert (ended.returncode, ended.stdout) == (code, "done report sent")
+    assert ended.stderr.endswith(error)
