@@ -6,11 +6,11 @@
 `captions.json` asks for the caption of each training picture; `talk.json` asks something else about every fourth. Its
 answers are SmolLM2's own, to the same question with the caption's words in place of the picture: a language model can
 write about a picture that somebody has put into words (Liu et al., 2023, "Visual Instruction Tuning"), and a projector
-that is trained on both does not learn that whatever is asked, the caption is the answer. They are committed, since they
-take some minutes. Of held-out pictures there is nothing in them, and none of the questions that follow_ups.py asks.
+that is trained on both does not learn that whatever is asked, the caption is the answer. They are committed, since
+they take some minutes. Of held-out pictures there is nothing in them, and none of what follow_ups.py asks.
 
-The records to train on begin with a system turn of one word: the one that SmolLM2's template writes by itself would be a
-third of their tokens.
+The records to train on begin with a system turn of one word: the one that SmolLM2's template writes by itself would be
+a third of their tokens.
 """
 
 import argparse
