@@ -3,7 +3,7 @@
     python examples/smollm2/follow_ups.py --model_name_or_path output/smollm2/stage1 --output_dir output/follow_ups
 
 What was fixed before anything was scored:
-- The pictures: of those trained on that show no skin tone ("things"), and of those held out ("people"), the 60 each
+- The pictures: of those trained on that show no skin tone ("seen"), and of those held out ("held out"), the 60 each
   whose file name has the smallest SHA-256.
 - The questions, which no record asks: `QUESTIONS`, each right behind the picture. Answers are greedy, of 40 tokens.
 - The reference: what the language model said before any training, to the same question behind the caption's words.
@@ -45,7 +45,7 @@ def chosen(records: list[dict], kind: str, folder: Path) -> list[dict[str, Any]]
         {"kind": kind, "file": folder / "images_dl" / record["image"], "caption": record["conversations"][-1]["value"]}
         for record in records
     ]
-    if kind == "things":
+    if kind == "seen":
         pictures = [p for p in pictures if not any(tone in p["file"].stem for tone in SKIN_TONES)]
     return sorted(pictures, key=lambda p: hashlib.sha256(p["file"].name.encode()).digest())[:EACH]
 
@@ -54,7 +54,7 @@ def load_pictures(data: Path) -> list[dict[str, Any]]:
     """All that is asked about."""
     train = json.loads((data / "train" / "captions.json").read_text(encoding="utf-8"))
     heldout = json.loads((data / "heldout" / "english.json").read_text(encoding="utf-8"))
-    return chosen(train, "things", data / "train") + chosen(heldout, "people", data / "heldout")
+    return chosen(train, "seen", data / "train") + chosen(heldout, "held out", data / "heldout")
 
 
 def answer(model: Any, processor: Any, asked: list[tuple[list[dict], list[Image.Image]]], name: str) -> list[str]:
@@ -93,7 +93,7 @@ def summary(scores: list[float]) -> dict[str, Any]:
 def compare(pictures: list[dict], said: list[list[str]], blank: list[str], right: list[list[str]]) -> dict[str, Any]:
     """Agreement with the own caption's reference and its two controls, by kind and over all."""
     result = {}
-    for kind in ("things", "people", "all"):
+    for kind in ("seen", "held out", "all"):
         rows = [i for i, picture in enumerate(pictures) if kind in (picture["kind"], "all")]
         own = [right[i] for i in rows]
         with_picture = agreement([said[i] for i in rows], own)

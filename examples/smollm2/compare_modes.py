@@ -1,0 +1,86 @@
+"""Trains SmolLM2 with eyes in every mode, on the same data for as many steps, and scores each on held-out pictures.
+
+    PYTHONPATH=. python examples/smollm2/compare_modes.py                 the table of what modes.json holds
+    PYTHONPATH=. python examples/smollm2/compare_modes.py --results output/smollm2/modes.json   measured anew, in hours
+
+It starts from what examples/smollm2/run.sh left in output/smollm2: the assembled model and the data. Runs go two at a
+time, of one thread each, and what was measured is kept as each ends, so that it may take several sittings. Beside the
+held-out pictures it scores how well a text that every Python has is still predicted (the loss of SmolLM2 itself is the
+measure), and how far follow-up questions are answered as SmolLM2 answers them to the caption in words.
+"""
+
+import json
+from pathlib import Path
+from statistics import median
+
+from examples.openmoji.compare_modes import Comparison, by_mode, compare, run, train_and_score
+
+HERE = Path(__file__).parent
+EXAMPLE = Path("output/smollm2")
+STEPS, BATCH = 450, 8
+RATE = "2e-4"  # of the language model in full; the tower takes half of it
+LORA_RATE, ALIGN_RATE, PROJECTOR_RATE = "1e-3", "1e-2", "5e-3"
+
+ALIGN = ["--train_type", "projector", "--learning_rate", ALIGN_RATE]
+LORA = ["--train_type", "lora", "--lora_r", "32", "--lora_alpha", "64", "--learning_rate", LORA_RATE]
+FREEZE_VISION = ["--train_type", "freeze_vision", "--learning_rate", RATE, "--projector_learning_rate", PROJECTOR_RATE]
+FULL = ["--train_type", "full", "--learning_rate", RATE, "--vision_learning_rate", "1e-4"]
+FULL += ["--projector_learning_rate", PROJECTOR_RATE]
+MODES = {
+    "projector alone": [ALIGN],
+    "LoRA, two stages": [ALIGN, [*LORA, "--projector_learning_rate", PROJECTOR_RATE]],
+    "LoRA, one stage": [[*LORA, "--projector_learning_rate", PROJECTOR_RATE]],
+    "LoRA, projector left random": [[*LORA, "--projector_learning_rate", "0"]],
+    "freeze_vision, one stage": [FREEZE_VISION],
+    "full, rates by module, one stage": [FULL],
+}
+BF16 = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
+SMOLLM2 = Comparison(
+    folder=EXAMPLE,
+    train=["data/train/captions.json", "data/train/talk.json"],
+    heldout="data/heldout/english.json",
+    modes=MODES,
+    steps=STEPS,
+    batch=BATCH,
+    arguments=["--bf16", "true"] if BF16 else [],
+    evaluation=["--text_path", str(EXAMPLE / "text.txt"), "--base", str(EXAMPLE / "llava")],
+)
+
+
+def measure(mode: str, seed: int, folder: Path) -> dict:
+    """Trains and scores one mode with one seed."""
+    scores, opened = train_and_score(SMOLLM2, mode, seed, folder)
+    metrics = json.loads((folder / "scores/metrics.json").read_text())
+    run(str(HERE / "follow_ups.py"), *opened, "--output_dir", str(folder / "follow_ups"))
+    follow_ups = json.loads((folder / "follow_ups/follow_ups.json").read_text())["all"]
+    kept = metrics["text"]
+    f1 = metrics["by_language"]["en"]["token_f1"]
+    return scores | {"token_f1": f1, "text_loss": [kept["base_loss"], kept["loss"]], "follow_ups": follow_ups}
+
+
+def table(results: list[dict]) -> str:
+    """The Markdown table of what was measured: medians over the seeds."""
+    lines = [
+        "| mode | seeds | exact match | range | token F1 | text loss, before -> after | follow-ups | controls | "
+        "minutes | peak GB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for mode, runs in by_mode(MODES, results).items():
+        exact, f1, minutes, memory = (
+            median(run[key] for run in runs) for key in ("exact_match", "token_f1", "minutes", "peak_gb")
+        )
+        before, after = (median(run["text_loss"][i] for run in runs) for i in (0, 1))
+        agreed, *controls = (
+            median(run["follow_ups"][name]["mean"] for run in runs)
+            for name in ("the picture", "blank picture", "another caption")
+        )
+        lines.append(
+            f"| {mode} | {len(runs)} | {exact:.1%} | {runs[0]['exact_match']:.1%} to {runs[-1]['exact_match']:.1%} | "
+            f"{f1:.1%} | {before:.2f} -> {after:.2f} | {agreed:.1%} | {controls[0]:.1%}, {controls[1]:.1%} | "
+            f"{minutes:.1f} | {memory:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(compare(__doc__, SMOLLM2, measure, [0, 1], HERE / "modes.json")))
