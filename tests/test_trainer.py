@@ -16,9 +16,10 @@ import torch
 from conftest import logged, run_train, run_zero2, turns, zero2_command
 from safetensors.torch import load_file, save_file
 from test_data import ITEMS, gradients
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2Config, Qwen2ForCausalLM, Trainer
 
 from train_llava import checks, pace
+from train_llava.build_model import build_model
 from train_llava.data import LlavaCollator, LlavaDataset
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.run_folder import UNFINISHED, check_resumable, finished_checkpoint, is_finished
@@ -363,6 +364,25 @@ def test_every_part_trains_at_its_own_rate(model, tmp_path):
         part = "vision tower" if "vision" in name else "projector" if "projector" in name else "language model"
         assert rate == rates[part], name
         assert decay == (0.0 if "norm" in name or name.endswith("bias") else 0.1), name
+
+
+def test_a_tied_weight_is_written_once(parts, tmp_path):
+    """DeepSpeed hands over copies, of which nobody sees any more that two were one."""
+    for file in parts["qwen2"].iterdir():
+        if file.name != "config.json":
+            shutil.copy(file, tmp_path)
+    config = Qwen2Config.from_pretrained(parts["qwen2"], tie_word_embeddings=True)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    build_model(str(parts["clip"]), str(tmp_path), str(tmp_path / "llava"))
+    model, processor = load_checkpoint(str(tmp_path / "llava"))
+    args = TrainArguments(output_dir=str(tmp_path / "run"), train_type="full")
+    trainer = LlavaTrainer(model, args, processing_class=processor, learning_rates={}, write_card=print)
+    whole = model.state_dict()
+    trainer._save(str(tmp_path / "run"), {name: tensor.clone() for name, tensor in whole.items()})
+    written = load_file(tmp_path / "run/model.safetensors")
+    assert len(written) == len(whole) - 1
+    again, _ = load_checkpoint(str(tmp_path / "run"))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in again.state_dict().items())
 
 
 @pytest.mark.parametrize(

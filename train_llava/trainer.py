@@ -181,6 +181,12 @@ class LlavaTrainer(Trainer):
         if self.args.should_save:
             read_back(folder, self.model)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if state_dict is not None:  # DeepSpeed's copies: a tied weight would be written under each of its names
+            tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
     def create_model_card(self, *_: Any, **__: Any) -> None:
         if self.is_world_process_zero():
             self.write_card(self.state.log_history)

@@ -14,7 +14,7 @@ data=$out/data
 stage() { printf '\n== %s (%d:%02d)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 missing() { [ ! -e "$1" ] || { echo "$1 is there from an earlier start"; return 1; }; }
 
-# half the time where the processor multiplies bfloat16 numbers itself
+# a third less time where the processor multiplies bfloat16 numbers itself
 precision=()
 if [ "${DS_ACCELERATOR:-}" = cpu ] && grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then
   precision=(--bf16 true)
