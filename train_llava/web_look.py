@@ -1,0 +1,140 @@
+"""What the chat page says, in two languages, and how it looks."""
+
+from html import escape
+
+from peft import PeftModel
+
+from train_llava.model import Llava, count_parameters
+
+TEXTS = {
+    "en": {
+        "ask_here": "Ask about a picture: drop it here, or paste it",
+        "nothing_yet": "Choose a picture, and ask what is in it.",
+        "chat": "Chat",
+        "with_adapter": "With the adapter",
+        "without_adapter": "Without it",
+        "stop": "Stop",
+        "retry": "Retry",
+        "clear": "Clear",
+        "temperature": "Temperature: 0 takes the likeliest words",
+        "waiting": "The model is answering others. Questions before yours:",
+    },
+    "zh": {
+        "ask_here": "拖入或粘贴图片，然后提问",
+        "nothing_yet": "选一张图片，问问图里有什么。",
+        "chat": "对话",
+        "with_adapter": "加载适配器",
+        "without_adapter": "不加载适配器",
+        "stop": "停止",
+        "retry": "重新回答",
+        "clear": "清空",
+        "temperature": "温度：0 表示每步取概率最高的词",
+        "waiting": "模型正在回答其他人，前面还在排队的提问数：",
+    },
+}
+# What the header calls the parts of a model
+HEADER = {
+    "en": {
+        "vision tower": "Vision tower",
+        "projector": "Projector",
+        "language model": "Language model",
+        "adapter": "LoRA adapter",
+        "no_adapter": "No LoRA adapter",
+        "made_of": "Made of",
+    },
+    "zh": {
+        "vision tower": "视觉编码器",
+        "projector": "投影层",
+        "language model": "语言模型",
+        "adapter": "LoRA 适配器",
+        "no_adapter": "未加载 LoRA 适配器",
+        "made_of": "来源：",
+    },
+}
+# An answer of which there is nothing to read yet
+DOTS = '<span class="dots"><i></i><i></i><i></i></span>'
+# The first rule hides Gradio's buttons that would empty a chat without the conversation behind it, or send a picture
+# to the hub, by their place, as their labels are in the browser's language. Texts are sent as HTML: `white-space`.
+CSS = """
+.wrapper > .icon-button-wrapper, .download-link ~ .icon-button { display: none !important }
+.message img { max-height: 240px }
+.message-content { white-space: pre-wrap }
+
+.gradio-container { max-width: 1080px !important; margin: 0 auto !important }
+.gradio-container main { padding: 20px 20px 12px !important }
+.gradio-container main > .wrap > .column, .gradio-container .contain > .column { gap: 10px }
+
+#model { padding: 0 }
+#model h1 { font-size: 20px; font-weight: 650; margin: 0 0 6px; overflow-wrap: anywhere;
+  color: var(--body-text-color) }
+#model ul { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; margin: 0; padding: 0 }
+#model li { margin: 0; padding: 2px 10px; border-radius: 99px; font-size: 13px;
+  background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary);
+  color: var(--body-text-color-subdued) }
+#model li b { font-weight: 600; color: var(--body-text-color) }
+#model p { margin: 6px 0 0; font-size: 13px; color: var(--body-text-color-subdued); overflow-wrap: anywhere }
+
+#chats { flex-wrap: nowrap; gap: 10px }
+#chats > * { min-width: 0 !important; border-radius: 16px; box-shadow: none }
+#chats .message { border-radius: 16px; box-shadow: none; font-size: 15px; line-height: 1.5 }
+#chats .message.bot { background: var(--background-fill-secondary); border-color: transparent }
+#chats .message.user { background: var(--color-accent-soft); border-color: transparent }
+#chats .message.bot:has(.dots) + .message-buttons { visibility: hidden }
+
+.dots { display: inline-flex; gap: 5px; padding: 6px 0 }
+.dots i { width: 7px; height: 7px; border-radius: 50%; background: var(--body-text-color-subdued);
+  animation: dots 1.2s infinite ease-in-out }
+.dots i:nth-child(2) { animation-delay: .15s }
+.dots i:nth-child(3) { animation-delay: .3s }
+@keyframes dots { 0%, 70%, 100% { opacity: .25 } 35% { opacity: 1; transform: translateY(-3px) } }
+#waiting { padding: 0 6px; font-size: 13px; color: var(--body-text-color-subdued) }
+
+#box { border-radius: 16px; box-shadow: none }
+#box textarea { font-size: 16px }
+#controls { gap: 6px; align-items: center; flex-wrap: wrap }
+#controls button { flex: 0 0 auto; min-width: 0; padding: 6px 14px; border-radius: 99px; font-size: 14px;
+  font-weight: 500; background: transparent; border: 1px solid var(--border-color-primary);
+  color: var(--body-text-color); box-shadow: none }
+#controls button:hover:not(:disabled) { border-color: var(--color-accent); color: var(--color-accent) }
+#controls button:disabled { opacity: .4 }
+#temperature { flex: 1 1 220px; margin-left: auto; max-width: 340px; padding: 0; border: 0; background: none }
+
+#examples { gap: 8px; flex-wrap: nowrap; overflow-x: auto; padding-bottom: 4px }
+#examples button { flex: 0 0 96px; min-width: 0; flex-direction: column; gap: 4px; padding: 8px 6px;
+  border-radius: 12px; background: transparent; border: 1px solid var(--border-color-primary); box-shadow: none;
+  font-size: 12px; font-weight: 400; line-height: 1.25; color: var(--body-text-color-subdued);
+  justify-content: flex-start; white-space: normal }
+#examples button:hover { border-color: var(--color-accent); color: var(--body-text-color) }
+#examples img { width: 64px; height: 64px; object-fit: contain; margin: 0; border-radius: 6px; background: white }
+
+@media (max-width: 640px) {
+  .gradio-container main { padding: 12px 10px 8px !important }
+  #chats { gap: 6px }
+  #chats .bubble-wrap { padding: 6px !important }
+  #chats .message { max-width: 100%; padding: 8px 10px; font-size: 14px }
+  #examples button { flex-basis: 80px }
+}
+"""
+# Gradio's own would copy a message as it was sent to the page, which is as HTML
+COPY = """() => document.addEventListener("click", event => {
+    if (event.target.closest(".message-buttons .icon-button-wrapper > button")) {
+        const message = event.target.closest(".message-buttons").previousElementSibling
+        event.stopPropagation()
+        getSelection().selectAllChildren(message.querySelector(".message-content"))
+        document.execCommand("copy")
+    }
+}, true)"""
+
+
+def header(model: Llava | PeftModel, title: str, made_of: list[str], language: str) -> str:
+    """The head of the page as HTML: the model's name, its parts with their sizes, and what it was made of."""
+    words, config = HEADER[language], model.config
+    kinds = {"vision tower": config.vision_config.model_type, "language model": config.get_text_config().model_type}
+    facts = []
+    for part, (_, size) in count_parameters(model).items():
+        facts.append(f"{words[part]} <b>{kinds.get(part, '')} {size / 1e6:,.{0 if size >= 1e7 else 2}f} M</b>")
+    adapted = isinstance(model, PeftModel)
+    facts.append(f"{words['adapter']} <b>r = {model.active_peft_config.r}</b>" if adapted else words["no_adapter"])
+    origin = f"<p>{words['made_of']} {escape(' · '.join(made_of))}</p>" if made_of else ""
+    text = f"<h1>{escape(title)}</h1><ul><li>{'</li><li>'.join(facts)}</li></ul>{origin}"
+    return text.replace("{", "&#123;")  # where a brace would begin a variable of the translation
