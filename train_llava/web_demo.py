@@ -216,12 +216,12 @@ def make_page(
     labels = ["with_adapter", "without_adapter"] if isinstance(model, PeftModel) else ["chat"]
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         turns, running = gr.State([]), gr.State(None)
-        gr.HTML(words("model_header"), elem_id="model")
+        gr.HTML(words("model_header"), elem_id="model", padding=False)
         with gr.Row(elem_id="chats"):
-            look = {"height": f"calc(100dvh - {420 if examples else 300}px)", "min_height": 240, "buttons": ["copy"]}
+            look = {"height": f"calc(100dvh - {390 if examples else 280}px)", "min_height": 240, "buttons": ["copy"]}
             plain = {"render_markdown": False, "latex_delimiters": [], "placeholder": words("nothing_yet")}
             chats = [gr.Chatbot(label=words(label), **plain, **look) for label in labels]
-        status = gr.HTML(elem_id="waiting")
+        status = gr.HTML(elem_id="waiting", padding=False)
         box = gr.MultimodalTextbox(
             placeholder=words("ask_here"),
             file_count="multiple",
@@ -254,7 +254,7 @@ def make_page(
             queue.append(event)
             try:
                 while (ahead := queue.index(event)) and not event.is_set():
-                    yield show(grown, True) | taken | {status: f"{words('waiting')} {ahead}"}
+                    yield show(grown, True) | taken | {status: f"<p>{words('waiting')} {ahead}</p>"}
                     sleep(POLL)
                 for _ in answer(model, processor, grown, event, lock, **options):
                     yield show(grown, True) | taken

@@ -16,7 +16,7 @@ TEXTS = {
         "stop": "Stop",
         "retry": "Retry",
         "clear": "Clear",
-        "temperature": "Temperature: 0 takes the likeliest words",
+        "temperature": "Temperature (0: the likeliest words)",
         "waiting": "The model is answering others. Questions before yours:",
     },
     "zh": {
@@ -28,7 +28,7 @@ TEXTS = {
         "stop": "停止",
         "retry": "重新回答",
         "clear": "清空",
-        "temperature": "温度：0 表示每步取概率最高的词",
+        "temperature": "温度（0：取概率最高的词）",
         "waiting": "模型正在回答其他人，前面还在排队的提问数：",
     },
 }
@@ -43,7 +43,7 @@ HEADER = {
         "made_of": "Made of",
     },
     "zh": {
-        "vision tower": "视觉编码器",
+        "vision tower": "视觉塔",
         "projector": "投影层",
         "language model": "语言模型",
         "adapter": "LoRA 适配器",
@@ -60,26 +60,26 @@ CSS = """
 .message img { max-height: 240px }
 .message-content { white-space: pre-wrap }
 
-.gradio-container { max-width: 1080px !important; margin: 0 auto !important }
-.gradio-container main { padding: 20px 20px 12px !important }
-.gradio-container main > .wrap > .column, .gradio-container .contain > .column { gap: 10px }
+.gradio-container { max-width: 1040px !important; margin: 0 auto !important }
+.gradio-container main { padding: 20px 20px 8px !important }
+.gradio-container .column { gap: 10px }
 
-#model { padding: 0 }
-#model h1 { font-size: 20px; font-weight: 650; margin: 0 0 6px; overflow-wrap: anywhere;
-  color: var(--body-text-color) }
+#model { padding: 0 4px }
+#model h1 { font-size: 20px; font-weight: 650; margin: 0 0 8px; overflow-wrap: anywhere; color: var(--body-text-color) }
 #model ul { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; margin: 0; padding: 0 }
 #model li { margin: 0; padding: 2px 10px; border-radius: 99px; font-size: 13px;
-  background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary);
-  color: var(--body-text-color-subdued) }
+  background: var(--background-fill-secondary); color: var(--body-text-color-subdued) }
 #model li b { font-weight: 600; color: var(--body-text-color) }
-#model p { margin: 6px 0 0; font-size: 13px; color: var(--body-text-color-subdued); overflow-wrap: anywhere }
+#model p { margin: 8px 0 0; font-size: 13px; color: var(--body-text-color-subdued); overflow-wrap: anywhere }
 
 #chats { flex-wrap: nowrap; gap: 10px }
 #chats > * { min-width: 0 !important; border-radius: 16px; box-shadow: none }
-#chats .message { border-radius: 16px; box-shadow: none; font-size: 15px; line-height: 1.5 }
-#chats .message.bot { background: var(--background-fill-secondary); border-color: transparent }
-#chats .message.user { background: var(--color-accent-soft); border-color: transparent }
-#chats .message.bot:has(.dots) + .message-buttons { visibility: hidden }
+#chats .placeholder { color: var(--body-text-color-subdued) }
+#chats .message { border: 0; border-radius: 16px; box-shadow: none; font-size: 15px; line-height: 1.5 }
+#chats .message.bot { background: var(--background-fill-secondary) }
+#chats .message.user { background: var(--color-accent-soft) }
+#chats .message-buttons { opacity: .7 }
+#chats .message:has(.dots) ~ .message-buttons { visibility: hidden }
 
 .dots { display: inline-flex; gap: 5px; padding: 6px 0 }
 .dots i { width: 7px; height: 7px; border-radius: 50%; background: var(--body-text-color-subdued);
@@ -88,31 +88,42 @@ CSS = """
 .dots i:nth-child(3) { animation-delay: .3s }
 @keyframes dots { 0%, 70%, 100% { opacity: .25 } 35% { opacity: 1; transform: translateY(-3px) } }
 #waiting { padding: 0 6px; font-size: 13px; color: var(--body-text-color-subdued) }
+#waiting:not(:has(p)) { display: none }
+#waiting p { margin: 0 }
 
 #box { border-radius: 16px; box-shadow: none }
 #box textarea { font-size: 16px }
+#box .submit-button, #box .upload-button { border-radius: 99px; background: transparent }
+#box .submit-button:not(:disabled) { background: var(--color-accent); color: white }
+
 #controls { gap: 6px; align-items: center; flex-wrap: wrap }
-#controls button { flex: 0 0 auto; min-width: 0; padding: 6px 14px; border-radius: 99px; font-size: 14px;
+#controls button.lg { flex: 0 0 auto; min-width: 0; padding: 5px 14px; border-radius: 99px; font-size: 14px;
   font-weight: 500; background: transparent; border: 1px solid var(--border-color-primary);
   color: var(--body-text-color); box-shadow: none }
-#controls button:hover:not(:disabled) { border-color: var(--color-accent); color: var(--color-accent) }
-#controls button:disabled { opacity: .4 }
-#temperature { flex: 1 1 220px; margin-left: auto; max-width: 340px; padding: 0; border: 0; background: none }
+#controls button.lg:hover:not(:disabled) { border-color: var(--color-accent); color: var(--color-accent) }
+#controls button.lg:disabled { opacity: .4 }
+#controls .form { flex: 0 1 330px; margin-left: auto; min-width: 240px; border: 0; background: none; box-shadow: none }
+#temperature { padding: 0; min-width: 0 !important; background: none }
+#temperature .head span { font-size: 13px; white-space: nowrap }
 
-#examples { gap: 8px; flex-wrap: nowrap; overflow-x: auto; padding-bottom: 4px }
-#examples button { flex: 0 0 96px; min-width: 0; flex-direction: column; gap: 4px; padding: 8px 6px;
+#examples { gap: 8px; flex-wrap: nowrap; overflow-x: auto; scrollbar-width: thin }
+#examples button { flex: 1 0 88px; max-width: 120px; min-width: 0; flex-direction: column; gap: 4px; padding: 8px 4px;
   border-radius: 12px; background: transparent; border: 1px solid var(--border-color-primary); box-shadow: none;
   font-size: 12px; font-weight: 400; line-height: 1.25; color: var(--body-text-color-subdued);
   justify-content: flex-start; white-space: normal }
 #examples button:hover { border-color: var(--color-accent); color: var(--body-text-color) }
-#examples img { width: 64px; height: 64px; object-fit: contain; margin: 0; border-radius: 6px; background: white }
+#examples img { width: 52px; height: 52px; object-fit: contain; margin: 0; border-radius: 6px; background: white }
 
 @media (max-width: 640px) {
   .gradio-container main { padding: 12px 10px 8px !important }
   #chats { gap: 6px }
   #chats .bubble-wrap { padding: 6px !important }
   #chats .message { max-width: 100%; padding: 8px 10px; font-size: 14px }
-  #examples button { flex-basis: 80px }
+  #examples button { flex: 0 0 80px }
+}
+@media (max-width: 440px) { /* two chats stand one below the other */
+  #chats:has(> :nth-child(2)) { flex-direction: column }
+  #chats > :not(:only-child) { height: 38dvh !important; min-height: 200px !important }
 }
 """
 # Gradio's own would copy a message as it was sent to the page, which is as HTML
@@ -129,7 +140,8 @@ COPY = """() => document.addEventListener("click", event => {
 def header(model: Llava | PeftModel, title: str, made_of: list[str], language: str) -> str:
     """The head of the page as HTML: the model's name, its parts with their sizes, and what it was made of."""
     words, config = HEADER[language], model.config
-    kinds = {"vision tower": config.vision_config.model_type, "language model": config.get_text_config().model_type}
+    tower = config.vision_config.model_type.removesuffix("_vision_model")
+    kinds = {"vision tower": tower, "language model": config.get_text_config().model_type}
     facts = []
     for part, (_, size) in count_parameters(model).items():
         facts.append(f"{words[part]} <b>{kinds.get(part, '')} {size / 1e6:,.{0 if size >= 1e7 else 2}f} M</b>")
