@@ -65,7 +65,7 @@ CSS = """
 .gradio-container .column { gap: 10px }
 
 #model { padding: 0 4px }
-#model h1 { font-size: 20px; font-weight: 650; margin: 0 0 8px; overflow-wrap: anywhere; color: var(--body-text-color) }
+#model h1 { font-size: 20px; font-weight: 650; margin: 0 0 8px; overflow-wrap: anywhere }
 #model ul { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; margin: 0; padding: 0 }
 #model li { margin: 0; padding: 2px 10px; border-radius: 99px; font-size: 13px;
   background: var(--background-fill-secondary); color: var(--body-text-color-subdued) }
