@@ -218,8 +218,9 @@ def make_page(
         turns, running = gr.State([]), gr.State(None)
         gr.HTML(words("model_header"), elem_id="model", padding=False)
         with gr.Row(elem_id="chats"):
-            look = {"height": f"calc(100dvh - {390 if examples else 280}px)", "min_height": 240, "buttons": ["copy"]}
+            look = {"height": f"calc(100dvh - {400 if examples else 300}px)", "min_height": 240, "buttons": ["copy"]}
             plain = {"render_markdown": False, "latex_delimiters": [], "placeholder": words("nothing_yet")}
+            plain["show_label"] = len(labels) > 1
             chats = [gr.Chatbot(label=words(label), **plain, **look) for label in labels]
         status = gr.HTML(elem_id="waiting", padding=False)
         box = gr.MultimodalTextbox(

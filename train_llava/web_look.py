@@ -16,7 +16,7 @@ TEXTS = {
         "stop": "Stop",
         "retry": "Retry",
         "clear": "Clear",
-        "temperature": "Temperature (0: the likeliest words)",
+        "temperature": "Temperature",
         "waiting": "The model is answering others. Questions before yours:",
     },
     "zh": {
@@ -28,7 +28,7 @@ TEXTS = {
         "stop": "停止",
         "retry": "重新回答",
         "clear": "清空",
-        "temperature": "温度（0：取概率最高的词）",
+        "temperature": "采样温度",
         "waiting": "模型正在回答其他人，前面还在排队的提问数：",
     },
 }
@@ -60,38 +60,42 @@ CSS = """
 .message img { max-height: 240px }
 .message-content { white-space: pre-wrap }
 
-.gradio-container { max-width: 1040px !important; margin: 0 auto !important }
-.gradio-container main { padding: 20px 20px 8px !important }
+.gradio-container { --soft: color-mix(in srgb, var(--body-text-color) 68%, transparent);
+  --tint: color-mix(in srgb, var(--body-text-color) 7%, transparent);
+  max-width: 1000px !important; margin: 0 auto !important; padding: 0 !important }
+.gradio-container main { padding: 18px 20px 8px !important; max-width: none !important }
 .gradio-container .column { gap: 10px }
 
 #model { padding: 0 4px }
 #model h1 { font-size: 20px; font-weight: 650; margin: 0 0 8px; overflow-wrap: anywhere }
 #model ul { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; margin: 0; padding: 0 }
 #model li { margin: 0; padding: 2px 10px; border-radius: 99px; font-size: 13px;
-  background: var(--background-fill-secondary); color: var(--body-text-color-subdued) }
+  background: var(--tint); color: var(--soft) }
 #model li b { font-weight: 600; color: var(--body-text-color) }
-#model p { margin: 8px 0 0; font-size: 13px; color: var(--body-text-color-subdued); overflow-wrap: anywhere }
+#model p { margin: 8px 0 0; font-size: 13px; color: var(--soft); overflow-wrap: anywhere }
 
 #chats { flex-wrap: nowrap; gap: 10px }
 #chats > * { min-width: 0 !important; border-radius: 16px; box-shadow: none }
-#chats .placeholder { color: var(--body-text-color-subdued) }
+#chats .placeholder { color: var(--soft) }
 #chats .message { border: 0; border-radius: 16px; box-shadow: none; font-size: 15px; line-height: 1.5 }
-#chats .message.bot { background: var(--background-fill-secondary) }
-#chats .message.user { background: var(--color-accent-soft) }
-#chats .message-buttons { opacity: .7 }
-#chats .message:has(.dots) ~ .message-buttons { visibility: hidden }
+#chats .bot.message { background: var(--tint) }
+#chats .user.message { background: var(--color-accent-soft) }
+#chats .message .message { padding: 0 }
+#chats .role.message, #chats .flex-wrap > .message { padding: 8px 14px }
+#chats .message-buttons { opacity: .6; margin-block: 0 }
+#chats .message-row:has(.dots) + .message-buttons { visibility: hidden }
 
 .dots { display: inline-flex; gap: 5px; padding: 6px 0 }
-.dots i { width: 7px; height: 7px; border-radius: 50%; background: var(--body-text-color-subdued);
+.dots i { width: 7px; height: 7px; border-radius: 50%; background: var(--soft);
   animation: dots 1.2s infinite ease-in-out }
 .dots i:nth-child(2) { animation-delay: .15s }
 .dots i:nth-child(3) { animation-delay: .3s }
 @keyframes dots { 0%, 70%, 100% { opacity: .25 } 35% { opacity: 1; transform: translateY(-3px) } }
-#waiting { padding: 0 6px; font-size: 13px; color: var(--body-text-color-subdued) }
+#waiting { padding: 0 6px; font-size: 13px; color: var(--soft) }
 #waiting:not(:has(p)) { display: none }
 #waiting p { margin: 0 }
 
-#box { border-radius: 16px; box-shadow: none }
+#box, #box :is(.full-container, .input-container, .input-wrapper) { border-radius: 16px; box-shadow: none }
 #box textarea { font-size: 16px }
 #box .submit-button, #box .upload-button { border-radius: 99px; background: transparent }
 #box .submit-button:not(:disabled) { background: var(--color-accent); color: white }
@@ -102,14 +106,14 @@ CSS = """
   color: var(--body-text-color); box-shadow: none }
 #controls button.lg:hover:not(:disabled) { border-color: var(--color-accent); color: var(--color-accent) }
 #controls button.lg:disabled { opacity: .4 }
-#controls .form { flex: 0 1 330px; margin-left: auto; min-width: 240px; border: 0; background: none; box-shadow: none }
+#controls .form { flex: 0 1 330px !important; margin-left: auto; border: 0; background: none; box-shadow: none }
 #temperature { padding: 0; min-width: 0 !important; background: none }
 #temperature .head span { font-size: 13px; white-space: nowrap }
 
-#examples { gap: 8px; flex-wrap: nowrap; overflow-x: auto; scrollbar-width: thin }
+#examples { gap: 8px; flex-wrap: nowrap; overflow-x: auto; scrollbar-width: thin; width: 0; min-width: 100% }
 #examples button { flex: 1 0 88px; max-width: 120px; min-width: 0; flex-direction: column; gap: 4px; padding: 8px 4px;
   border-radius: 12px; background: transparent; border: 1px solid var(--border-color-primary); box-shadow: none;
-  font-size: 12px; font-weight: 400; line-height: 1.25; color: var(--body-text-color-subdued);
+  font-size: 12px; font-weight: 400; line-height: 1.25; color: var(--soft);
   justify-content: flex-start; white-space: normal }
 #examples button:hover { border-color: var(--color-accent); color: var(--body-text-color) }
 #examples img { width: 52px; height: 52px; object-fit: contain; margin: 0; border-radius: 6px; background: white }
@@ -118,7 +122,8 @@ CSS = """
   .gradio-container main { padding: 12px 10px 8px !important }
   #chats { gap: 6px }
   #chats .bubble-wrap { padding: 6px !important }
-  #chats .message { max-width: 100%; padding: 8px 10px; font-size: 14px }
+  #chats > * { height: 48dvh !important }
+  #chats .flex-wrap, #chats .message { max-width: 100%; font-size: 14px }
   #examples button { flex: 0 0 80px }
 }
 @media (max-width: 440px) { /* two chats stand one below the other */
