@@ -62,8 +62,9 @@ CSS = """
 
 .gradio-container { --soft: color-mix(in srgb, var(--body-text-color) 68%, transparent);
   --tint: color-mix(in srgb, var(--body-text-color) 7%, transparent);
-  max-width: 1000px !important; margin: 0 auto !important; padding: 0 !important }
-.gradio-container main { padding: 18px 20px 8px !important; max-width: none !important }
+  width: 100%; max-width: 1000px !important; margin: 0 auto !important }
+.gradio-container > .main { padding: 0 !important }
+.gradio-container main { padding: 18px 20px 8px !important }
 .gradio-container .column { gap: 10px }
 
 #model { padding: 0 4px }
@@ -95,7 +96,7 @@ CSS = """
 #waiting:not(:has(p)) { display: none }
 #waiting p { margin: 0 }
 
-#box, #box :is(.full-container, .input-container, .input-wrapper) { border-radius: 16px; box-shadow: none }
+#box, #box :is(.full-container, .input-container, .input-wrapper) { border-radius: 16px !important; box-shadow: none }
 #box textarea { font-size: 16px }
 #box .submit-button, #box .upload-button { border-radius: 99px; background: transparent }
 #box .submit-button:not(:disabled) { background: var(--color-accent); color: white }
