@@ -40,7 +40,7 @@ HEADER = {
         "language model": "Language model",
         "adapter": "LoRA adapter",
         "no_adapter": "No LoRA adapter",
-        "made_of": "Made of",
+        "made_of": "Made of ",
     },
     "zh": {
         "vision tower": "视觉塔",
@@ -96,6 +96,7 @@ CSS = """
 #waiting:not(:has(p)) { display: none }
 #waiting p { margin: 0 }
 
+.form:has(#box) { border: 0; background: none; box-shadow: none; overflow: visible }
 #box, #box :is(.full-container, .input-container, .input-wrapper) { border-radius: 16px !important; box-shadow: none }
 #box textarea { font-size: 16px }
 #box .submit-button, #box .upload-button { border-radius: 99px; background: transparent }
@@ -153,6 +154,6 @@ def header(model: Llava | PeftModel, title: str, made_of: list[str], language: s
         facts.append(f"{words[part]} <b>{kinds.get(part, '')} {size / 1e6:,.{0 if size >= 1e7 else 2}f} M</b>")
     adapted = isinstance(model, PeftModel)
     facts.append(f"{words['adapter']} <b>r = {model.active_peft_config.r}</b>" if adapted else words["no_adapter"])
-    origin = f"<p>{words['made_of']} {escape(' · '.join(made_of))}</p>" if made_of else ""
+    origin = f"<p>{words['made_of']}{escape(' · '.join(made_of))}</p>" if made_of else ""
     text = f"<h1>{escape(title)}</h1><ul><li>{'</li><li>'.join(facts)}</li></ul>{origin}"
     return text.replace("{", "&#123;")  # where a brace would begin a variable of the translation
