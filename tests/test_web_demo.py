@@ -240,7 +240,15 @@ def test_the_header_names_the_model_and_its_parts(llava, adapter):
     assert "clip_vision_model" in text
     assert HEADER["en"]["no_adapter"] in text
     adapted, _ = load_model(str(llava), str(adapter))
-    assert "LoRA 适配器 <b>r = 4</b>" in header(adapted, "run", [], "zh")
+    parts, (added,) = (
+        text.split("</li>")[:3],
+        re.findall("LoRA 适配器 <b>r = 4, (.*) M<", header(adapted, "run", [], "zh")),
+    )
+    assert header(adapted, "a<b {x}", [], "en").split("</li>")[:3] == parts
+    rows = sum(
+        sum(m.weight.shape) for m in model.model.language_model.layers.modules() if isinstance(m, torch.nn.Linear)
+    )
+    assert float(added) == pytest.approx(4 * rows / 1e6, abs=0.005)
 
 
 def test_who_waits_is_told_how_many_are_before_him(page, llava, monkeypatch):

@@ -68,6 +68,7 @@ CSS = """
 .gradio-container .column { gap: 10px }
 
 #model { padding: 0 4px }
+#model .html-container { padding: 0 }
 #model h1 { font-size: 20px; font-weight: 650; margin: 0 0 8px; overflow-wrap: anywhere }
 #model ul { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; margin: 0; padding: 0 }
 #model li { margin: 0; padding: 2px 10px; border-radius: 99px; font-size: 13px;
@@ -96,6 +97,7 @@ CSS = """
 #waiting:not(:has(p)) { display: none }
 #waiting p { margin: 0 }
 
+#box { border: 1px solid var(--border-color-primary) !important }
 .form:has(#box) { border: 0; background: none; box-shadow: none; overflow: visible }
 #box, #box :is(.full-container, .input-container, .input-wrapper) { border-radius: 16px !important; box-shadow: none }
 #box textarea { font-size: 16px }
@@ -110,6 +112,7 @@ CSS = """
 #controls button.lg:disabled { opacity: .4 }
 #controls .form { flex: 0 1 330px !important; margin-left: auto; border: 0; background: none; box-shadow: none }
 #temperature { padding: 0; min-width: 0 !important; background: none }
+#temperature .slider_input_container { margin-top: 0 }
 #temperature .head span { font-size: 13px; white-space: nowrap }
 
 #examples { gap: 8px; flex-wrap: nowrap; overflow-x: auto; scrollbar-width: thin; width: 0; min-width: 100% }
@@ -149,11 +152,17 @@ def header(model: Llava | PeftModel, title: str, made_of: list[str], language: s
     words, config = HEADER[language], model.config
     tower = config.vision_config.model_type.removesuffix("_vision_model")
     kinds = {"vision tower": tower, "language model": config.get_text_config().model_type}
-    facts = []
-    for part, (_, size) in count_parameters(model).items():
-        facts.append(f"{words[part]} <b>{kinds.get(part, '')} {size / 1e6:,.{0 if size >= 1e7 else 2}f} M</b>")
-    adapted = isinstance(model, PeftModel)
-    facts.append(f"{words['adapter']} <b>r = {model.active_peft_config.r}</b>" if adapted else words["no_adapter"])
+    sizes = {part: size for part, (_, size) in count_parameters(model).items()}
+    if isinstance(model, PeftModel):  # its matrices lie inside the language model
+        sizes["adapter"] = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+        sizes["language model"] -= sizes["adapter"]
+        kinds["adapter"] = f"r = {model.active_peft_config.r},"
+    facts = [
+        f"{words[part]} <b>{kinds.get(part, '')} {size / 1e6:,.{0 if size >= 1e7 else 2}f} M</b>"
+        for part, size in sizes.items()
+    ]
+    if not isinstance(model, PeftModel):
+        facts.append(words["no_adapter"])
     origin = f"<p>{words['made_of']}{escape(' · '.join(made_of))}</p>" if made_of else ""
     text = f"<h1>{escape(title)}</h1><ul><li>{'</li><li>'.join(facts)}</li></ul>{origin}"
     return text.replace("{", "&#123;")  # where a brace would begin a variable of the translation
