@@ -268,7 +268,7 @@ def test_who_waits_is_told_how_many_are_before_him(page, llava, monkeypatch):
         until(lambda: jobs[-1].outputs())
         status, chat = jobs[-1].outputs()[0][-2:]
         assert (ahead == 0) == (status == "")
-        assert status.endswith(f" {ahead}</p>" if ahead else "")
+        assert status.endswith(f"{ahead}</p>" if ahead else "")
         if ahead:
             assert chat[-1]["content"][0]["text"] == DOTS
     go_on.set()

@@ -255,7 +255,7 @@ def make_page(
             queue.append(event)
             try:
                 while (ahead := queue.index(event)) and not event.is_set():
-                    yield show(grown, True) | taken | {status: f"<p>{words('waiting')} {ahead}</p>"}
+                    yield show(grown, True) | taken | {status: f"<p>{words('waiting')}{ahead}</p>"}
                     sleep(POLL)
                 for _ in answer(model, processor, grown, event, lock, **options):
                     yield show(grown, True) | taken

@@ -8,7 +8,7 @@ from train_llava.model import Llava, count_parameters
 
 TEXTS = {
     "en": {
-        "ask_here": "Ask about a picture: drop it here, or paste it",
+        "ask_here": "Drop a picture here and ask",
         "nothing_yet": "Choose a picture, and ask what is in it.",
         "chat": "Chat",
         "with_adapter": "With the adapter",
@@ -17,7 +17,7 @@ TEXTS = {
         "retry": "Retry",
         "clear": "Clear",
         "temperature": "Temperature",
-        "waiting": "The model is answering others. Questions before yours:",
+        "waiting": "The model is answering others. Questions before yours: ",
     },
     "zh": {
         "ask_here": "拖入或粘贴图片，然后提问",
@@ -29,7 +29,7 @@ TEXTS = {
         "retry": "重新回答",
         "clear": "清空",
         "temperature": "采样温度",
-        "waiting": "模型正在回答其他人，前面还在排队的提问数：",
+        "waiting": "模型正在回答其他人，排在前面的提问数：",
     },
 }
 # What the header calls the parts of a model
@@ -68,7 +68,7 @@ CSS = """
 .gradio-container .column { gap: 10px }
 
 #model { padding: 0 4px }
-#model .html-container { padding: 0 }
+#model .html-container, #waiting .html-container { padding: 0 }
 #model h1 { font-size: 20px; font-weight: 650; margin: 0 0 8px; overflow-wrap: anywhere }
 #model ul { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; margin: 0; padding: 0 }
 #model li { margin: 0; padding: 2px 10px; border-radius: 99px; font-size: 13px;
@@ -129,6 +129,7 @@ CSS = """
   #chats .bubble-wrap { padding: 6px !important }
   #chats > * { height: 48dvh !important }
   #chats .flex-wrap, #chats .message { max-width: 100%; font-size: 14px }
+  #controls .form { flex-basis: 100% !important }
   #examples button { flex: 0 0 80px }
 }
 @media (max-width: 440px) { /* two chats stand one below the other */
