@@ -42,7 +42,7 @@ def test_a_notebook_is_committed_with_its_outputs(name):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_says_everything_in_both_languages(name):
     cells = [cell for cell in nbformat.read(ROOT / name, as_version=4).cells if cell.cell_type == "markdown"]
-    assert len(cells) > 4
+    assert cells
     for cell in cells:
         prose = re.sub(r"`[^`]*`|\(.*?\)|^    .*$", "", cell.source, flags=re.MULTILINE)  # without code and links
         paragraphs = prose.split("\n\n")

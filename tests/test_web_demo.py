@@ -237,7 +237,7 @@ def test_the_header_names_the_model_and_its_parts(llava, adapter):
     assert text.endswith("<p>Made of clip · qwen</p>")
     total = sum(float(number) for number in re.findall(r"([\d.]+) M<", text))
     assert total == pytest.approx(model.num_parameters() / 1e6, abs=0.016)  # three figures of two decimals
-    assert "clip_vision_model" in text
+    assert "Vision tower <b>clip " in text
     assert HEADER["en"]["no_adapter"] in text
     adapted, _ = load_model(str(llava), str(adapter))
     parts, (added,) = (

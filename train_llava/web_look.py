@@ -152,14 +152,14 @@ def header(model: Llava | PeftModel, title: str, made_of: list[str], language: s
     """The head of the page as HTML: the model's name, its parts with their sizes, and what it was made of."""
     words, config = HEADER[language], model.config
     tower = config.vision_config.model_type.removesuffix("_vision_model")
-    kinds = {"vision tower": tower, "language model": config.get_text_config().model_type}
+    kinds = {"vision tower": f"{tower} ", "language model": f"{config.get_text_config().model_type} "}
     sizes = {part: size for part, (_, size) in count_parameters(model).items()}
     if isinstance(model, PeftModel):  # its matrices lie inside the language model
         sizes["adapter"] = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
         sizes["language model"] -= sizes["adapter"]
-        kinds["adapter"] = f"r = {model.active_peft_config.r},"
+        kinds["adapter"] = f"r = {model.active_peft_config.r}, "
     facts = [
-        f"{words[part]} <b>{kinds.get(part, '')} {size / 1e6:,.{0 if size >= 1e7 else 2}f} M</b>"
+        f"{words[part]} <b>{kinds.get(part, '')}{size / 1e6:,.{0 if size >= 1e7 else 2}f} M</b>"
         for part, size in sizes.items()
     ]
     if not isinstance(model, PeftModel):
