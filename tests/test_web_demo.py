@@ -474,6 +474,17 @@ def test_a_browser_shows_both_chats_and_stops_them(llava, adapter, pictures):
         type_in(driver, "Where is Paris?")
         until(lambda: idle(driver, 1))
         assert [told(driver, "bot", column) for column in (0, 1)] == [[ours], [theirs]]
+        for width in (
+            500,
+            390,
+        ):  # nothing is wider than the page; the chats stand side by side, or one above the other
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            left, right = (chat.rect for chat in find(driver, "#chats > .block"))
+            assert driver.execute_script("return document.documentElement.scrollWidth") == width
+            assert left["width"] == right["width"] > 230
+            assert (left["y"] == right["y"]) == (width == 500)
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         button(driver, "retry").click()
         until(lambda: "".join(told(driver, "bot")) not in ("", ours))
         button(driver, "stop").click()
@@ -508,6 +519,8 @@ def test_a_browser_shows_texts_as_they_are_and_no_button_that_does_harm(echo, pi
     ]
     with browser(echo, language) as driver:
         assert driver.execute_script("return navigator.language") == language
+        words = HEADER["zh" if language == "zh-CN" else "en"]
+        assert f"{words['made_of']}clip · qwen2" in find(driver, "#model")[0].text
         for i, text in enumerate(texts):
             type_in(driver, text, *pictures[:i])
             until(lambda i=i: idle(driver, i + 1))

@@ -64,7 +64,7 @@ CSS = """
   --tint: color-mix(in srgb, var(--body-text-color) 7%, transparent);
   width: 100%; max-width: 1000px !important; margin: 0 auto !important }
 .gradio-container > .main { padding: 0 !important }
-.gradio-container main { padding: 18px 20px 8px !important }
+.gradio-container main { padding: 18px clamp(10px, 2vw, 20px) 8px !important }
 .gradio-container .column { gap: 10px }
 
 #model { padding: 0 4px }
@@ -124,7 +124,6 @@ CSS = """
 #examples img { width: 52px; height: 52px; object-fit: contain; margin: 0; border-radius: 6px; background: white }
 
 @media (max-width: 640px) {
-  .gradio-container main { padding: 12px 10px 8px !important }
   #chats { gap: 6px }
   #chats .bubble-wrap { padding: 6px !important }
   #chats > * { height: 48dvh !important }
