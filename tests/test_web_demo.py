@@ -233,7 +233,7 @@ def test_the_languages_say_the_same_things():
 def test_the_header_names_the_model_and_its_parts(llava, adapter):
     model, _ = load_model(str(llava))
     text = header(model, "a<b {x}", ["clip", "qwen"], "en")
-    assert text.startswith("<h1>a&lt;b &#123;x}</h1>")
+    assert text.startswith("<h1>a&lt;b &#123;x&#125;</h1>")
     assert text.endswith("<p>Made of clip · qwen</p>")
     total = sum(float(number) for number in re.findall(r"([\d.]+) M<", text))
     assert total == pytest.approx(model.num_parameters() / 1e6, abs=0.016)  # three figures of two decimals

@@ -165,4 +165,4 @@ def header(model: Llava | PeftModel, title: str, made_of: list[str], language: s
         facts.append(words["no_adapter"])
     origin = f"<p>{words['made_of']}{escape(' · '.join(made_of))}</p>" if made_of else ""
     text = f"<h1>{escape(title)}</h1><ul><li>{'</li><li>'.join(facts)}</li></ul>{origin}"
-    return text.replace("{", "&#123;")  # where a brace would begin a variable of the translation
+    return text.replace("{", "&#123;").replace("}", "&#125;")  # in a translation, braces stand around a variable
