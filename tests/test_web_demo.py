@@ -504,6 +504,25 @@ def test_a_browser_shows_both_chats_and_stops_them(llava, adapter, pictures):
         assert [told(driver, "bot", column) for column in (0, 1)] == expected
 
 
+def test_who_leaves_the_page_gives_up_his_place(page, monkeypatch):
+    def endless(model, processor, messages, *_, **__):
+        while messages[-1]["content"][-1]["text"] == "endless":
+            yield "word"
+            time.sleep(0.05)
+        yield "said"
+
+    monkeypatch.setattr(web_demo, "stream", endless)
+    client = page()
+    with browser(client.src) as answered:
+        type_in(answered, "endless")
+        until(lambda: told(answered, "bot") == ["word"])
+        with browser(client.src) as waiting:
+            type_in(waiting, "endless")
+            until(lambda: find(waiting, "#waiting p"))
+    job = client.submit({"text": "What?", "files": []}, 0, api_name="/ask")
+    assert job.result(timeout=60)[-1][-1]["content"][0]["text"] == "said"
+
+
 @pytest.fixture(scope="module")
 def echo(llava) -> Iterator[str]:
     """The page's address with a model that says what it was told."""

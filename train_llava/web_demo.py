@@ -297,9 +297,8 @@ def main() -> None:
     examples = example_pictures(arguments.examples) if arguments.examples is not None else []
     model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
     name = arguments.adapter_name_or_path or arguments.model_name_or_path
-    made_of = ancestors(name)[:-1] or [short_name(arguments.model_name_or_path)] * (
-        name != arguments.model_name_or_path
-    )
+    base = [short_name(arguments.model_name_or_path)] if arguments.adapter_name_or_path else []
+    made_of = ancestors(name)[:-1] or base  # an adapter without a card has at least its base
     page, words = make_page(model, processor, short_name(name), arguments.max_new_tokens, examples, made_of)
     print(f"http://{arguments.host}:{arguments.port}", flush=True)
     page.launch(
