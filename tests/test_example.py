@@ -1,6 +1,7 @@
 """The embedded example from end to end, and the notebooks on what it leaves behind."""
 
 import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -9,6 +10,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.name for path in ROOT.glob("code*.ipynb"))
+CHINESE = "[\u4e00-\u9fff]"
 
 
 @pytest.mark.slow
@@ -35,3 +37,18 @@ def test_a_notebook_is_committed_with_its_outputs(name):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
     assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_says_everything_in_both_languages(name):
+    cells = [cell for cell in nbformat.read(ROOT / name, as_version=4).cells if cell.cell_type == "markdown"]
+    assert cells
+    for cell in cells:
+        prose = re.sub(r"`[^`]*`|\(.*?\)|^    .*$", "", cell.source, flags=re.MULTILINE)  # without code and links
+        paragraphs = prose.split("\n\n")
+        if prose.startswith("#"):
+            heading = paragraphs.pop(0)
+            assert re.search(f"[A-Za-z]{{2}}.*{CHINESE}", heading), heading
+        assert any(re.search(CHINESE, text) for text in paragraphs), f"no Chinese in: {prose}"
+        english = [text for text in paragraphs if not re.search(CHINESE, text)]
+        assert any(len(re.findall("[A-Za-z]{2,}", text)) > 3 for text in english), f"no English in: {prose}"

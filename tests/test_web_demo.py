@@ -24,6 +24,7 @@ from train_llava.chat import Chat
 from train_llava.infer import generate, load_model, question, reply, room_for_answer
 from train_llava.pictures import open_image
 from train_llava.web_demo import Turn
+from train_llava.web_look import DOTS, HEADER, TEXTS, header
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 from gradio_client import Client, handle_file
@@ -115,6 +116,11 @@ def test_stop_ends_an_answer_and_the_next_question_works(llava, adapter, picture
         assert web_demo.prompt(turns, column) == asked[column]
         assert generate(around, processor, [asked[column]], images, 8) == [turns[1].answers[column]]
     assert [len(web_demo.shown(turns, column)) for column in (0, 1)] == [4, 4]
+    answers = [message["content"][0]["text"] for message in web_demo.shown(turns, 1, waiting=True)[1::2]]
+    assert answers == ["", turns[1].answers[1]]  # nobody waits for one that was stopped
+    turns.append(Turn("What?", [], ["a<b", ""]))
+    answers = [web_demo.shown(turns, column, waiting=True)[-1]["content"][0]["text"] for column in (0, 1)]
+    assert answers == ["a&lt;b", DOTS]
 
 
 def test_a_closed_page_ends_its_answer_and_frees_the_model(llava, pictures):
@@ -166,7 +172,7 @@ def test_an_answer_ends_where_the_model_reads_no_further(llava):
 def page(llava) -> Iterator[Callable[[], Client]]:
     """The page, served; calling it opens a session."""
     model, processor = load_model(str(llava))
-    built = web_demo.make_page(model, processor, "tiny", 8, [])
+    built, _ = web_demo.make_page(model, processor, "tiny", 8, [])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     _, address, _ = built.launch(server_port=port, prevent_thread_lock=True, quiet=True, share=False)
@@ -215,6 +221,60 @@ def test_retry_asks_the_last_question_again_and_may_draw(page, pictures):
     assert all(told[:-1] == greedy[:-1] for told in drawn)
     assert len({told[-1] for told in drawn}) > 1
     assert ask(client, "", name="/retry") == greedy
+
+
+def test_the_languages_say_the_same_things():
+    for texts in (TEXTS, HEADER):
+        assert texts["en"].keys() == texts["zh"].keys()
+        assert all(re.search("[\u4e00-\u9fff]", text) for text in texts["zh"].values())
+        assert not any(re.search("[\u4e00-\u9fff]|[{}]", text) for text in texts["en"].values())
+
+
+def test_the_header_names_the_model_and_its_parts(llava, adapter):
+    model, _ = load_model(str(llava))
+    text = header(model, "a<b {x}", ["clip", "qwen"], "en")
+    assert text.startswith("<h1>a&lt;b &#123;x&#125;</h1>")
+    assert text.endswith("<p>Made of clip · qwen</p>")
+    total = sum(float(number) for number in re.findall(r"([\d.]+) M<", text))
+    assert total == pytest.approx(model.num_parameters() / 1e6, abs=0.016)  # three figures of two decimals
+    assert "Vision tower <b>clip " in text
+    assert HEADER["en"]["no_adapter"] in text
+    adapted, _ = load_model(str(llava), str(adapter))
+    parts, (added,) = (
+        text.split("</li>")[:3],
+        re.findall("LoRA 适配器 <b>r = 4, (.*) M<", header(adapted, "run", [], "zh")),
+    )
+    assert header(adapted, "a<b {x}", [], "en").split("</li>")[:3] == parts
+    rows = sum(
+        sum(m.weight.shape) for m in model.model.language_model.layers.modules() if isinstance(m, torch.nn.Linear)
+    )
+    assert float(added) == pytest.approx(4 * rows / 1e6, abs=0.005)
+
+
+def test_who_waits_is_told_how_many_are_before_him(page, llava, monkeypatch):
+    """And is answered when they are; a question that cannot be asked leaves the queue, too."""
+    go_on, first, second, third = Event(), page(), page(), page()
+
+    def slow(model, processor, messages, images, stop, *_, **__):
+        while not go_on.wait(0.05):
+            yield "word"
+        yield "said"
+
+    monkeypatch.setattr(web_demo, "stream", slow)
+    box = {"text": "What?", "files": []}
+    jobs = []
+    for client, ahead in ((first, 0), (second, 1), (third, 2)):
+        jobs.append(client.submit(box, 0, api_name="/ask"))
+        until(lambda: jobs[-1].outputs())
+        status, chat = jobs[-1].outputs()[0][-2:]
+        assert (ahead == 0) == (status == "")
+        assert status.endswith(f"{ahead}</p>" if ahead else "")
+        if ahead:
+            assert chat[-1]["content"][0]["text"] == DOTS
+    go_on.set()
+    for job in jobs:
+        status, chat = job.result(timeout=60)[-2:]
+        assert (status, chat[-1]["content"][0]["text"]) == ("", "said")
 
 
 # the page with a model that says back, word by word, what it was told, and how often it was asked
@@ -321,8 +381,10 @@ def find(driver: Any, selector: str) -> list[Any]:
     return driver.find_elements("css selector", selector)
 
 
-def button(driver: Any, name: str) -> Any:
-    (found,) = driver.find_elements("xpath", f"//button[normalize-space()='{name}']")
+def button(driver: Any, key: str) -> Any:
+    """A button by what it does; its name is in the browser's language."""
+    language = "zh" if driver.execute_script("return navigator.language").startswith("zh") else "en"
+    (found,) = driver.find_elements("xpath", f"//button[normalize-space()='{TEXTS[language][key]}']")
     return found
 
 
@@ -360,7 +422,7 @@ def hosts(driver: Any) -> set[str]:
 
 def idle(driver: Any, answers: int) -> bool:
     """Whether so many answers have been given to their end."""
-    return len(told(driver, "bot")) == answers and button(driver, "Retry").is_enabled()
+    return len(told(driver, "bot")) == answers and button(driver, "retry").is_enabled()
 
 
 def test_a_browser_chats_stops_and_is_told_what_is_wrong(llava, pictures, impostors):
@@ -374,7 +436,7 @@ def test_a_browser_chats_stops_and_is_told_what_is_wrong(llava, pictures, impost
             assert told(driver, "bot") == said[: i + 1]
         assert told(driver, "user") == ["What is this?", "And these?"]
         assert len(find(driver, "[role=log] img")) == 3
-        button(driver, "Retry").click()
+        button(driver, "retry").click()
         until(lambda: idle(driver, 2))
         assert told(driver, "bot") == said[:2]
         with browser(address) as other:
@@ -394,7 +456,7 @@ def test_a_browser_chats_stops_and_is_told_what_is_wrong(llava, pictures, impost
         until(lambda: warnings(driver) == [line])
         until(lambda: idle(driver, 1))
         assert told(driver, "bot") == replies(model, processor, asked[2:], max_new_tokens=12)
-        button(driver, "Clear").click()
+        button(driver, "clear").click()
         until(lambda: told(driver, "user") == [] and not find(driver, ".thumbnail-item"))
         type_in(driver, *asked[0][:1], *pictures[:1])
         until(lambda: idle(driver, 1))
@@ -412,16 +474,27 @@ def test_a_browser_shows_both_chats_and_stops_them(llava, adapter, pictures):
         type_in(driver, "Where is Paris?")
         until(lambda: idle(driver, 1))
         assert [told(driver, "bot", column) for column in (0, 1)] == [[ours], [theirs]]
-        button(driver, "Retry").click()
+        for width in (
+            500,
+            390,
+        ):  # nothing is wider than the page; the chats stand side by side, or one above the other
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            left, right = (chat.rect for chat in find(driver, "#chats > .block"))
+            assert driver.execute_script("return document.documentElement.scrollWidth") == width
+            assert left["width"] == right["width"] > 230
+            assert (left["y"] == right["y"]) == (width == 500)
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        button(driver, "retry").click()
         until(lambda: "".join(told(driver, "bot")) not in ("", ours))
-        button(driver, "Stop").click()
+        button(driver, "stop").click()
         until(lambda: idle(driver, 1))
         (part,) = told(driver, "bot")
         assert is_beginning(part, ours)
         assert "".join(told(driver, "bot", 1)) == ""
-        button(driver, "Clear").click()
+        button(driver, "clear").click()
         until(lambda: told(driver, "user") == [])
-        find(driver, ".gallery-item")[0].click()  # an example joins the question
+        find(driver, "#examples button")[0].click()  # an example joins the question
         until(lambda: find(driver, ".thumbnail-item"))
         type_in(driver, "Where is Paris?")
         until(lambda: idle(driver, 1))
@@ -429,6 +502,25 @@ def test_a_browser_shows_both_chats_and_stops_them(llava, adapter, pictures):
             replies(m, processor, [("Where is Paris?", pictures[:1])], max_new_tokens=200) for m in (adapted, base)
         ]
         assert [told(driver, "bot", column) for column in (0, 1)] == expected
+
+
+def test_who_leaves_the_page_gives_up_his_place(page, monkeypatch):
+    def endless(model, processor, messages, *_, **__):
+        while messages[-1]["content"][-1]["text"] == "endless":
+            yield "word"
+            time.sleep(0.05)
+        yield "said"
+
+    monkeypatch.setattr(web_demo, "stream", endless)
+    client = page()
+    with browser(client.src) as answered:
+        type_in(answered, "endless")
+        until(lambda: told(answered, "bot") == ["word"])
+        with browser(client.src) as waiting:
+            type_in(waiting, "endless")
+            until(lambda: find(waiting, "#waiting p"))
+    job = client.submit({"text": "What?", "files": []}, 0, api_name="/ask")
+    assert job.result(timeout=60)[-1][-1]["content"][0]["text"] == "said"
 
 
 @pytest.fixture(scope="module")
@@ -446,11 +538,13 @@ def test_a_browser_shows_texts_as_they_are_and_no_button_that_does_harm(echo, pi
     ]
     with browser(echo, language) as driver:
         assert driver.execute_script("return navigator.language") == language
+        words = HEADER["zh" if language == "zh-CN" else "en"]
+        assert f"{words['made_of']}clip · qwen2" in find(driver, "#model")[0].text
         for i, text in enumerate(texts):
             type_in(driver, text, *pictures[:i])
             until(lambda i=i: idle(driver, i + 1))
         before = told(driver, "bot")
-        button(driver, "Retry").click()
+        button(driver, "retry").click()
         until(lambda: told(driver, "bot")[1].startswith(texts[1] + " ") and told(driver, "bot") != before)
         until(lambda: idle(driver, 2))
         said = told(driver, "bot")

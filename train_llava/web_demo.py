@@ -4,7 +4,8 @@
     python -m train_llava.web_demo --model_name_or_path output/llava --adapter_name_or_path output/run --port 7861
 
 With an adapter the page shows two chats side by side: the model with it, and the same model without it. The page is
-served to this machine alone, unless --host says otherwise, and takes nothing from the network.
+in English or Chinese, as the browser asks; its texts and its looks are in web_look.py. It is served to this machine
+alone, unless --host says otherwise, and takes nothing from the network.
 """
 
 import os
@@ -19,6 +20,7 @@ from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Lock, Thread
+from time import sleep
 from typing import Any, Literal
 
 import torch
@@ -31,6 +33,9 @@ from train_llava.cli import parse_arguments, run_command
 from train_llava.infer import load_model, question, reply, room_for_answer, sampling
 from train_llava.model import BITS_HELP, Llava
 from train_llava.pictures import open_image
+from train_llava.reports import ancestors
+from train_llava.reports import shown as short_name
+from train_llava.web_look import COPY, CSS, DOTS, TEXTS, header
 
 # Pages that keep uploads in one folder delete each other's when they close. Gradio looks for its folder when imported
 UPLOADS = tempfile.TemporaryDirectory(prefix="gradio-")
@@ -40,22 +45,7 @@ if find_spec("gradio"):
 
 MOST_BYTES = 20 << 20  # of an uploaded picture
 MOST_EXAMPLES = 10
-# Gradio's buttons that would empty a chat without the conversation behind it, or send a picture to the hub, by their
-# place: for their labels are in the browser's language
-CSS = """
-.wrapper > .icon-button-wrapper, .download-link ~ .icon-button { display: none !important }
-.message img { max-height: 240px }
-.message-content { white-space: pre-wrap }
-"""
-# Gradio's own would copy a message as it was sent to the page, which is as HTML (see `shown`)
-COPY = """() => document.addEventListener("click", event => {
-    if (event.target.closest(".message-buttons .icon-button-wrapper > button")) {
-        const message = event.target.closest(".message-buttons").previousElementSibling
-        event.stopPropagation()
-        getSelection().selectAllChildren(message.querySelector(".message-content"))
-        document.execCommand("copy")
-    }
-}, true)"""
+POLL = 0.3  # seconds between looks at the queue
 
 
 @dataclass
@@ -67,7 +57,10 @@ class WebDemoArguments:
     max_new_tokens: int = field(default=256, metadata={"help": "The longest answer, in tokens."})
     bits: Literal[4, 8] | None = field(default=None, metadata={"help": BITS_HELP})
     examples: str | None = field(
-        default=None, metadata={"help": f"A folder of pictures to choose from; its first {MOST_EXAMPLES} are shown."}
+        default=None,
+        metadata={
+            "help": f"A folder of pictures to choose from; its first {MOST_EXAMPLES} are shown, under their names."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -98,11 +91,16 @@ def prompt(turns: list[Turn], column: int) -> list[dict[str, Any]]:
     return messages[:-1]
 
 
-def shown(turns: list[Turn], column: int) -> list[dict[str, Any]]:
-    """One chat as Gradio's Chatbot takes it, which renders every text as HTML, Markdown or not."""
+def shown(turns: list[Turn], column: int, waiting: bool = False) -> list[dict[str, Any]]:
+    """One chat as Gradio's Chatbot takes it, which renders every text as HTML, Markdown or not.
+
+    While one is `waiting`, dots stand for an answer that has not begun.
+    """
     messages = []
     for turn in turns:
         asked, answered = ({"type": "text", "text": escape(text)} for text in (turn.text, turn.answers[column]))
+        if waiting and turn is turns[-1] and not turn.answers[column]:
+            answered["text"] = DOTS
         messages.append({"role": "user", "content": [*({"path": file} for file in turn.files), asked]})
         messages.append({"role": "assistant", "content": [answered]})
     return messages
@@ -206,35 +204,45 @@ def make_page(
     title: str,
     max_new_tokens: int,
     examples: list[str],
-) -> "gr.Blocks":
-    """The page. A conversation lives in its session's state; the sessions share the model, one answer at a time."""
-    lock = Lock()
-    labels = ["with the adapter", "without it"] if isinstance(model, PeftModel) else ["chat"]
+    made_of: list[str] | None = None,
+) -> tuple["gr.Blocks", "gr.I18n"]:
+    """The page, and its texts in the languages it speaks, which `launch` takes.
+
+    A conversation lives in its session's state; the sessions share the model, one answer at a time.
+    """
+    lock, queue = Lock(), []  # of the questions that wait for the model, the first is being answered
+    heads = {language: {"model_header": header(model, title, made_of or [], language)} for language in TEXTS}
+    words = gr.I18n(**{language: texts | heads[language] for language, texts in TEXTS.items()})
+    labels = ["with_adapter", "without_adapter"] if isinstance(model, PeftModel) else ["chat"]
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         turns, running = gr.State([]), gr.State(None)
-        gr.Markdown(f"### `{title}`")
-        with gr.Row():
-            look = {"height": f"calc(100dvh - {380 if examples else 240}px)", "min_height": 240, "buttons": ["copy"]}
-            plain = {"render_markdown": False, "latex_delimiters": []}
-            chats = [gr.Chatbot(label=label, **plain, **look) for label in labels]
+        gr.HTML(words("model_header"), elem_id="model", padding=False)
+        with gr.Row(elem_id="chats"):
+            look = {"height": f"calc(100dvh - {400 if examples else 300}px)", "min_height": 240, "buttons": ["copy"]}
+            plain = {"render_markdown": False, "latex_delimiters": [], "placeholder": words("nothing_yet")}
+            plain["show_label"] = len(labels) > 1
+            chats = [gr.Chatbot(label=words(label), **plain, **look) for label in labels]
+        status = gr.HTML(elem_id="waiting", padding=False)
         box = gr.MultimodalTextbox(
-            placeholder="Drop pictures here and ask about them",
+            placeholder=words("ask_here"),
             file_count="multiple",
             file_types=["image"],
             show_label=False,
             autofocus=True,
+            elem_id="box",
         )
-        with gr.Row():
-            stop = gr.Button("Stop", interactive=False, size="md")
-            retry = gr.Button("Retry", size="md")
-            clear = gr.Button("Clear", size="md")
-            temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", scale=2)
+        with gr.Row(elem_id="controls"):
+            stop = gr.Button(words("stop"), interactive=False)
+            retry, clear = gr.Button(words("retry")), gr.Button(words("clear"))
+            temperature = gr.Slider(0, 2, 0, step=0.1, label=words("temperature"), elem_id="temperature")
+        with gr.Row(elem_id="examples", visible=bool(examples)):
+            pictures = [gr.Button(Path(path).stem.replace("_", " "), icon=path) for path in examples]
 
         def switch(idle: bool) -> list[Any]:
             return [gr.update(interactive=idle)] * 3 + [gr.update(interactive=False)]
 
-        def show(history: list[Turn]) -> dict[Any, Any]:
-            return {chat: shown(history, column) for column, chat in enumerate(chats)}
+        def show(history: list[Turn], waiting: bool = False) -> dict[Any, Any]:
+            return {status: ""} | {chat: shown(history, column, waiting) for column, chat in enumerate(chats)}
 
         def ask(history: list[Turn], asked: dict[str, Any], heat: float, again: bool = False) -> Iterator[dict]:
             """Answers what is in the box, or the last question, if any, again; a failure leaves all as it was."""
@@ -244,17 +252,23 @@ def make_page(
             # the slider gives whole numbers as such, which generation refuses
             options = sampling(float(heat), 1.0) | {"max_new_tokens": max_new_tokens}
             taken = {running: event, stop: gr.update(interactive=True)} | ({} if again else {box: None})
+            queue.append(event)
             try:
+                while (ahead := queue.index(event)) and not event.is_set():
+                    yield show(grown, True) | taken | {status: f"<p>{words('waiting')}{ahead}</p>"}
+                    sleep(POLL)
                 for _ in answer(model, processor, grown, event, lock, **options):
-                    yield show(grown) | taken
+                    yield show(grown, True) | taken
                 yield show(grown) | {turns: grown}
             except (OSError, ValueError, RuntimeError) as error:
                 gr.Warning(escape(str(error), quote=False))
-                yield show(history)
+                yield show(history) | ({} if again else {box: asked})
+            finally:
+                queue.remove(event)
 
-        everything = [turns, running, box, stop, *chats]
+        everything = [turns, running, box, stop, status, *chats]
         quick = {"outputs": [box, retry, clear, stop], "queue": False, "show_progress": "hidden"}
-        queued = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
+        queued = {"concurrency_limit": None, "show_progress": "hidden"}
         for trigger, name, function in ((box.submit, "ask", ask), (retry.click, "retry", partial(ask, again=True))):
             asked = trigger(partial(switch, False), **quick, api_visibility="private").then(
                 function, [turns, box, temperature], everything, **queued, api_name=name
@@ -262,21 +276,16 @@ def make_page(
             asked.then(partial(switch, True), **quick, api_visibility="private")
         stop.click(lambda event: event and event.set(), running, queue=False, api_name="stop")
         clear.click(lambda: {turns: [], box: None} | show([]), None, everything, queue=False, api_name="clear")
-        if examples:
-            pictures = gr.Dataset(
-                components=["image"],
-                samples=[[path] for path in examples],
-                type="index",
-                label="Examples",
-            )
-            pictures.click(
-                lambda i, asked: asked | {"files": [*asked["files"], examples[i]]},
-                [pictures, box],
+        for path, picture in zip(examples, pictures, strict=True):
+            picture.click(
+                lambda asked, path=path: asked | {"files": [*asked["files"], path]},
+                box,
                 box,
                 queue=False,
+                show_progress="hidden",
                 api_visibility="private",
             )
-    return page
+    return page, words
 
 
 def main() -> None:
@@ -287,7 +296,10 @@ def main() -> None:
     socket.create_server((arguments.host, arguments.port)).close()
     examples = example_pictures(arguments.examples) if arguments.examples is not None else []
     model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
-    page = make_page(model, processor, arguments.model_name_or_path, arguments.max_new_tokens, examples)
+    name = arguments.adapter_name_or_path or arguments.model_name_or_path
+    base = [short_name(arguments.model_name_or_path)] if arguments.adapter_name_or_path else []
+    made_of = ancestors(name)[:-1] or base  # an adapter without a card has at least its base
+    page, words = make_page(model, processor, short_name(name), arguments.max_new_tokens, examples, made_of)
     print(f"http://{arguments.host}:{arguments.port}", flush=True)
     page.launch(
         server_name=arguments.host,
@@ -301,7 +313,14 @@ def main() -> None:
         footer_links=[],
         css=CSS,
         js=COPY,
-        theme=gr.themes.Default(font=[gr.themes.Font("sans-serif")], font_mono=[gr.themes.Font("monospace")]),
+        i18n=words,
+        theme=gr.themes.Base(
+            primary_hue="indigo",
+            neutral_hue="slate",
+            radius_size="lg",
+            font=[gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")],
+            font_mono=[gr.themes.Font("monospace")],
+        ),
     )
 
 
