@@ -85,7 +85,7 @@ def draw_sheet(
     """
 
     def cut(text: str) -> str:
-        width = 13 if any(east_asian_width(character) in "WF" for character in text) else 26
+        width = 12 if any(east_asian_width(character) in "WF" for character in text) else 24
         return "\n".join(textwrap.wrap(text, width, max_lines=4, placeholder=" …"))
 
     installed = fontManager.get_font_names()
@@ -93,16 +93,17 @@ def draw_sheet(
     writable = {code for name in fonts for code in get_font(findfont(name)).get_charmap()} | {ord("\n")}
     fit = [p for p in predictions if set(map(ord, p["prompt"] + p["reference"])) <= writable and p["pictures"]]
     rows, columns = shape
-    chosen = fit[:: max(1, len(fit) // (rows * columns))][: rows * columns]
-    with matplotlib.rc_context({"font.family": fonts, "font.size": 8, "text.parse_math": False}):
-        figure = Figure(figsize=(2.3 * columns, 2.7 * rows), layout="constrained")
+    count = min(len(fit), rows * columns)
+    chosen = [fit[i * len(fit) // count] for i in range(count)]
+    with matplotlib.rc_context({"font.family": fonts, "font.size": 11, "text.parse_math": False}):
+        figure = Figure(figsize=(2.6 * columns, (3.4 if asked else 3.1) * rows), layout="constrained")
         for axes in figure.subplots(rows, columns).flat:
             axes.axis("off")
         for axes, p in zip(figure.axes, chosen, strict=False):
             with suppress(OSError, ValueError):  # a picture that went away meanwhile
                 axes.imshow(dataset[p["index"]]["images"][0])
             lines = [cut(p["prompt"].replace(IMAGE_TOKEN, "").strip())] * asked + [cut(p["reference"])]
-            axes.set_title("\n".join(lines), fontsize=8)
+            axes.set_title("\n".join(lines), fontsize=11)
             answer = "".join(c if ord(c) in writable else "\N{REPLACEMENT CHARACTER}" for c in p["prediction"])
             color = "green" if is_exact(p) else "firebrick"
             axes.text(0.5, -0.05, cut(answer), transform=axes.transAxes, color=color, ha="center", va="top")
