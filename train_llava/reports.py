@@ -96,7 +96,7 @@ def draw_sheet(
     count = min(len(fit), rows * columns)
     chosen = [fit[i * len(fit) // count] for i in range(count)]
     with matplotlib.rc_context({"font.family": fonts, "font.size": 11, "text.parse_math": False}):
-        figure = Figure(figsize=(2.6 * columns, (3.4 if asked else 3.1) * rows), layout="constrained")
+        figure = Figure(figsize=(2.6 * columns, (3.9 if asked else 3.2) * rows), layout="constrained")
         for axes in figure.subplots(rows, columns).flat:
             axes.axis("off")
         for axes, p in zip(figure.axes, chosen, strict=False):
