@@ -3,10 +3,12 @@
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import HfArgumentParser
 
 from examples.openmoji import compare_modes, four_pictures
@@ -145,3 +147,26 @@ def test_figures_come_from_files(names):
     for written in tables:
         for row in rows(written):
             assert row in rows(page), row
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_the_first_sentence_is_true_of_the_run(name):
+    run = (ROOT / "docs/run.txt").read_text()
+    share = re.search(r"this model .* ([\d.]+)%", run)[1]
+    wanted = [
+        *re.search(r"done \((\d+):(\d+)\)", run).groups(),
+        f"{float(share):.0f}",
+        run.split("questions")[1].split()[2],
+    ]
+    first = (ROOT / name).read_text(encoding="utf-8").split("**")[1]
+    assert wanted <= set(re.findall(r"[\d,.]*\d", first))
+
+
+def test_one_version_everywhere_and_every_file_in_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    version = project["project"]["version"]
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    patterns = ["*.py", *project["tool"]["setuptools"]["package-data"]["train_llava"]]
+    files = {path for pattern in patterns for path in (ROOT / "train_llava").glob(pattern)}
+    assert files == {path for path in (ROOT / "train_llava").rglob("*") if path.is_file() and path.suffix != ".pyc"}
