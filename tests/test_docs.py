@@ -59,6 +59,13 @@ def test_both_languages_give_the_same_commands(name):
     assert [" ".join(command.split()) for command in ours] == [" ".join(command.split()) for command in theirs]
 
 
+@pytest.mark.parametrize("name", ENGLISH)
+def test_both_languages_name_the_same_arguments_and_files(name):
+    ours, theirs = ((ROOT / page).read_text(encoding="utf-8") for page in (name, name.replace(".md", "_zh.md")))
+    for kind in (r"--\w+", r"`[\w/.-]+\.\w+`"):
+        assert set(re.findall(kind, ours)) == set(re.findall(kind, theirs))
+
+
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
 def test_a_readme_is_short(name):
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 250
