@@ -1,12 +1,14 @@
-"""Both READMEs give the same commands, which parse, and the figures of the files that commands write."""
+"""The READMEs and docs give the same commands in both languages, which parse, and the figures that commands wrote."""
 
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import HfArgumentParser
 
 from examples.openmoji import compare_modes, four_pictures
@@ -23,7 +25,10 @@ from train_llava.train import DataArguments, ModelArguments, TrainArguments
 from train_llava.web_demo import WebDemoArguments
 
 ROOT = Path(__file__).parent.parent
-PAGES = [path.name for path in ROOT.glob("*.md")] + ["benchmarks/README.md", "examples/openmoji/README.md"]
+DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+ENGLISH = ["README.md", *(name for name in DOCS if not name.endswith("_zh.md"))]
+CHINESE = [name.replace(".md", "_zh.md") for name in ENGLISH]
+PAGES = [*ENGLISH, *CHINESE, "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/openmoji/README.md"]
 RESULTS = ("data.md", "llamacpp.md", "memory.md", "speed.md")
 ARGUMENTS = {
     "build_model": (BuildArguments,),
@@ -44,17 +49,34 @@ def commands(name: str) -> list[str]:
     return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
-def test_both_languages_give_the_same_commands():
-    assert [" ".join(c.split()) for c in commands("README.md")] == [
-        " ".join(c.split()) for c in commands("README_zh.md")
-    ]
+def test_every_page_is_there_in_both_languages():
+    assert {*ENGLISH, *CHINESE} == {"README.md", "README_zh.md", *DOCS}
+
+
+@pytest.mark.parametrize("name", ENGLISH)
+def test_both_languages_give_the_same_commands(name):
+    ours, theirs = commands(name), commands(name.replace(".md", "_zh.md"))
+    assert [" ".join(command.split()) for command in ours] == [" ".join(command.split()) for command in theirs]
+
+
+@pytest.mark.parametrize("name", ENGLISH)
+def test_both_languages_name_the_same_arguments_and_files(name):
+    ours, theirs = ((ROOT / page).read_text(encoding="utf-8") for page in (name, name.replace(".md", "_zh.md")))
+    for kind in (r"--\w+", r"`[\w/.-]+\.\w+`"):
+        assert set(re.findall(kind, ours)) == set(re.findall(kind, theirs))
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_a_readme_is_short(name):
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 250
 
 
 @pytest.mark.parametrize(
     "command",
     [
         c
-        for c in commands("README.md")
+        for name in ENGLISH
+        for c in commands(name)
         if re.match(r"(\w+=\S+ )*((python|accelerate launch) -m train_llava|bash run_z)", c)
     ],
 )
@@ -82,8 +104,8 @@ def test_every_recipe_parses_and_the_batch_is_that_of_the_readme():
         *_, args = parse("train", [str(file)])
         batches[file.stem] = args.per_device_train_batch_size * args.gradient_accumulation_steps, args.train_type
         command = f"bash run_zero2.sh recipes/{file.name}"
-        where = "examples/openmoji/run.sh" if file.stem.startswith("openmoji") else "README.md"
-        assert command in (ROOT / where).read_text(encoding="utf-8")
+        where = ["examples/openmoji/run.sh"] if file.stem.startswith("openmoji") else ENGLISH
+        assert any(command in (ROOT / name).read_text(encoding="utf-8") for name in where)
     assert batches == {
         "one-gpu-stage1": (256, "projector"),
         "one-gpu-stage2": (128, "lora"),
@@ -95,11 +117,21 @@ def test_every_recipe_parses_and_the_batch_is_that_of_the_readme():
     }
 
 
+def anchors(page: Path) -> set[str]:
+    """The names by which GitHub lets one link to a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name):
     page = ROOT / name
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        target, _, heading = link.partition("#")
+        assert (page.parent / target).exists() or not target, link
+        assert not heading or heading in anchors(page.parent / target if target else page), link
 
 
 def rows(text: str) -> list[list[str]]:
@@ -108,10 +140,10 @@ def rows(text: str) -> list[list[str]]:
     return [row for row in found if row]
 
 
-@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
-def test_figures_come_from_files(name):
-    page = (ROOT / name).read_text(encoding="utf-8")
-    assert (ROOT / "docs/run.txt").read_text() in page
+@pytest.mark.parametrize("names", [ENGLISH, CHINESE], ids=["English", "Chinese"])
+def test_figures_come_from_files(names):
+    page = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in names)
+    assert (ROOT / "docs/run.txt").read_text() in (ROOT / names[0]).read_text(encoding="utf-8")
     measured = {"modes": compare_modes, "four_pictures": four_pictures}
     tables = [
         script.table(json.loads((ROOT / f"examples/openmoji/{name}.json").read_text()))
@@ -122,3 +154,23 @@ def test_figures_come_from_files(name):
     for written in tables:
         for row in rows(written):
             assert row in rows(page), row
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_the_first_sentence_is_true_of_the_run(name):
+    run = (ROOT / "docs/run.txt").read_text()
+    share = re.search(r"this model .* ([\d.]+)%", run)[1]
+    minutes, seconds = re.search(r"done \((\d+):(\d+)\)", run).groups()
+    wanted = {minutes, seconds, f"{float(share):.0f}", run.split("questions")[1].split()[2]}
+    first = (ROOT / name).read_text(encoding="utf-8").split("**")[1]
+    assert wanted <= set(re.findall(r"[\d,.]*\d", first))
+
+
+def test_one_version_everywhere_and_every_file_in_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    version = project["project"]["version"]
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    patterns = ["*.py", *project["tool"]["setuptools"]["package-data"]["train_llava"]]
+    files = {path for pattern in patterns for path in (ROOT / "train_llava").glob(pattern)}
+    assert files == {path for path in (ROOT / "train_llava").rglob("*") if path.is_file() and path.suffix != ".pyc"}

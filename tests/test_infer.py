@@ -410,7 +410,7 @@ def test_no_text_costs_an_evaluation(merged, corpus, tmp_path, monkeypatch, text
     monkeypatch.setattr(answers, "generate", lambda model, processor, conversations, *_: [text] * len(conversations))
     metrics = run_evaluate(monkeypatch, merged, data, tmp_path / "$out$")
     assert (metrics["n"], metrics["exact_match"], metrics["bad"]) == (3, 1, [])
-    assert Image.open(tmp_path / "$out$" / "captions.png").size == (1518, 1188)
+    assert Image.open(tmp_path / "$out$" / "captions.png").width == 1144
     (tmp_path / "compared").mkdir()
     evaluate.compare([tmp_path / "$out$"], tmp_path / "compared")
     assert (tmp_path / "compared" / "comparison.png").exists()

@@ -44,7 +44,7 @@ from train_llava.readers import read_jsonl
 from train_llava.reports import cell, draw, draw_sheet, markdown
 
 WINDOW = 1024  # tokens of a text read at once
-SHEET = (4, 6)  # rows and columns of captions.png
+SHEET = (2, 4)  # rows and columns of captions.png
 
 
 @dataclass

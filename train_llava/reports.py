@@ -85,7 +85,7 @@ def draw_sheet(
     """
 
     def cut(text: str) -> str:
-        width = 13 if any(east_asian_width(character) in "WF" for character in text) else 26
+        width = 12 if any(east_asian_width(character) in "WF" for character in text) else 24
         return "\n".join(textwrap.wrap(text, width, max_lines=4, placeholder=" …"))
 
     installed = fontManager.get_font_names()
@@ -93,21 +93,32 @@ def draw_sheet(
     writable = {code for name in fonts for code in get_font(findfont(name)).get_charmap()} | {ord("\n")}
     fit = [p for p in predictions if set(map(ord, p["prompt"] + p["reference"])) <= writable and p["pictures"]]
     rows, columns = shape
-    chosen = fit[:: max(1, len(fit) // (rows * columns))][: rows * columns]
-    with matplotlib.rc_context({"font.family": fonts, "font.size": 8, "text.parse_math": False}):
-        figure = Figure(figsize=(2.3 * columns, 2.7 * rows), layout="constrained")
-        for axes in figure.subplots(rows, columns).flat:
+    count = min(len(fit), rows * columns)
+    chosen = [fit[i * len(fit) // count] for i in range(count)]
+    titles, answers = [], []
+    for p in chosen:
+        above = [cut(p["prompt"].replace(IMAGE_TOKEN, "").strip())] * asked + [cut(p["reference"])]
+        titles.append("\n".join(above))
+        answers.append(cut("".join(c if ord(c) in writable else "\N{REPLACEMENT CHARACTER}" for c in p["prediction"])))
+    # in inches: a column, a picture's side, the texts above and below it at their longest, and a row
+    wide, side = 2.6, 2.1
+    over, under = (0.19 * max((text.count("\n") + 1 for text in texts), default=0) for texts in (titles, answers))
+    tall = over + side + under + 0.45
+    width, height = wide * columns, tall * rows + 0.4
+    with matplotlib.rc_context({"font.family": fonts, "font.size": 11, "text.parse_math": False}):
+        figure = Figure(figsize=(width, height))
+        for i, (p, title, answer) in enumerate(zip(chosen, titles, answers, strict=True)):
+            row, column = divmod(i, columns)
+            left, low = wide * column + (wide - side) / 2, height - 0.55 - tall * row - over - side
+            axes = figure.add_axes((left / width, low / height, side / width, side / height))
             axes.axis("off")
-        for axes, p in zip(figure.axes, chosen, strict=False):
             with suppress(OSError, ValueError):  # a picture that went away meanwhile
-                axes.imshow(dataset[p["index"]]["images"][0])
-            lines = [cut(p["prompt"].replace(IMAGE_TOKEN, "").strip())] * asked + [cut(p["reference"])]
-            axes.set_title("\n".join(lines), fontsize=8)
-            answer = "".join(c if ord(c) in writable else "\N{REPLACEMENT CHARACTER}" for c in p["prediction"])
+                axes.imshow(dataset[p["index"]]["images"][0], interpolation="bicubic")
+            axes.set_title(title, fontsize=11)
             color = "green" if is_exact(p) else "firebrick"
-            axes.text(0.5, -0.05, cut(answer), transform=axes.transAxes, color=color, ha="center", va="top")
+            axes.text(0.5, -0.05, answer, transform=axes.transAxes, color=color, ha="center", va="top")
         above = "the question and the reference" if asked else "the reference"
-        figure.suptitle(f"above each picture {above}, below it the model's answer")
+        figure.suptitle(f"above each picture {above}, below it the model's answer", y=1 - 0.1 / height, fontsize=12)
         figure.savefig(path, dpi=110)
 
 
