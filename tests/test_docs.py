@@ -104,7 +104,8 @@ def test_every_recipe_parses_and_the_batch_is_that_of_the_readme():
         *_, args = parse("train", [str(file)])
         batches[file.stem] = args.per_device_train_batch_size * args.gradient_accumulation_steps, args.train_type
         command = f"bash run_zero2.sh recipes/{file.name}"
-        where = ["examples/openmoji/run.sh"] if file.stem.startswith("openmoji") else ENGLISH
+        example = f"examples/{file.stem.partition('-')[0]}/run.sh"
+        where = [example] if (ROOT / example).exists() else ENGLISH
         assert any(command in (ROOT / name).read_text(encoding="utf-8") for name in where)
     assert batches == {
         "one-gpu-stage1": (256, "projector"),
@@ -114,6 +115,8 @@ def test_every_recipe_parses_and_the_batch_is_that_of_the_readme():
         "two-nodes-stage2": (128 // 16, "freeze_vision"),
         "openmoji-stage1": (32 // 2, "projector"),
         "openmoji-stage2": (64 // 2, "freeze_vision"),
+        "smollm2-stage1": (8 // 2, "projector"),
+        "smollm2-stage2": (8 // 2, "lora"),
     }
 
 
