@@ -41,7 +41,6 @@ WORDS = ["a", "small", "red", "square", "on", "white", "with", "blue"]  # a toke
 WAYS = {  # settings of the trainer
     "padding": {},
     "`--train_sampling_strategy group_by_length`": {"train_sampling_strategy": "group_by_length"},
-    "`--packing true`": {},
     **{f"`--packing true --tokens_per_batch {n}`": {"tokens_per_batch": n} for n in (LONGEST, 2 * LONGEST)},
 }
 
@@ -127,7 +126,7 @@ def main() -> None:
         folder = Path(temporary)
         datasets.config.HF_DATASETS_CACHE = folder / "cache"
         model, processor = load_checkpoint(str(make_model(folder)), torch.float32)
-        model = set_trainable(model, "lora", LORA)
+        model = set_trainable(model, "lora", LORA).train()
         model.config.text_config.use_cache = False
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
         data = LlavaDataset(str(make_data(folder / "data")))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from accelerate.data_loader import BatchSamplerShard
 from conftest import logged, run_train, run_zero2, turns
+from torch.utils.data import BatchSampler
 
 from train_llava.chat import Chat
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
@@ -126,8 +127,8 @@ def test_every_pass_has_every_good_record_once_in_another_order(llava, mixed, tm
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_ranks_have_as_many_rows_and_all_of_them(llava, mixed, tmp_path, ranks):
     loader = trainer(llava, mixed, tmp_path).get_train_dataloader()
-    shards = [[row for (row,) in BatchSamplerShard(loader.batch_sampler, ranks, rank)] for rank in range(ranks)]
-    rows = len(loader.dataset)
+    order, rows = BatchSampler([row for (row,) in loader.batch_sampler], 1, False), len(loader.dataset)
+    shards = [[row for (row,) in BatchSamplerShard(order, ranks, rank)] for rank in range(ranks)]
     assert {len(shard) for shard in shards} == {-(-rows // ranks)}
     assert set(chain(*shards)) == set(range(rows))
 

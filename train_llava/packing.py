@@ -67,7 +67,8 @@ def pack(tokens: np.ndarray, pictured: np.ndarray, budget: int, blank: int = 0, 
             room[row] -= tokens[i]
             kept_free[row] *= not pictured[i]
             filled[row].append(i)
-            filled += [[]] * (row == len(filled) - 1)
+            if filled[-1]:
+                filled.append([])
         rows += map(np.array, filled[:-1])
     return rows
 
