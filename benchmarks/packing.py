@@ -61,7 +61,7 @@ def record(i: int) -> dict:
     if kind < 9:
         turns = [{"from": "human", "value": words(4)}, {"from": "gpt", "value": words(12 + 7 * i % 29)}]
     else:
-        turns = json.loads(json.dumps(turn * (4 + 5 * i % 11 if kind < 15 else 12 + i // 16 % 15)))
+        turns = json.loads(json.dumps(turn * (4 + 5 * i % 11 if kind < 15 else 12 + i // 16 % 8)))
     if kind == 15:
         return {"id": str(i), "conversations": turns}
     turns[0]["value"] = f"<image>\n{turns[0]['value']}"
