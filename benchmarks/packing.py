@@ -41,7 +41,11 @@ WORDS = ["a", "small", "red", "square", "on", "white", "with", "blue"]  # a toke
 WAYS = {  # settings of the trainer
     "padding": {},
     "`--train_sampling_strategy group_by_length`": {"train_sampling_strategy": "group_by_length"},
-    **{f"`--packing true --tokens_per_batch {n}`": {"tokens_per_batch": n} for n in (LONGEST, 2 * LONGEST)},
+    "`--packing true`": {},
+    **{
+        f"`--packing true --tokens_per_batch {n}`": {"tokens_per_batch": n}
+        for n in (LONGEST, 2 * LONGEST, 4 * LONGEST)
+    },
 }
 
 
@@ -117,8 +121,8 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="How often each way has its turn.")
-    parser.add_argument("--steps", type=int, default=3, help="Steps of a turn.")
+    parser.add_argument("--rounds", type=int, default=5, help="How often each way has its turn.")
+    parser.add_argument("--steps", type=int, default=5, help="Steps of a turn.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

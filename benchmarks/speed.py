@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from memory import CLIP, QWEN
 from peft import get_peft_model
 from PIL import Image
@@ -215,7 +216,7 @@ def run(contender: str, folder: Path, output: Path, steps: int) -> dict:
         model.config.text_config.use_cache = False
         train_in_fp32(model)
         model.to(device())
-        batch = {name: value if name == "use_cache" else value.to(device()) for name, value in collator(items).items()}
+        batch = send_to_device(collator(items), device())
         in_bf16 = torch.autocast(device().type, torch.bfloat16, enabled=ON_GPU)
         with in_bf16, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             model(**batch).loss.backward()

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from accelerate.data_loader import BatchSamplerShard
 from conftest import logged, run_train, run_zero2, turns
+from test_data import gradients
 from torch.utils.data import BatchSampler
 
+from train_llava import attention
 from train_llava.chat import Chat
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.model import load_checkpoint
@@ -177,6 +179,27 @@ def test_a_step_has_the_loss_of_its_records_padded(llava, mixed, tmp_path, monke
     padded = [model(**LlavaCollator(processor)([dataset[items[id_]] for id_ in step])).loss.item() for step in steps]
     assert losses == pytest.approx(padded, abs=1e-5)
     assert f"{3 * BUDGET} tokens ({BUDGET} x 3 x 1 ranks)" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_attention_is_computed_for_each_conversation(llava, mixed, monkeypatch):
+    """To the loss and the gradients that one mask for the whole row gives."""
+    model, processor = load_checkpoint(str(llava))
+    dataset, seen = LlavaDataset(str(mixed)), []
+    batch = LlavaCollator(processor, packing=True)([dataset[i] for i in (0, 1, 2, 4)])
+    lengths, forward = batch["conversation_lengths"], attention.sdpa_attention_forward
+
+    def remember(module, query, *args, **kwargs):
+        seen.append(query.shape[2])
+        return forward(module, query, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", remember)
+    loss, grads = gradients(model, **batch)
+    assert [length for length in seen if length in lengths] == lengths * 2  # in each of two layers
+    whole_loss, whole_grads = gradients(model, **batch | {"conversation_lengths": None})
+    assert batch["input_ids"].shape[1] in seen
+    assert abs(loss - whole_loss) <= 1e-6 * whole_loss
+    for name, grad in whole_grads.items():
+        assert (grads[name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-10, name
 
 
 def test_a_run_resumes_among_the_rows(llava, mixed, tmp_path, monkeypatch):
