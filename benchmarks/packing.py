@@ -4,8 +4,8 @@
 
 The set is made by a fixed rule: of 16 records nine are captions of a picture, six conversations of 4 to 14 turns about
 one, and one is a long conversation without. All is half as large as with CLIP-L/14-336 and a language model of 0.5B:
-lengths (256 tokens a picture), budgets, and the widths of the two models, of which one layer each is run, so that
-attention weighs in a step what it weighs there; random weights, fp32, LoRA of rank 8, the projector in full.
+lengths (256 tokens a picture), budgets, and the widths of the two models, of which two layers each are run, so that
+attention weighs in a layer what it weighs there; random weights, fp32, LoRA of rank 8, the projector in full.
 
 Padding is that of a whole pass, as the trainer's own sampler has it. Of its batches some are timed, from the smallest
 to the largest: forward, backward and AdamW, by processor time of one thread, the ways in turn. Samples a second are
@@ -79,7 +79,7 @@ def make_data(folder: Path) -> Path:
 
 
 def make_model(folder: Path) -> Path:
-    vision, text = configurations((2, 512), (1, 512), 8000)
+    vision, text = configurations((3, 512), (2, 512), 8000)
     vision.image_size = SIDE
     CLIPVisionModel(vision).save_pretrained(folder / "clip")
     size = {"height": SIDE, "width": SIDE}
@@ -118,7 +118,7 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="How often each way has its turn.")
+    parser.add_argument("--rounds", type=int, default=3, help="How often each way has its turn.")
     parser.add_argument("--steps", type=int, default=5, help="Steps of a turn.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -31,10 +31,11 @@ def attend_to_each(
     if conversation_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     outputs, stop = [], 0
-    for length in conversation_lengths:
+    # a split has one gradient, where each slice would have one of the whole row's size
+    parts = (states.split(conversation_lengths, dim=2) for states in (query, key, value))
+    for length, *inputs in zip(conversation_lengths, *parts, strict=True):
         part = slice(stop, stop := stop + length)
         mask = None if attention_mask is None else attention_mask[..., part, part]
-        inputs = (states[:, :, part] for states in (query, key, value))
         outputs.append(sdpa_attention_forward(module, *inputs, mask, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
 
