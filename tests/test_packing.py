@@ -13,7 +13,7 @@ from conftest import logged, run_train, run_zero2, turns
 from test_data import gradients
 from torch.utils.data import BatchSampler
 
-from train_llava import attention
+from train_llava import attention, packing
 from train_llava.chat import Chat
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.model import load_checkpoint
@@ -85,7 +85,9 @@ def test_a_row_without_a_picture_keeps_room_for_a_blank_one():
     assert [row.tolist() for row in pack(tokens, pictured, 10)] == [[0, 1], [2]]
 
 
-def test_tokens_are_counted_as_they_are_trained_on(mixed, processor, tmp_path):
+@pytest.mark.parametrize("many", [1, 1000])  # from there on in several processes
+def test_tokens_are_counted_as_they_are_trained_on(mixed, processor, tmp_path, monkeypatch, many):
+    monkeypatch.setattr(packing, "MANY", many)
     dataset = checked(mixed, processor, tmp_path)
     tokens, of_pictures = count_tokens(dataset).T
     texts = LlavaDataset(str(mixed), decode=False)
@@ -219,6 +221,18 @@ def test_a_run_resumes_among_the_rows(llava, mixed, tmp_path, monkeypatch):
     again = run_train(monkeypatch, llava, mixed, tmp_path / "run", *arguments, "--resume_from_checkpoint", "true")
     assert len(whole) == 40
     assert again == whole
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_among_the_rows_of_a_later_pass(llava, mixed, tmp_path):
+    arguments = [*PACKING, "--max_steps", "20", "--save_steps", "15", "--max_bad_fraction", "0.1"]
+    losses = []
+    for more in ([], ["--resume_from_checkpoint", "true"]):
+        done = run_zero2(llava, mixed, tmp_path / "run", *arguments, *more)
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses.append(logged(tmp_path / "run"))
+        shutil.rmtree(tmp_path / "run" / "checkpoint-20")
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def test_two_ranks_train_as_one_with_accumulation(llava, mixed, tmp_path, monkeypatch):
