@@ -17,10 +17,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from train_llava import evaluate
 from train_llava.build_model import build_model
 from train_llava.chat import Chat
-from train_llava.data import LlavaCollator, LlavaDataset
+from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.infer import generate, load_model, question
 from train_llava.merge_lora import merge_lora
 from train_llava.model import load_checkpoint
+from train_llava.packing import PackedDataset, count_tokens
 from train_llava.pictures import open_image, picture_size
 from train_llava.records import to_messages
 from train_llava.web_demo import stream
@@ -65,6 +66,17 @@ def photos(tmp_path):
         records.append({"id": str(i), "image": f"{i}.png", "conversations": turns("<image>\nWhat is this?", answer)})
     (tmp_path / "chat.json").write_text(json.dumps(records))
     return tmp_path
+
+
+def test_rows_are_filled_by_the_tokens_of_each_picture(anyres, photos):
+    _, processor = load_checkpoint(str(anyres))
+    dataset, collator = LlavaDataset(str(photos)), LlavaCollator(processor, packing=True)
+    checked = CheckedDataset(dataset, collator.chat, photos / "bad.jsonl")
+    tokens = count_tokens(checked)[:, 0].tolist()
+    assert tokens == [len(collator.chat.labelled(dataset[i])["labels"]) for i in range(20)]
+    rows = PackedDataset(checked, 400)
+    assert len(rows) < 20
+    assert max(collator(row)["input_ids"].shape[1] for row in rows) <= 400
 
 
 def test_a_picture_of_any_size_has_as_many_tokens_as_features(anyres):

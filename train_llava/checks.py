@@ -26,6 +26,7 @@ from train_llava.chat import IGNORE, Chat, Processor, form_of
 from train_llava.data import CheckedDataset
 from train_llava.model import count_parameters, load_checkpoint
 from train_llava.pace import peak_memory
+from train_llava.packing import PackedDataset
 from train_llava.pictures import prepare_pictures
 from train_llava.records import IMAGE_TOKEN
 from train_llava.run_folder import differing_tensor
@@ -42,6 +43,13 @@ def check_together(bits: int | None, data_arguments: Any, args: TrainingArgument
         raise ValueError("--bits goes with --train_type lora, and not with ZeRO-3: weights in few bits cannot train")
     if data_arguments.streaming and args.max_steps <= 0:
         raise ValueError("--streaming has no end: set --max_steps")
+    if args.tokens_per_batch is not None:
+        if not data_arguments.packing:
+            raise ValueError("--tokens_per_batch fills the rows of --packing true: set it, too")
+        if data_arguments.streaming:
+            raise ValueError("--tokens_per_batch counts all records beforehand: not with --streaming")
+        if args.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(f"--tokens_per_batch not with --train_sampling_strategy {args.train_sampling_strategy}")
     if data_arguments.eval_data_path is None:
         given = {"eval_strategy": args.eval_strategy != "no", "eval_answers": data_arguments.eval_answers}
         given["early_stopping_patience"] = args.early_stopping_patience
@@ -70,11 +78,13 @@ def check_options(args: TrainingArguments, model: nn.Module, eval_answers: int) 
 
 
 def longest_items(trainer: LlavaTrainer) -> list[dict[str, Any]]:
-    """A batch's number of the longest good records, by their tokens, or of a stream's first.
+    """A batch's number of the longest good records, by their tokens, the fullest row, or a stream's first.
 
     Those that seem the longest (see `LlavaDataset.lengths`) are tokenised, until there are 64 more good ones.
     """
     dataset, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
+    if isinstance(dataset, PackedDataset):
+        return dataset[int(dataset.tokens.argmax())]
     if not isinstance(dataset, CheckedDataset):
         return list(islice(dataset, size))
     tokens: dict[int, int] = {}
@@ -109,6 +119,9 @@ def _try_once(trainer: LlavaTrainer) -> None:
     model = trainer.model.to(args.device).train()
     items = longest_items(trainer)
     batch = trainer.data_collator(items)
+    what = f"{len(items)} of the longest records"
+    if isinstance(trainer.train_dataset, PackedDataset):
+        what = f"the fullest row, {batch['size'][0]:,} tokens of {len(items)} records,"
     pixel_values = batch["pixel_values"]
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     finite: dict[nn.Parameter, bool] = {}
@@ -150,8 +163,8 @@ def _try_once(trainer: LlavaTrainer) -> None:
     # gradients, AdamW's two moments and, under DeepSpeed, fp32 weights; under ZeRO each rank holds its part of them
     more = numbers * (14 / args.world_size if trainer.is_deepspeed_enabled else 12)
     print(
-        f"preflight: {len(items)} of the longest records forward and backward, saved, read back alike (loss "
-        f"{loss.item():.4f}); {peak / 1e9:.1f} GB, and {more / 1e9:.1f} GB more a rank for gradients and optimizer"
+        f"preflight: {what} forward and backward, saved, read back alike (loss {loss.item():.4f}); "
+        f"{peak / 1e9:.1f} GB, and {more / 1e9:.1f} GB more a rank for gradients and optimizer"
     )
 
 

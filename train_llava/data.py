@@ -12,6 +12,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from train_llava.attention import use_conversation_lengths
 from train_llava.chat import IGNORE, Chat, Processor
 from train_llava.pictures import label, open_image, picture_size, prepare_pictures, read_picture
 from train_llava.records import BadRecordError, load_records
@@ -203,12 +204,14 @@ class LlavaCollator:
 
     With `packing` the conversations stand in one row, (1, sum of their lengths), without padding. Then there is no
     `attention_mask`, and `position_ids` count from 0 in each. By these a model keeps them apart as long as it uses no
-    cache, so the batch says `use_cache` False too.
+    cache, so the batch says `use_cache` False too; `conversation_lengths` spare `sdpa` what the mask would hide.
     """
 
     def __init__(self, processor: Processor, max_length: int | None = None, packing: bool = False):
         self.processor, self.packing = processor, packing
         self.chat = Chat(processor, max_length)
+        if packing:
+            use_conversation_lengths()
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         items = [self.chat.labelled(item) for item in items]
@@ -222,7 +225,8 @@ class LlavaCollator:
             tokens = self.chat.image_tokens(images[0].size)
             rows[0] = tuple(np.append(row, [value] * tokens) for row, value in zip(rows[0], blank, strict=True))
         if self.packing:
-            position_ids = torch.cat([torch.arange(len(input_ids)) for input_ids, _, _ in rows])[None]
+            lengths = [len(input_ids) for input_ids, _, _ in rows]
+            position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
             rows = [tuple(np.concatenate(column) for column in zip(*rows, strict=True))]
         padding = (self.processor.tokenizer.pad_token_id, 0, IGNORE)
         input_ids, attention_mask, labels = (
@@ -232,7 +236,7 @@ class LlavaCollator:
         logits_to_keep = torch.zeros_like(labels, dtype=torch.bool)
         logits_to_keep[:, :-1] = labels[:, 1:] != IGNORE
         if self.packing:
-            layout = {"position_ids": position_ids, "use_cache": False}
+            layout = {"position_ids": position_ids, "use_cache": False, "conversation_lengths": lengths}
         else:
             layout = {"attention_mask": attention_mask}
         return (

@@ -237,7 +237,8 @@ def estimate_memory(
     max_length: int | None = None,
 ) -> tuple[dict[str, float], str]:
     """What a run's step takes on each GPU, in bytes by kind, and for what batch: each record with one picture of as
-    many tokens as it can have, and `TEXT` tokens beside it, `ANSWER` of them learnt."""
+    many tokens as it can have, and `TEXT` tokens beside it, `ANSWER` of them learnt; a row of `tokens_per_batch` is
+    full of such records."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     deepspeed = args.hf_deepspeed_config if args.deepspeed is not None else None
     with whole_models(args):
@@ -245,12 +246,15 @@ def estimate_memory(
     batch, tokens = args.per_device_train_batch_size, len(picture_features(llava, 1)) + TEXT
     tokens = min(tokens, max_length or tokens)
     rows, width = (1, batch * tokens) if packing else (batch, tokens)
+    note = f"{batch} x {tokens:,} tokens, a picture in each"
+    if args.tokens_per_batch is not None:
+        width, batch = args.tokens_per_batch, max(1, args.tokens_per_batch // tokens)
+        note = f"a row of {width:,} tokens, {batch} pictures in it"
     zero = None if deepspeed is None else deepspeed.get_value("zero_optimization.stage", 0)
     offload = deepspeed is not None and deepspeed.is_offload()
     sizes = state_bytes(model, dtype, args.world_size, zero, offload, bits)
     sizes |= activation_bytes(llava, rows, width, batch, batch * ANSWER, args.activation_checkpointing)
     divided = [name for name, stage in DIVIDED.items() if zero and zero >= stage]
-    note = f"{batch} x {tokens:,} tokens, a picture in each"
     if divided and args.world_size > 1:
         note += f"; ZeRO-{zero} divides {', '.join(divided)} by {args.world_size}"
     return sizes, note + "; what is offloaded is not counted" * offload
@@ -290,6 +294,7 @@ def remedy(args: TrainingArguments, bits: int | None) -> str:
         "a smaller --per_device_train_batch_size with more --gradient_accumulation_steps": (
             args.per_device_train_batch_size > 1
         ),
+        "a smaller --tokens_per_batch with more --gradient_accumulation_steps": args.tokens_per_batch is not None,
         "--train_type lora": args.train_type in ("freeze_vision", "full"),
         "--bits 4": args.train_type == "lora" and not bits,
         "--deepspeed ds_zero3_offload.json": not bits,

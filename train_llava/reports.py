@@ -134,13 +134,14 @@ def write_run_card(
     """Writes the loss curve and the model card: what was trained on what, by which settings, and the losses."""
     folder, lora = Path(args.output_dir), args.train_type == "lora"
     plot_loss(log_history, folder / "loss.png")
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    size, unit = args.tokens_per_batch or args.train_batch_size, " tokens" * bool(args.tokens_per_batch)
+    batch = size * args.gradient_accumulation_steps * args.world_size
     settings = {
         "what trained": f"`{args.train_type}`",
         "learning rates": ", ".join(f"{part} {rate:g}" for part, rate in learning_rates.items()),
         "schedule": f"{args.lr_scheduler_type}, warm-up {args.warmup_steps:g}, weight decay {args.weight_decay:g}",
         "records": "streamed" if records is None else f"{records:,}",
-        "batch": f"{batch} ({args.train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} ranks)",
+        "batch": f"{batch}{unit} ({size} x {args.gradient_accumulation_steps} x {args.world_size} ranks)",
         "length": f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
         "longest conversation": f"{data_arguments.max_length} tokens",
         "optimizer": args.optim,

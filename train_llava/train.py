@@ -24,6 +24,7 @@ from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.memory import print_estimate
 from train_llava.model import BITS_HELP, TRAIN_TYPES, LoraArguments, count_parameters, load_checkpoint, set_trainable
 from train_llava.pace import describe_pace
+from train_llava.packing import PackedDataset
 from train_llava.reports import describe_trainable, write_run_card
 from train_llava.run_folder import save_projector, starting_point, write_recipe
 from train_llava.stream import stream_items
@@ -51,14 +52,9 @@ class DataArguments:
         default=None, metadata={"help": "How often a pass goes through each data path; default: once through all."}
     )
     image_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "The pictures' folder or .zip; default: images_dl/, images/ or images.zip beside the records."
-        },
+        default=None, metadata={"help": "Folder or .zip of pictures; default: images_dl/, images/, images.zip beside."}
     )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read shards as they come, without a table on disk; takes --max_steps."}
-    )
+    streaming: bool = field(default=False, metadata={"help": "Read shards as they come; takes --max_steps."})
     bad_samples: Literal["skip", "error"] = field(
         default="skip",
         metadata={"help": "skip: log a bad record in bad_samples.jsonl and take the next; error: stop at the first."},
@@ -110,9 +106,9 @@ class TrainArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logged losses."})
     report_to: str = field(
-        default="tensorboard",
-        metadata={"help": "Where the losses are reported: tensorboard, wandb, swanlab, trackio …"},
+        default="tensorboard", metadata={"help": "Where losses are reported: tensorboard, wandb, swanlab, trackio …"}
     )
+    tokens_per_batch: int | None = field(default=None, metadata={"help": "Packing: fill batches to so many tokens."})
     bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16; default: where the GPU can."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Stays false: the collator needs them all."})
     prediction_loss_only: bool = field(default=True, metadata={"help": "Stays true: logits are kept at labels only."})
@@ -127,6 +123,8 @@ class TrainArguments(TrainingArguments):
             self.projector_learning_rate = self.learning_rate * (0.1 if self.train_type == "lora" else 1)
         if self.vision_learning_rate is None:
             self.vision_learning_rate = self.learning_rate * 0.1
+        if self.tokens_per_batch is not None:
+            self.per_device_train_batch_size = 1  # a row, of as many records as fit
         if self.bf16 is None:
             on_gpu = device().type == "cuda" and not self.fp16
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -224,6 +222,8 @@ def main() -> None:
 
     # 6. The trainer, and a step to see that all will go well
     records = None if data_arguments.streaming else len(train_dataset)
+    if args.tokens_per_batch is not None:
+        train_dataset = PackedDataset(train_dataset, args.tokens_per_batch, args.seed)
     trained = {part: learning_rates[part] for part, (count, _) in count_parameters(model).items() if count}
     trainer = LlavaTrainer(
         model=model,

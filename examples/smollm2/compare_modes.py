@@ -1,7 +1,7 @@
 """Trains SmolLM2 with eyes in every mode, on the same data for as many steps, and scores each on held-out pictures.
 
-    PYTHONPATH=. python examples/smollm2/compare_modes.py                 the table of what modes.json holds
-    PYTHONPATH=. python examples/smollm2/compare_modes.py --results output/smollm2/modes.json   measured anew, in hours
+    python -m examples.smollm2.compare_modes                 the table of what modes.json holds
+    python -m examples.smollm2.compare_modes --results output/smollm2/modes.json   measured anew, in hours
 
 It starts from what examples/smollm2/run.sh left in output/smollm2: the assembled model and the data. Runs go two at a
 time, of one thread each, and what was measured is kept as each ends, so that it may take several sittings. Beside the

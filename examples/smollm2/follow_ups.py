@@ -1,6 +1,6 @@
 """Asks what stands in no caption, after a picture: does the answer agree with the one to the caption in words?
 
-    python examples/smollm2/follow_ups.py --model_name_or_path output/smollm2/stage1 --output_dir output/follow_ups
+    python -m examples.smollm2.follow_ups --model_name_or_path output/smollm2/stage1 --output_dir output/follow_ups
 
 What was fixed before anything was scored:
 - The pictures: of those trained on that show no skin tone ("seen"), and of those held out ("held out"), the 60 each

@@ -1,7 +1,7 @@
 """Writes the example's data: captions of the OpenMoji pictures, and what SmolLM2 says of the captions, in English.
 
-    python examples/smollm2/make_data.py --output_dir output/smollm2/data                        the data
-    python examples/smollm2/make_data.py --talk output/smollm2/lm --output_dir output/smollm2/data   talk.json anew
+    python -m examples.smollm2.make_data --output_dir output/smollm2/data                           the data
+    python -m examples.smollm2.make_data --output_dir output/smollm2/data --talk output/smollm2/lm  talk.json anew
 
 `captions.json` asks for the caption of each training picture; `talk.json` asks something else about every fourth. Its
 answers are SmolLM2's own, to the same question with the caption's words in place of the picture: a language model can

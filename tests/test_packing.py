@@ -1,0 +1,259 @@
+"""Rows of a budget of tokens: never more than that, each record once a pass, the losses of the same records padded."""
+
+import json
+import re
+import shutil
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.data_loader import BatchSamplerShard
+from conftest import logged, run_train, run_zero2, turns
+from test_data import gradients
+from torch.utils.data import BatchSampler
+
+from train_llava import attention, packing
+from train_llava.chat import Chat
+from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
+from train_llava.model import load_checkpoint
+from train_llava.packing import WINDOW, PackedDataset, count_tokens, pack
+from train_llava.train import TrainArguments
+from train_llava.trainer import LlavaTrainer
+
+BUDGET, PICTURE = 240, 16  # tokens of a row; of a picture
+PACKING = ["--packing", "true", "--tokens_per_batch", BUDGET, "--learning_rate", "1e-3", "--train_type", "projector"]
+
+
+@pytest.fixture(scope="module")
+def mixed(corpus, tmp_path_factory) -> Path:
+    """Forty records: captions, several turns, text alone; a conversation of them is bad, and a picture of another."""
+    root = tmp_path_factory.mktemp("mixed")
+    shutil.copytree(corpus / "images_dl", root / "images")
+    records = []
+    for i in range(40):
+        talk = ("What is this?", "a red square") * (1, 1, 4, 1, 5)[i % 5]
+        record = {"id": f"record {i}", "conversations": turns(*talk)}
+        if i % 4:
+            record |= {"image": f"{i % 16}.png"}
+            record["conversations"][0]["value"] = "<image>\n" + "What is this? " * (i % 3)
+        records.append(record)
+    records[9]["conversations"] = turns("<image>\nWhat is this?", "a <|im_end|>")
+    records[13]["image"] = "missing.png"
+    (root / "chat.json").write_text(json.dumps(records))
+    return root
+
+
+def checked(data: Path, processor, log: Path) -> CheckedDataset:
+    return CheckedDataset(LlavaDataset(str(data)), Chat(processor, 512), log / "bad.jsonl", max_bad_fraction=0.1)
+
+
+def by_hand(tokens: list[int], budget: int) -> list[list[int]]:
+    """First-fit decreasing as one would do it on paper: each row's lengths."""
+    rows: list[list[int]] = []
+    for length in sorted(tokens, reverse=True):
+        row = next((row for row in rows if sum(row) + length <= budget), None)
+        if row is None:
+            rows.append(row := [])
+        row.append(length)
+    return rows
+
+
+def test_rows_are_those_of_first_fit_decreasing():
+    tokens = np.random.default_rng(0).integers(1, 100, 300)
+    rows = pack(tokens, np.ones(300, bool), 100)
+    assert [tokens[row].tolist() for row in rows] == by_hand(tokens.tolist(), 100)
+    assert sorted(np.concatenate(rows)) == list(range(300))
+
+
+def test_every_record_is_in_one_row_and_no_row_above_the_budget():
+    rng = np.random.default_rng(1)
+    tokens, pictured = rng.integers(0, 400, 2 * WINDOW + 100), rng.random(2 * WINDOW + 100) < 0.8
+    tokens[~pictured] = np.minimum(tokens[~pictured], 350)
+    rows = pack(tokens, pictured, 400, blank=50, seed=3)
+    assert sorted(np.concatenate(rows)) == np.flatnonzero(tokens).tolist()
+    assert max(tokens[row].sum() + 50 * (not pictured[row].any()) for row in rows) == 400
+    assert tokens.sum() / (400 * len(rows)) > 0.95
+    again, other = (pack(tokens, pictured, 400, blank=50, seed=seed) for seed in (3, 4))
+    assert all(np.array_equal(a, b) for a, b in zip(rows, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(rows, other, strict=False))
+
+
+def test_a_row_without_a_picture_keeps_room_for_a_blank_one():
+    tokens, pictured = np.array([6, 4, 3]), np.array([False, False, True])
+    assert [row.tolist() for row in pack(tokens, pictured, 10, blank=3)] == [[0, 2], [1]]
+    assert [row.tolist() for row in pack(tokens, pictured, 10)] == [[0, 1], [2]]
+
+
+@pytest.mark.parametrize("many", [1, 1000])  # from there on in several processes
+def test_tokens_are_counted_as_they_are_trained_on(mixed, processor, tmp_path, monkeypatch, many):
+    monkeypatch.setattr(packing, "MANY", many)
+    dataset = checked(mixed, processor, tmp_path)
+    tokens, of_pictures = count_tokens(dataset).T
+    texts = LlavaDataset(str(mixed), decode=False)
+    good = [i for i in range(40) if i != 9]
+    assert tokens[good].tolist() == [len(dataset.chat.encode(texts[i]["messages"])[0]) for i in good]
+    assert of_pictures[good].tolist() == [PICTURE * (i % 4 > 0) for i in good]
+    assert tokens[9] == 0
+    (bad,) = map(json.loads, (tmp_path / "bad.jsonl").read_text().splitlines())
+    assert (bad["record"], bad["id"]) == (9, "record 9")
+
+
+def trainer(llava: Path, mixed: Path, output: Path, seed: int = 0) -> LlavaTrainer:
+    model, processor = load_checkpoint(str(llava))
+    args = TrainArguments(output_dir=str(output), tokens_per_batch=BUDGET, seed=seed, report_to="none")
+    dataset = PackedDataset(checked(mixed, processor, output), BUDGET, seed)
+    collator = LlavaCollator(processor, packing=True)
+    return LlavaTrainer(model, args, collator, dataset, learning_rates={}, write_card=print)
+
+
+def passes(trainer: LlavaTrainer, number: int) -> list[list[list[str]]]:
+    """The ids of each batch of some passes; each batch is looked at as the model gets it."""
+    loader, found = trainer.get_train_dataloader(), []
+    for epoch in range(number):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert all(len(batch["input_ids"]) == 1 for batch in batches)
+        assert max(batch["input_ids"].shape[1] for batch in batches) <= BUDGET
+        found.append([batch["ids"] for batch in batches])
+    return found
+
+
+def test_every_pass_has_every_good_record_once_in_another_order(llava, mixed, tmp_path):
+    first, second = passes(trainer(llava, mixed, tmp_path), 2)
+    good = sorted(f"record {i}" for i in range(40) if i not in (9, 13))
+    assert sorted(chain(*first)) == sorted(chain(*second)) == good
+    assert first != second
+    assert passes(trainer(llava, mixed, tmp_path), 2) == [first, second]
+    assert passes(trainer(llava, mixed, tmp_path, seed=1), 1) != [first]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_have_as_many_rows_and_all_of_them(llava, mixed, tmp_path, ranks):
+    loader = trainer(llava, mixed, tmp_path).get_train_dataloader()
+    order, rows = BatchSampler([row for (row,) in loader.batch_sampler], 1, False), len(loader.dataset)
+    shards = [[row for (row,) in BatchSamplerShard(order, ranks, rank)] for rank in range(ranks)]
+    assert {len(shard) for shard in shards} == {-(-rows // ranks)}
+    assert set(chain(*shards)) == set(range(rows))
+
+
+def test_a_row_of_broken_pictures_alone_takes_in_one_other_record(mixed, processor, tmp_path):
+    packed = PackedDataset(checked(mixed, processor, tmp_path), BUDGET)
+    packed.rows[0] = np.array([13, 9])
+    assert [item["id"] for item in packed[0]] == ["record 14"]
+
+
+def test_a_record_above_the_budget_is_named(mixed, processor, tmp_path):
+    texts = LlavaDataset(str(mixed), decode=False)
+    chat = Chat(processor)
+    longest = max((i for i in range(40) if i != 9), key=lambda i: len(chat.encode(texts[i]["messages"])[0]))
+    length = len(chat.encode(texts[longest]["messages"])[0])
+    with pytest.raises(ValueError, match=rf"--tokens_per_batch 100: record 'record {longest}' takes {length}"):
+        PackedDataset(checked(mixed, processor, tmp_path), 100)
+
+
+def test_a_step_has_the_loss_of_its_records_padded(llava, mixed, tmp_path, monkeypatch, capsys):
+    seen, compute_loss = [], LlavaTrainer.compute_loss
+
+    def remember(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["ids"])
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(LlavaTrainer, "compute_loss", remember)
+    arguments = [
+        *PACKING,
+        "--gradient_accumulation_steps",
+        "3",
+        "--max_bad_fraction",
+        "0.1",
+        "--learning_rate",
+        "1e-20",
+    ]
+    losses = run_train(monkeypatch, llava, mixed, tmp_path / "run", *arguments, "--num_train_epochs", "1")
+    out = capsys.readouterr().out
+    assert f"for a row of {BUDGET} tokens, 3 pictures in it" in out
+    assert re.search(rf"preflight: the fullest row, 2[34]\d tokens of {len(seen[0])} records, forward and back", out)
+    assert f"39 records in {len(seen) - 1} rows of up to {BUDGET} tokens" in out
+    model, processor = load_checkpoint(str(llava))
+    items = {f"record {i}": i for i in range(40)}
+    dataset, rows = LlavaDataset(str(mixed)), seen[1:]
+    steps = [list(chain(*rows[i : i + 3])) for i in range(0, len(rows), 3)]
+    padded = [model(**LlavaCollator(processor)([dataset[items[id_]] for id_ in step])).loss.item() for step in steps]
+    assert losses == pytest.approx(padded, abs=1e-5)
+    assert f"{3 * BUDGET} tokens ({BUDGET} x 3 x 1 ranks)" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_attention_is_computed_for_each_conversation(llava, mixed, monkeypatch):
+    """To the loss and the gradients that one mask for the whole row gives."""
+    model, processor = load_checkpoint(str(llava))
+    dataset, seen = LlavaDataset(str(mixed)), []
+    batch = LlavaCollator(processor, packing=True)([dataset[i] for i in (0, 1, 2, 4)])
+    lengths, forward = batch["conversation_lengths"], attention.sdpa_attention_forward
+
+    def remember(module, query, *args, **kwargs):
+        seen.append(query.shape[2])
+        return forward(module, query, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", remember)
+    loss, grads = gradients(model, **batch)
+    assert [length for length in seen if length in lengths] == lengths * 2  # in each of two layers
+    whole_loss, whole_grads = gradients(model, **batch | {"conversation_lengths": None})
+    assert batch["input_ids"].shape[1] in seen
+    assert abs(loss - whole_loss) <= 1e-6 * whole_loss
+    for name, grad in whole_grads.items():
+        assert (grads[name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-10, name
+
+
+def test_a_run_resumes_among_the_rows(llava, mixed, tmp_path, monkeypatch):
+    arguments = [
+        *PACKING,
+        "--max_steps",
+        "40",
+        "--save_steps",
+        "15",
+        "--max_bad_fraction",
+        "0.1",
+        "--preflight",
+        "false",
+    ]
+    whole = run_train(monkeypatch, llava, mixed, tmp_path / "run", *arguments)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-40")
+    again = run_train(monkeypatch, llava, mixed, tmp_path / "run", *arguments, "--resume_from_checkpoint", "true")
+    assert len(whole) == 40
+    assert again == whole
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_among_the_rows_of_a_later_pass(llava, mixed, tmp_path):
+    arguments = [*PACKING, "--max_steps", "20", "--save_steps", "15", "--max_bad_fraction", "0.1"]
+    losses = []
+    for more in ([], ["--resume_from_checkpoint", "true"]):
+        done = run_zero2(llava, mixed, tmp_path / "run", *arguments, *more)
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses.append(logged(tmp_path / "run"))
+        shutil.rmtree(tmp_path / "run" / "checkpoint-20")
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_two_ranks_train_as_one_with_accumulation(llava, mixed, tmp_path, monkeypatch):
+    arguments = [*PACKING, "--max_steps", "5", "--max_bad_fraction", "0.1"]
+    one = run_train(monkeypatch, llava, mixed, tmp_path / "one", *arguments, "--gradient_accumulation_steps", "2")
+    done = run_zero2(llava, mixed, tmp_path / "two", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert logged(tmp_path / "two") == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--tokens_per_batch fills the rows of --packing true: set it, too"),
+        (["--packing", "--streaming", "--max_steps", "1"], "--tokens_per_batch counts all records beforehand"),
+        (
+            ["--packing", "--train_sampling_strategy", "group_by_length"],
+            "not with --train_sampling_strategy group_by_l",
+        ),
+    ],
+)
+def test_what_it_does_not_go_with(llava, mixed, tmp_path, monkeypatch, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run_train(monkeypatch, llava, mixed, tmp_path / "run", "--tokens_per_batch", "160", *arguments)
