@@ -73,9 +73,8 @@ OPENMOJI = Comparison(EXAMPLE, ["data/train"], "data/heldout", MODES, STEPS, BAT
 
 
 def run(command: str, *arguments: str) -> float:
-    """Runs a command of the package, or a script, in one thread; returns its peak resident memory in GB."""
-    program = [command] if command.endswith(".py") else ["-m", f"train_llava.{command}"]
-    command = [sys.executable, *program, *arguments]
+    """Runs a command of the package, or a module, in one thread; returns its peak resident memory in GB."""
+    command = [sys.executable, "-m", command if "." in command else f"train_llava.{command}", *arguments]
     with tempfile.TemporaryFile() as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)

@@ -51,7 +51,7 @@ def measure(mode: str, seed: int, folder: Path) -> dict:
     """Trains and scores one mode with one seed."""
     scores, opened = train_and_score(SMOLLM2, mode, seed, folder)
     metrics = json.loads((folder / "scores/metrics.json").read_text())
-    run(str(HERE / "follow_ups.py"), *opened, "--output_dir", str(folder / "follow_ups"))
+    run("examples.smollm2.follow_ups", *opened, "--output_dir", str(folder / "follow_ups"))
     follow_ups = json.loads((folder / "follow_ups/follow_ups.json").read_text())["all"]
     kept = metrics["text"]
     f1 = metrics["by_language"]["en"]["token_f1"]
