@@ -18,18 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-from tqdm import tqdm
-
-from train_llava.chat import IGNORE, Chat
-from train_llava.cli import parse_arguments, run_command
-from train_llava.data import LlavaDataset
-from train_llava.model import load_processor
-from train_llava.records import BadRecordError
-
-CHUNK = 500  # records a process takes at once
-EXAMPLES = 3  # of each fault
+from train_llava.cli import parse_arguments, parse_first, run_command
 
 
 @dataclass
@@ -43,6 +32,22 @@ class CheckArguments:
         default=None, metadata={"help": "A .json file for the outcome; histograms go into a .png of the same name."}
     )
     num_proc: int = field(default=os.cpu_count() or 1, metadata={"help": "Processes to use."})
+
+
+if __name__ == "__main__":
+    parse_first(CheckArguments)  # before the imports that take seconds
+
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from train_llava.chat import IGNORE, Chat
+from train_llava.data import LlavaDataset
+from train_llava.model import load_processor
+from train_llava.records import BadRecordError
+
+CHUNK = 500  # records a process takes at once
+EXAMPLES = 3  # of each fault
 
 
 worker: dict[str, Any] = {}  # what a process opens once: the data set and, with a model, the chat

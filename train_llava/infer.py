@@ -25,31 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import load_peft_weights
-from PIL import Image
-from tqdm import tqdm
-from transformers import TextStreamer
-
-from train_llava.chat import Chat, Processor
-from train_llava.cli import check_positive, device, parse_arguments, run_command
-from train_llava.model import BITS_HELP, Llava, load_checkpoint
-from train_llava.pictures import open_image
-from train_llava.readers import BadRecordError, read_jsonl
-from train_llava.records import IMAGE_TOKEN, Record, pictures_of, text_of, to_messages
-from train_llava.run_folder import check_base, first_numbers
-
-MAX_BYTES = 50 << 20  # of a picture from the network
-ADDRESSES = ("http://", "https://", "data:")
-# The parts of a LLaVA as transformers named them before 4.52, and their names today
-RENAMED = {
-    r"^language_model\.lm_head": "lm_head",
-    r"^language_model\.model": "model.language_model",
-    r"^(vision_tower|multi_modal_projector)": r"model.\1",
-}
+from train_llava.cli import BITS_HELP, check_positive, device, parse_arguments, parse_first, run_command
 
 
 @dataclass
@@ -82,6 +58,35 @@ class InferArguments:
         check_positive(self, "batch_size", "max_new_tokens")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError("--temperature is 0 or above, and --top_p above 0 and at most 1")
+
+
+if __name__ == "__main__":
+    parse_first(InferArguments)  # before the imports that take seconds
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from PIL import Image
+from tqdm import tqdm
+from transformers import TextStreamer
+
+from train_llava.chat import Chat, Processor
+from train_llava.model import Llava, load_checkpoint
+from train_llava.pictures import open_image
+from train_llava.readers import BadRecordError, read_jsonl
+from train_llava.records import IMAGE_TOKEN, Record, pictures_of, text_of, to_messages
+from train_llava.run_folder import check_base, first_numbers
+
+MAX_BYTES = 50 << 20  # of a picture from the network
+ADDRESSES = ("http://", "https://", "data:")
+# The parts of a LLaVA as transformers named them before 4.52, and their names today
+RENAMED = {
+    r"^language_model\.lm_head": "lm_head",
+    r"^language_model\.model": "model.language_model",
+    r"^(vision_tower|multi_modal_projector)": r"model.\1",
+}
 
 
 def this_process() -> PartialState:

@@ -21,41 +21,9 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any, Literal
 
-import torch
-from peft import PeftModel
-from PIL import Image
-from transformers import StoppingCriteriaList, TextIteratorStreamer
+from train_llava.cli import BITS_HELP, parse_arguments, parse_first, run_command
 
-from train_llava.chat import Chat, Processor
-from train_llava.cli import parse_arguments, run_command
-from train_llava.infer import load_model, question, reply, room_for_answer, sampling
-from train_llava.model import BITS_HELP, Llava
-from train_llava.pictures import open_image
-
-# Pages that keep uploads in one folder delete each other's when they close. Gradio looks for its folder when imported
-UPLOADS = tempfile.TemporaryDirectory(prefix="gradio-")
-os.environ["GRADIO_TEMP_DIR"] = UPLOADS.name
-if find_spec("gradio"):
-    import gradio as gr
-
-MOST_BYTES = 20 << 20  # of an uploaded picture
 MOST_EXAMPLES = 10
-# Gradio's buttons that would empty a chat without the conversation behind it, or send a picture to the hub, by their
-# place: for their labels are in the browser's language
-CSS = """
-.wrapper > .icon-button-wrapper, .download-link ~ .icon-button { display: none !important }
-.message img { max-height: 240px }
-.message-content { white-space: pre-wrap }
-"""
-# Gradio's own would copy a message as it was sent to the page, which is as HTML (see `shown`)
-COPY = """() => document.addEventListener("click", event => {
-    if (event.target.closest(".message-buttons .icon-button-wrapper > button")) {
-        const message = event.target.closest(".message-buttons").previousElementSibling
-        event.stopPropagation()
-        getSelection().selectAllChildren(message.querySelector(".message-content"))
-        document.execCommand("copy")
-    }
-}, true)"""
 
 
 @dataclass
@@ -73,6 +41,44 @@ class WebDemoArguments:
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536:
             raise ValueError(f"--port {self.port}: there are ports 1 to 65535")
+
+
+if __name__ == "__main__":
+    parse_first(WebDemoArguments)  # before the imports that take seconds
+
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import StoppingCriteriaList, TextIteratorStreamer
+
+from train_llava.chat import Chat, Processor
+from train_llava.infer import load_model, question, reply, room_for_answer, sampling
+from train_llava.model import Llava
+from train_llava.pictures import open_image
+
+# Pages that keep uploads in one folder delete each other's when they close. Gradio looks for its folder when imported
+UPLOADS = tempfile.TemporaryDirectory(prefix="gradio-")
+os.environ["GRADIO_TEMP_DIR"] = UPLOADS.name
+if find_spec("gradio"):
+    import gradio as gr
+
+MOST_BYTES = 20 << 20  # of an uploaded picture
+# Gradio's buttons that would empty a chat without the conversation behind it, or send a picture to the hub, by their
+# place: for their labels are in the browser's language
+CSS = """
+.wrapper > .icon-button-wrapper, .download-link ~ .icon-button { display: none !important }
+.message img { max-height: 240px }
+.message-content { white-space: pre-wrap }
+"""
+# Gradio's own would copy a message as it was sent to the page, which is as HTML (see `shown`)
+COPY = """() => document.addEventListener("click", event => {
+    if (event.target.closest(".message-buttons .icon-button-wrapper > button")) {
+        const message = event.target.closest(".message-buttons").previousElementSibling
+        event.stopPropagation()
+        getSelection().selectAllChildren(message.querySelector(".message-content"))
+        document.execCommand("copy")
+    }
+}, true)"""
 
 
 @dataclass
