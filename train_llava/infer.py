@@ -248,10 +248,7 @@ def generate_all(
                 if not len(ended) and len(said[i]) < limits[i]:
                     unended.append(i)
         tokens *= 2
-    return [
-        answer.strip()
-        for answer in chat.processor.batch_decode([ids.tolist() for ids in said], skip_special_tokens=True)
-    ]
+    return [chat.processor.decode(ids, skip_special_tokens=True).strip() for ids in said]
 
 
 def side_by_side(
