@@ -457,9 +457,9 @@ def unanswered(questions: list[Question], answers: Path, digest: str) -> list[Qu
 def shares(number: int, batch_size: int) -> list[range]:
     """This process's share of each window of so many questions or records, as their numbers; the last may be empty."""
     state = this_process()
-    share = min(WINDOW * batch_size, -(-number // state.num_processes))
+    share = max(1, min(WINDOW * batch_size, -(-number // state.num_processes)))
     windows = range(share * state.process_index, number + share * state.process_index, share * state.num_processes)
-    return [range(min(start, number), min(start + share, number)) for start in windows] if number else []
+    return [range(min(start, number), min(start + share, number)) for start in windows]
 
 
 def answer_file(
