@@ -219,9 +219,10 @@ def generate_all(
 ) -> list[str]:
     """As `generate`, of any number of conversations, each with its `images`, so many at once.
 
-    Those of like length stand together. Of several batches every answer first gets `FIRST` tokens; those that go on
-    are put together anew and get twice as many, and so on, so that no short answer waits for a long one. To go on,
-    the model reads the conversation again with what it has said, which is what it would have before it in one go.
+    In several batches, those of like length stand together, and every answer first gets `FIRST` tokens; those that go
+    on are put together anew and get twice as many, and so on, so that no short answer waits for a long one. To go on,
+    the model reads the conversation again with what it has said, which is what it would have before it in one go. In
+    half precision, where that can change a word, batches are those of the questions in their order, in one go.
 
     Raises:
         ValueError: see `generate`.
@@ -231,8 +232,10 @@ def generate_all(
     prompts = [dict(chat.prompts([messages], shown)) for messages, shown in asked]
     ends = torch.tensor(model.generation_config.eos_token_id)
     said = [prompt["input_ids"][0, :0] for prompt in prompts]
-    unended = sorted(range(len(asked)), key=lambda i: prompts[i]["input_ids"].shape[1])
-    tokens = FIRST if len(asked) > batch_size else max_new_tokens
+    unended, in_one_go, tokens = list(range(len(asked))), [], max_new_tokens
+    if len(asked) > batch_size and model.dtype == torch.float32:
+        unended.sort(key=lambda i: prompts[i]["input_ids"].shape[1])
+        tokens = FIRST
     while unended:
         batches = [unended[start : start + batch_size] for start in range(0, len(unended), batch_size)]
         unended = []
@@ -245,9 +248,16 @@ def generate_all(
             for i, more in zip(batch, output[:, inputs["input_ids"].shape[1] :].cpu(), strict=True):
                 ended = torch.isin(more, ends).nonzero()
                 said[i] = torch.cat([said[i], more[: ended[0, 0] + 1] if len(ended) else more])
-                if not len(ended) and len(said[i]) < limits[i]:
+                if len(ended) or len(said[i]) == limits[i]:
+                    continue
+                if chat.processor.image_token_id in said[i]:  # read again, it would ask for a picture
+                    said[i] = said[i][:0]
+                    in_one_go.append(i)
+                else:
                     unended.append(i)
         tokens *= 2
+        if not unended:
+            unended, in_one_go, tokens = in_one_go, [], max_new_tokens
     return [chat.processor.decode(ids, skip_special_tokens=True).strip() for ids in said]
 
 
