@@ -107,6 +107,21 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path):
     check_name("--model owner/name", "owner/name")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["build_model", "check_data", "evaluate", "export_gguf", "infer", "merge_lora", "model_card", "web_demo"],
+)
+def test_a_wrong_argument_is_told_before_what_takes_seconds_is_imported(name):
+    command = [sys.executable, "-X", "importtime", "-m", f"train_llava.{name}", "--model_name_or_pth", "x"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    *imports, error = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert error.startswith("error: --model_name_or_pth is not known: the nearest that is known is --")
+    imported = {line.rpartition("|")[2].strip() for line in imports}
+    assert "yaml" in imported
+    assert not imported & {"torch", "peft", "datasets", "matplotlib", "accelerate", "gradio"}
+
+
 def test_an_error_is_printed_by_the_first_rank_that_meets_it(monkeypatch, tmp_path):
     def fail(message: str) -> str | int:
         def main() -> None:

@@ -81,6 +81,32 @@ def test_batched_answers_equal_single_ones(merged):
     assert len(set(together)) == 3
 
 
+def test_short_answers_do_not_wait_for_long_ones(merged, monkeypatch):
+    """Ends are drawn, as it were: every twelfth token is one, so that answers have 1 token to 40."""
+    model, processor = load_model(str(merged))
+    chat, vocabulary = Chat(processor), len(processor.tokenizer)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [0, *range(1, vocabulary, 12)])
+    texts = [f"What is {word}?" + " It is" * (i % 5) for i, word in enumerate("abcdefghijkl")]
+    asked = [question(*["<image>"] * (i % 3), text) for i, text in enumerate(texts)]
+    shown = [IMAGES[: i % 3] for i in range(len(texts))]
+    alone = [generate(model, processor, [q], pictures, 40)[0] for q, pictures in zip(asked, shown, strict=True)]
+    calls, real = [], model.generate
+    monkeypatch.setattr(
+        model,
+        "generate",
+        lambda **given: calls.append((len(given["input_ids"]), given["max_new_tokens"])) or real(**given),
+    )
+    assert infer.generate_all(model, chat, asked, shown, 4, 40) == alone
+    assert len(set(alone)) > 6
+    assert calls[:3] == [(4, 16)] * 3
+    later = sum(rows for rows, _ in calls[3:])
+    assert 0 < later < 12
+    assert all(tokens == 24 for _, tokens in calls[3:])
+    calls.clear()
+    assert infer.generate_all(model, chat, asked, shown, 12, 40) == alone
+    assert calls == [(12, 40)]
+
+
 def test_infer_prints_the_answer_alone(merged, corpus):
     picture = corpus / "images_dl" / "0.png"
     command = [sys.executable, "-m", "train_llava.infer", "--model_name_or_path", merged, "--image", picture]
@@ -117,7 +143,8 @@ def test_a_file_of_questions_is_answered_and_gone_on_with(merged, corpus, tmp_pa
     assert [line["answer"] for line in lines] == generate(model, processor, QUESTIONS, images, 8)
     answers.write_text(whole[: whole.index("\n") + 9])  # killed while it wrote the second answer
     asked = []
-    monkeypatch.setattr(infer, "generate", lambda *args, **kw: asked.append(len(args[2])) or generate(*args, **kw))
+    ask = infer.generate_all
+    monkeypatch.setattr(infer, "generate_all", lambda *args, **kw: asked.append(len(args[2])) or ask(*args, **kw))
     infer.answer_file(model, processor, questions, answers, batch_size=16, max_new_tokens=8)
     assert (answers.read_text(), asked) == (whole, [2])
 
@@ -355,18 +382,18 @@ def test_evaluate_asks_every_question_and_counts_the_exact_answers(merged, corpu
         height: ("a red square", "a blue circle", "红")[height % 3] * (1 + height % 2) for height in range(30, 46)
     }
 
-    def answer_by_heart(model, processor, conversations, images, max_new_tokens):
+    def answer_by_heart(model, chat, conversations, images, *_):
         """Tells the pictures apart by their height, and is right for the English ones."""
         asked.extend(conversations)
-        shown = iter(images)
         answers = []
-        for conversation in conversations:
-            picture = next(shown) if any(part["type"] == "image" for part in conversation[0]["content"]) else None
+        for conversation, shown in zip(conversations, images, strict=True):
+            assert len(shown) == sum(part["type"] == "image" for part in conversation[0]["content"])
+            picture = shown[0] if shown else None
             blank = picture is None or picture.getextrema() == ((255, 255),) * 3
             answers.append("a red square" if blank else heights[picture.height])
         return answers
 
-    monkeypatch.setattr(answers, "generate", answer_by_heart)
+    monkeypatch.setattr(answers, "generate_all", answer_by_heart)
     metrics = run_evaluate(
         monkeypatch, merged, corpus, tmp_path / "out", "--blank_control", "true", "--batch_size", "5"
     )
@@ -407,7 +434,7 @@ def write_data(folder: Path, corpus: Path, *records: dict) -> Path:
 def test_no_text_costs_an_evaluation(merged, corpus, tmp_path, monkeypatch, text):
     record = {"id": "0", "image": "0.png", "caption": text}
     data = write_data(tmp_path / "data", corpus, *[record] * 3)
-    monkeypatch.setattr(answers, "generate", lambda model, processor, conversations, *_: [text] * len(conversations))
+    monkeypatch.setattr(answers, "generate_all", lambda model, chat, conversations, *_: [text] * len(conversations))
     metrics = run_evaluate(monkeypatch, merged, data, tmp_path / "$out$")
     assert (metrics["n"], metrics["exact_match"], metrics["bad"]) == (3, 1, [])
     assert Image.open(tmp_path / "$out$" / "captions.png").width == 1144
@@ -459,7 +486,7 @@ def test_a_record_may_have_several_right_answers(merged, corpus, tmp_path, monke
         {"conversations": turns("How many?", "two"), "answers": [{"answer": "2", "answer_id": i} for i in range(10)]},
     )
     said = iter(["one cat", "I", "there", "2"])
-    monkeypatch.setattr(answers, "generate", lambda model, processor, asked, *_: [next(said) for _ in asked])
+    monkeypatch.setattr(answers, "generate_all", lambda model, chat, asked, *_: [next(said) for _ in asked])
     metrics = run_evaluate(monkeypatch, merged, data, tmp_path / "out")
     assert (metrics["exact_match"], metrics["vqa_accuracy"]) == (0.75, 1)
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]

@@ -15,7 +15,7 @@ from transformers.integrations import TensorBoardCallback
 
 from train_llava.chat import Chat, Processor
 from train_llava.data import LlavaDataset
-from train_llava.infer import generate, room_for_answer, this_process
+from train_llava.infer import generate_all, room_for_answer, shares, this_process
 from train_llava.metrics import score_group
 from train_llava.pictures import open_image
 from train_llava.readers import BadRecordError
@@ -66,21 +66,16 @@ def askable(
 
 
 def ask(
-    model: Any,
-    processor: Processor,
-    asked: list[dict[str, Any]],
-    batch_size: int = BATCH,
-    max_new_tokens: int = NEW_TOKENS,
+    model: Any, chat: Chat, asked: list[dict[str, Any]], batch_size: int, max_new_tokens: int
 ) -> list[dict[str, Any]]:
     """The questions, so many at once, with the model's `prediction` and without their messages and pictures."""
-    predictions = []
-    for batch in (asked[start : start + batch_size] for start in range(0, len(asked), batch_size)):
-        images = [image for question in batch for image in question["images"]]
-        answers = generate(model, processor, [q["messages"] for q in batch], images, max_new_tokens)
-        for question, answer in zip(batch, answers, strict=True):
-            kept = {key: question[key] for key in question if key not in ("messages", "images", "image_sizes")}
-            predictions.append(kept | {"prediction": answer})
-    return predictions
+    conversations, images = ([question[name] for question in asked] for name in ("messages", "images"))
+    answers = generate_all(model, chat, conversations, images, batch_size, max_new_tokens)
+    left_out = ("messages", "images", "image_sizes")
+    return [
+        {key: value for key, value in question.items() if key not in left_out} | {"prediction": answer}
+        for question, answer in zip(asked, answers, strict=True)
+    ]
 
 
 def predict(
@@ -93,17 +88,16 @@ def predict(
         asked; to every process all of them.
     """
     state, chat, predictions, bad = this_process(), Chat(processor), [], []
-    starts = range(0, len(dataset), batch_size * state.num_processes)
-    for start in tqdm(starts, "asking, pictures blank" if blank else "asking", disable=not state.is_main_process):
-        first = start + state.process_index * batch_size
-        found = [askable(model, chat, dataset, i) for i in range(first, min(first + batch_size, len(dataset)))]
+    what, quiet = "asking, pictures blank" if blank else "asking", not state.is_main_process
+    for share in tqdm(shares(len(dataset), batch_size), what, disable=quiet):
+        found = [askable(model, chat, dataset, i) for i in share]
         asked = [question for record, _ in found for question in record]
         if blank:
             asked = [q | {"images": [Image.new("RGB", i.size, "white") for i in q["images"]]} for q in asked]
-        answered = ask(model, processor, asked, batch_size, max_new_tokens)
-        shares = gather_object([(answered, [entry for _, entries in found for entry in entries])])
-        predictions += [prediction for share, _ in shares for prediction in share]
-        bad += [entry for _, share in shares for entry in share]
+        answered = ask(model, chat, asked, batch_size, max_new_tokens)
+        gathered = gather_object([(answered, [entry for _, entries in found for entry in entries])])
+        predictions += [prediction for one, _ in gathered for prediction in one]
+        bad += [entry for _, one in gathered for entry in one]
     return predictions, bad
 
 
@@ -133,10 +127,11 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
     if not asked:
         raise ValueError("no held-out question can be asked of this model: set --eval_answers 0")
     mine, share = asked[state.process_index :: state.num_processes], -(-len(asked) // state.num_processes)
-    mine += [asked[0]] * (share - len(mine))  # under ZeRO-3 no process computes alone
+    mine += [asked[0]] * (share - len(mine))  # under ZeRO-3 no process computes alone, and all ask batch by batch
+    batches, chat = [mine[start : start + BATCH] for start in range(0, share, BATCH)], Chat(processor)
     with as_opened(model):
-        shares = gather_object([ask(model, processor, mine)])
-    predictions = [shares[i % state.num_processes][i // state.num_processes] for i in range(len(asked))]
+        gathered = gather_object([[p for batch in batches for p in ask(model, chat, batch, BATCH, NEW_TOKENS)]])
+    predictions = [gathered[i % state.num_processes][i // state.num_processes] for i in range(len(asked))]
     if state.is_main_process:
         path = Path(trainer.args.output_dir) / "answers" / f"step-{step:06}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,38 +18,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from PIL import Image
-from safetensors.torch import load_file
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    BaseImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlavaConfig,
-    LlavaNextConfig,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-
-from train_llava.chat import Processor
-from train_llava.checks import check_checkpoint, reference_outputs
-from train_llava.cli import opening, parse_arguments, run_command, written_whole
-from train_llava.model import Llava, count_parameters, tower_states
-from train_llava.pictures import is_anyres
-from train_llava.records import IMAGE_TOKEN
-from train_llava.reports import write_card
-from train_llava.template import complete_generation_config, complete_template, end_of_turn_tokens
+from train_llava.cli import opening, parse_arguments, parse_first, run_command, written_whole
 
 PINPOINTS = ["1x2", "2x1", "2x2", "3x1", "1x3"]  # LLaVA-NeXT's
 
@@ -97,6 +66,42 @@ class BuildArguments:
         for grid in self.image_grid_pinpoints or []:
             if not re.fullmatch("[1-9]x[1-9]", grid):
                 raise ValueError(f"--image_grid_pinpoints {grid}: rows x columns of tiles, 1 to 9 each, such as 2x3")
+
+
+if __name__ == "__main__":
+    parse_first(BuildArguments)  # before the imports that take seconds
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BaseImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from train_llava.chat import Processor
+from train_llava.checks import check_checkpoint, reference_outputs
+from train_llava.model import Llava, count_parameters, tower_states
+from train_llava.pictures import is_anyres
+from train_llava.records import IMAGE_TOKEN
+from train_llava.reports import write_card
+from train_llava.template import complete_generation_config, complete_template, end_of_turn_tokens
 
 
 def part_config(name_or_path: str) -> PreTrainedConfig:

@@ -11,25 +11,18 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-from tqdm import tqdm
-
-from train_llava.chat import IGNORE, Chat
-from train_llava.cli import parse_arguments, run_command
-from train_llava.data import LlavaDataset
-from train_llava.model import load_processor
-from train_llava.records import BadRecordError
-
-CHUNK = 500  # records a process takes at once
-EXAMPLES = 3  # of each fault
+from train_llava.cli import parse_arguments, parse_first, run_command
 
 
 @dataclass
@@ -43,6 +36,22 @@ class CheckArguments:
         default=None, metadata={"help": "A .json file for the outcome; histograms go into a .png of the same name."}
     )
     num_proc: int = field(default=os.cpu_count() or 1, metadata={"help": "Processes to use."})
+
+
+if __name__ == "__main__":
+    parse_first(CheckArguments)  # before the imports that take seconds
+
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from train_llava.chat import IGNORE, Chat
+from train_llava.data import LlavaDataset, to_item
+from train_llava.model import load_processor
+from train_llava.records import BadRecordError
+
+CHUNK = 100  # records a process takes at once, which may hold pictures
+EXAMPLES = 3  # of each fault
 
 
 worker: dict[str, Any] = {}  # what a process opens once: the data set and, with a model, the chat
@@ -60,13 +69,21 @@ def open_data(arguments: CheckArguments) -> None:
     worker["chat"] = chat
 
 
+def rows(dataset: LlavaDataset, start: int, stop: int) -> Iterator[tuple[dict[str, Any], Path | None]]:
+    """The rows from `start` to `stop` and their pictures' folders, at once, which takes a fraction of one by one."""
+    for source, places in groupby(dataset.index[start:stop].tolist(), key=itemgetter(0)):
+        columns = dataset.tables[source][[row for _, row in places]]
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True)), dataset.image_dirs[source]
+
+
 def look_through(start: int, stop: int) -> dict[str, list]:
     """What the records from `start` to `stop` are like: their faults, and the sizes of the good ones."""
     dataset, chat = worker["dataset"], worker["chat"]
     findings: dict[str, list] = {"faults": [], "tokens": [], "characters": [], "sides": []}
-    for i in range(start, stop):
+    for row, image_dir in rows(dataset, start, stop):
         try:
-            item = dataset[i]
+            item = to_item(row, image_dir, None, dataset.decode, dataset.measure)
             if chat is not None:
                 findings["tokens"].append(len(chat.labelled(item)["labels"]))
             findings["characters"].append(
@@ -124,8 +141,11 @@ def main() -> None:
     total = len(worker["dataset"])
     findings: dict[str, list] = {"faults": [], "tokens": [], "characters": [], "sides": []}
     starts = range(0, total, CHUNK)
-    with ProcessPoolExecutor(arguments.num_proc, get_context("spawn"), open_data, (arguments,)) as pool:
-        parts = pool.map(look_through, starts, [min(start + CHUNK, total) for start in starts])
+    # texts alone are looked at sooner than another process has started
+    alone = arguments.num_proc == 1 or not (arguments.decode_pictures or arguments.model_name_or_path)
+    processes = partial(ProcessPoolExecutor, arguments.num_proc, get_context("spawn"), open_data, (arguments,))
+    with nullcontext() if alone else processes() as pool:
+        parts = (map if alone else pool.map)(look_through, starts, [min(start + CHUNK, total) for start in starts])
         for part in tqdm(parts, total=len(starts), desc="looking", unit=f" x {CHUNK} records"):
             for name, values in part.items():
                 findings[name] += values

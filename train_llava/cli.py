@@ -17,9 +17,8 @@ from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 import yaml
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -27,14 +26,15 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers import HfArgumentParser
 
+if TYPE_CHECKING:
+    import torch
 
-def device() -> torch.device:
+
+def device() -> "torch.device":
     """The accelerator that is there, or the CPU. A CUDA build of torch names `cuda` where there is no GPU, too."""
+    import torch  # here, since it takes longer than all else that --help and a wrong argument need
+
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-if device().type == "cpu":
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is imported, complains on standard output
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
@@ -55,6 +55,7 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 ROOT = Path(__file__).parent.parent
 # What DeepSpeed's launcher and run_zero2.sh put in front of a command's own words; a recipe may say otherwise
 LAUNCHERS_OWN = ("--local_rank=", "--deepspeed=")
+BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
 
 def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
@@ -206,7 +207,8 @@ def hub_answers() -> bool:
     what was fetched earlier is opened at once, and the rest refused, where each file would be asked for six times.
     """
     try:
-        get_session().head(constants.ENDPOINT, timeout=5)
+        if not constants.HF_HUB_OFFLINE:
+            get_session().head(constants.ENDPOINT, timeout=5)
     except Exception:  # what it raises without a network depends on the HTTP library that the hub's uses
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -225,9 +227,27 @@ def check_positive(arguments: Any, *names: str) -> None:
             raise ValueError(f"--{name} {value}: it has to be above 0")
 
 
+def parse_first(*dataclasses: type) -> None:
+    """Parses the command line for once, and leaves the outcome to `main`, which parses it again.
+
+    A command calls it in front of the imports that take seconds, so that `--help` and a wrong argument do not wait.
+    """
+    message = _run(partial(parse_arguments, *dataclasses))
+    if message is not None:
+        sys.exit(message)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command. What the user can mend (a wrong path, a broken file) ends it with one line and exit code 1."""
-    message = None
+    message = _run(main)
+    if "LOCAL_RANK" in os.environ:
+        _leave_rank(message)
+    if message is not None:
+        sys.exit(message)
+
+
+def _run(main: Callable[[], Any]) -> str | int | None:
+    """Calls `main`, and gives what to exit with where the user can mend what it raises; None: all went well."""
     try:
         main()
     except (OSError, ValueError, ImportError) as error:  # an option may need a package that is not installed
@@ -235,16 +255,20 @@ def run_command(main: Callable[[], None]) -> None:
         text = str(error).strip()
         if "Original Traceback" in text:
             text = text.splitlines()[-1].partition("Error: ")[2]
-        message = _once(f"error: {' '.join(text.split())}")
-    except torch.OutOfMemoryError as error:
+        return _once(f"error: {' '.join(text.split())}")
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
         needs_less = "a smaller batch needs less, and so do --activation_checkpointing true and --bits 4 in training"
-        message = _once(f"error: {str(error).partition('. ')[0]}: {needs_less}")
+        return _once(f"error: {str(error).partition('. ')[0]}: {needs_less}")
     except KeyboardInterrupt:
-        message = _once("stopped")
-    if "LOCAL_RANK" in os.environ:
-        _leave_rank(message)
-    if message is not None:
-        sys.exit(message)
+        return _once("stopped")
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether it is torch's, told by name: torch itself is not imported for this."""
+    return type(error).__name__ == "OutOfMemoryError"
 
 
 def _leave_rank(message: str | int | None) -> NoReturn:
@@ -287,9 +311,9 @@ def opening(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if _is_out_of_memory(error):
+            raise
         broken, known = _broken_file(Path(name)), isinstance(error, (OSError, ValueError))
         if broken is None and known and name in str(error):
             raise

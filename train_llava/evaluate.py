@@ -16,35 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
-import torch
-from accelerate.utils import gather_object
-from matplotlib.figure import Figure
-from peft import PeftModel
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-
-from train_llava.answers import BATCH, NEW_TOKENS, predict, write_predictions
-from train_llava.build_model import load_language_model
-from train_llava.cli import check_name, check_positive, opening, parse_arguments, run_command, written_whole
-from train_llava.data import LlavaDataset
-from train_llava.infer import load_model, this_process
-from train_llava.metrics import (
-    METRICS,
-    by_language,
-    difference,
-    most_frequent_answer,
-    read_metrics,
-    score_exact,
-    score_group,
+from train_llava.cli import (
+    BITS_HELP,
+    check_name,
+    check_positive,
+    opening,
+    parse_arguments,
+    parse_first,
+    run_command,
+    written_whole,
 )
-from train_llava.model import BITS_HELP, load_checkpoint
-from train_llava.readers import read_jsonl
-from train_llava.reports import cell, draw, draw_sheet, markdown
-
-WINDOW = 1024  # tokens of a text read at once
-SHEET = (2, 4)  # rows and columns of captions.png
 
 
 @dataclass
@@ -72,8 +53,8 @@ class EvaluateArguments:
         default=False, metadata={"help": "Ask everything again with blank pictures, to see what the pictures give."}
     )
     bits: Literal[4, 8] | None = field(default=None, metadata={"help": BITS_HELP})
-    batch_size: int = field(default=BATCH, metadata={"help": "Questions answered at once."})
-    max_new_tokens: int = field(default=NEW_TOKENS, metadata={"help": "The longest answer, in tokens."})
+    batch_size: int = field(default=16, metadata={"help": "Questions answered at once."})
+    max_new_tokens: int = field(default=128, metadata={"help": "The longest answer, in tokens."})
 
     def __post_init__(self) -> None:
         if bool(self.compare) == bool(self.model_name_or_path and self.data_path):
@@ -83,6 +64,39 @@ class EvaluateArguments:
         if self.base is not None and self.text_path is None:
             raise ValueError("--base goes with --text_path")
         check_positive(self, "batch_size", "max_new_tokens")
+
+
+if __name__ == "__main__":
+    parse_first(EvaluateArguments)  # before the imports that take seconds
+
+import matplotlib
+import torch
+from accelerate.utils import gather_object
+from matplotlib.figure import Figure
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from train_llava.answers import predict, write_predictions
+from train_llava.build_model import load_language_model
+from train_llava.data import LlavaDataset
+from train_llava.infer import load_model, this_process
+from train_llava.metrics import (
+    METRICS,
+    by_language,
+    difference,
+    most_frequent_answer,
+    read_metrics,
+    score_exact,
+    score_group,
+)
+from train_llava.model import load_checkpoint
+from train_llava.readers import read_jsonl
+from train_llava.reports import cell, draw, draw_sheet, markdown
+
+WINDOW = 1024  # tokens of a text read at once
+SHEET = (2, 4)  # rows and columns of captions.png
 
 
 def table(metrics: dict[str, Any]) -> str:

@@ -14,6 +14,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from train_llava.cli import parse_arguments, parse_first, run_command, written_whole
+
+
+@dataclass
+class ExportArguments:
+    model_name_or_path: str = field(metadata={"help": "A LLaVA checkpoint, a folder or a hub id."})
+    output_dir: str = field(metadata={"help": "The folder to write; it must not exist yet."})
+    class_token: Literal["last", "first"] = field(
+        default="last",
+        metadata={
+            "help": "Where the engine puts CLIP's class token: llama.cpp puts it behind the patches since May 2025 "
+            "(its issue 25814), in front of them where that is mended."
+        },
+    )
+
+
+if __name__ == "__main__":
+    parse_first(ExportArguments)  # before the imports that take seconds
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -27,7 +46,6 @@ from transformers import (
 )
 from transformers.utils import is_gguf_available
 
-from train_llava.cli import parse_arguments, run_command, written_whole
 from train_llava.model import load_checkpoint
 from train_llava.template import ANSWER, QUESTION, end_of_turn_tokens, pieces_of
 
@@ -44,19 +62,6 @@ TOWERS = ("clip_vision_model", "siglip_vision_model")
 # llama.cpp has one GELU, the one by tanh, which is also what it takes for the exact one
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 PADDING = (122, 116, 104)  # what llama.cpp fills a picture up with that is not square: the colour of LLaVA-1.5
-
-
-@dataclass
-class ExportArguments:
-    model_name_or_path: str = field(metadata={"help": "A LLaVA checkpoint, a folder or a hub id."})
-    output_dir: str = field(metadata={"help": "The folder to write; it must not exist yet."})
-    class_token: Literal["last", "first"] = field(
-        default="last",
-        metadata={
-            "help": "Where the engine puts CLIP's class token: llama.cpp puts it behind the patches since May 2025 "
-            "(its issue 25814), in front of them where that is mended."
-        },
-    )
 
 
 def check_exportable(config: LlavaConfig | LlavaNextConfig) -> None:

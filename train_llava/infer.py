@@ -25,31 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import load_peft_weights
-from PIL import Image
-from tqdm import tqdm
-from transformers import TextStreamer
-
-from train_llava.chat import Chat, Processor
-from train_llava.cli import check_positive, device, parse_arguments, run_command
-from train_llava.model import BITS_HELP, Llava, load_checkpoint
-from train_llava.pictures import open_image
-from train_llava.readers import BadRecordError, read_jsonl
-from train_llava.records import IMAGE_TOKEN, Record, pictures_of, text_of, to_messages
-from train_llava.run_folder import check_base, first_numbers
-
-MAX_BYTES = 50 << 20  # of a picture from the network
-ADDRESSES = ("http://", "https://", "data:")
-# The parts of a LLaVA as transformers named them before 4.52, and their names today
-RENAMED = {
-    r"^language_model\.lm_head": "lm_head",
-    r"^language_model\.model": "model.language_model",
-    r"^(vision_tower|multi_modal_projector)": r"model.\1",
-}
+from train_llava.cli import BITS_HELP, check_positive, device, parse_arguments, parse_first, run_command
 
 
 @dataclass
@@ -82,6 +58,38 @@ class InferArguments:
         check_positive(self, "batch_size", "max_new_tokens")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError("--temperature is 0 or above, and --top_p above 0 and at most 1")
+
+
+if __name__ == "__main__":
+    parse_first(InferArguments)  # before the imports that take seconds
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import TextStreamer
+
+from train_llava.chat import Chat, Processor
+from train_llava.model import Llava, load_checkpoint
+from train_llava.pictures import open_image
+from train_llava.readers import BadRecordError, read_jsonl
+from train_llava.records import IMAGE_TOKEN, Record, pictures_of, text_of, to_messages
+from train_llava.run_folder import check_base, first_numbers
+
+MAX_BYTES = 50 << 20  # of a picture from the network
+WINDOW = 4  # batches of questions that are sorted by length, and whose long answers go on together
+FIRST = 16  # tokens that each of several batches' answers gets before those that go on are put together
+ADDRESSES = ("http://", "https://", "data:")
+# The parts of a LLaVA as transformers named them before 4.52, and their names today
+RENAMED = {
+    r"^language_model\.lm_head": "lm_head",
+    r"^language_model\.model": "model.language_model",
+    r"^(vision_tower|multi_modal_projector)": r"model.\1",
+}
 
 
 def this_process() -> PartialState:
@@ -191,22 +199,83 @@ def generate(
     Raises:
         ValueError: one of them cannot be asked; see `room_for_answer`.
     """
-    chat, left = Chat(processor), iter(images)
+    left = iter(images)
     tags = [sum(part["type"] == "image" for part in _parts(messages)) for messages in conversations]
     if sum(tags) != len(images):
         raise ValueError(f"{sum(tags)} {IMAGE_TOKEN} tags, {len(images)} pictures")
     shown = [list(islice(left, number)) for number in tags]
-    room = min(room_for_answer(model, chat, *asked) for asked in zip(conversations, shown, strict=True))
-    if room < max_new_tokens and len(conversations) > 1:  # one by one: who has less room cuts nobody else's answer
-        single = [
-            generate(model, processor, [c], s, max_new_tokens, **options)
-            for c, s in zip(conversations, shown, strict=True)
-        ]
-        return [answer for answers in single for answer in answers]
-    inputs = chat.prompts(conversations, images).to(model.device)
-    output = model.generate(**inputs, max_new_tokens=min(room, max_new_tokens), **{"do_sample": False} | options)
-    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+    return generate_all(model, Chat(processor), conversations, shown, len(conversations), max_new_tokens, **options)
+
+
+@torch.inference_mode()
+def generate_all(
+    model: Llava | PeftModel,
+    chat: Chat,
+    conversations: list[list[dict[str, Any]]],
+    images: list[list[Image.Image]],
+    batch_size: int,
+    max_new_tokens: int = 128,
+    **options: Any,
+) -> list[str]:
+    """As `generate`, of any number of conversations, each with its `images`, so many at once.
+
+    In several batches, those of like length stand together, and every answer first gets `FIRST` tokens; those that go
+    on are put together anew and get twice as many, and so on, so that no short answer waits for a long one. To go on,
+    the model reads the conversation again with what it has said, which is what it would have before it in one go. In
+    half precision, where that can change a word, batches are those of the questions in their order, in one go.
+
+    Raises:
+        ValueError: see `generate`.
+    """
+    asked = list(zip(conversations, images, strict=True))
+    limits = [min(room_for_answer(model, chat, *each), max_new_tokens) for each in asked]
+    prompts = [dict(chat.prompts([messages], shown)) for messages, shown in asked]
+    ends = torch.tensor(model.generation_config.eos_token_id)
+    said = [prompt["input_ids"][0, :0] for prompt in prompts]
+    unended, in_one_go, tokens = list(range(len(asked))), [], max_new_tokens
+    if len(asked) > batch_size and model.dtype == torch.float32:
+        unended.sort(key=lambda i: prompts[i]["input_ids"].shape[1])
+        tokens = FIRST
+    while unended:
+        batches = [unended[start : start + batch_size] for start in range(0, len(unended), batch_size)]
+        unended = []
+        for batch in batches:
+            inputs = side_by_side([prompts[i] for i in batch], [said[i] for i in batch], chat.tokenizer.pad_token_id)
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            # whose context is full cuts nobody else's answer, who goes on
+            most = min([tokens, *(limits[i] - len(said[i]) for i in batch)])
+            output = model.generate(**inputs, max_new_tokens=most, **{"do_sample": False} | options)
+            for i, more in zip(batch, output[:, inputs["input_ids"].shape[1] :].cpu(), strict=True):
+                ended = torch.isin(more, ends).nonzero()
+                said[i] = torch.cat([said[i], more[: ended[0, 0] + 1] if len(ended) else more])
+                if len(ended) or len(said[i]) == limits[i]:
+                    continue
+                if chat.processor.image_token_id in said[i]:  # read again, it would ask for a picture
+                    said[i] = said[i][:0]
+                    in_one_go.append(i)
+                else:
+                    unended.append(i)
+        tokens *= 2
+        if not unended:
+            unended, in_one_go, tokens = in_one_go, [], max_new_tokens
+    return [chat.processor.decode(ids, skip_special_tokens=True).strip() for ids in said]
+
+
+def side_by_side(
+    prompts: list[dict[str, torch.Tensor]], said: list[torch.Tensor], pad_token_id: int
+) -> dict[str, torch.Tensor]:
+    """Prompts (see `Chat.prompts`), each a batch of one, and what was said to it, as one batch, padded on the left."""
+    rows = [torch.cat([prompt["input_ids"][0], more]) for prompt, more in zip(prompts, said, strict=True)]
+    batch = {
+        "input_ids": pad_sequence(rows, True, pad_token_id, "left"),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left"),
+    }
+    shown = [prompt for prompt in prompts if "pixel_values" in prompt]
+    if shown:  # by tiles, a picture may have fewer than another
+        batch["pixel_values"] = pad_sequence([p for prompt in shown for p in prompt["pixel_values"]], True)
+    if shown and "image_sizes" in shown[0]:
+        batch["image_sizes"] = torch.cat([prompt["image_sizes"] for prompt in shown])
+    return batch
 
 
 def fetch_image(name: str) -> Image.Image:
@@ -395,6 +464,14 @@ def unanswered(questions: list[Question], answers: Path, digest: str) -> list[Qu
     return [asked for asked in questions if any(asked is other for other in waiting[str(asked.id)])]
 
 
+def shares(number: int, batch_size: int) -> list[range]:
+    """This process's share of each window of so many questions or records, as their numbers; the last may be empty."""
+    state = this_process()
+    share = max(1, min(WINDOW * batch_size, -(-number // state.num_processes)))
+    windows = range(share * state.process_index, number + share * state.process_index, share * state.num_processes)
+    return [range(min(start, number), min(start + share, number)) for start in windows]
+
+
 def answer_file(
     model: Llava | PeftModel,
     processor: Processor,
@@ -420,29 +497,27 @@ def answer_file(
     state.wait_for_everyone()
     settings = {"total": len(asked), "initial": len(asked) - len(left), "disable": not state.is_main_process}
     with open(answers if state.is_main_process else os.devnull, "ab") as file, tqdm(**settings) as bar:
-        for first in range(0, len(left), batch_size * state.num_processes):
-            start, batch, images, unasked = first + batch_size * state.process_index, [], [], []
-            for entry in left[start : start + batch_size]:
+        for share in shares(len(left), batch_size):
+            entries, images, unasked, lines = [], [], [], []
+            for entry in left[share.start : share.stop]:
                 try:
                     shown = [fetch_image(name) for name in entry.pictures]
                     room_for_answer(model, chat, entry.messages, shown)
-                    images += shown
-                    batch.append(entry)
+                    images.append(shown)
+                    entries.append(entry)
                 except (OSError, ValueError) as error:
                     unasked.append(f"question {entry.id!r}: {error}")
-            replies = (
-                generate(model, processor, [entry.messages for entry in batch], images, **options) if batch else []
-            )
-            lines = []
-            for entry, answer in zip(batch, replies, strict=True):
+            conversations = [entry.messages for entry in entries]
+            replies = generate_all(model, chat, conversations, images, batch_size, **options)
+            for entry, answer in zip(entries, replies, strict=True):
                 line = {"id": entry.id, "prompt": entry.prompt, "answer": answer}
                 line |= {"asked": entry.fingerprint(), "model": digest}
                 # a half of a surrogate pair, which only an id can hold, is written as it was: escaped
                 lines.append(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
-            for share, entries in gather_object([(lines, unasked)]):
-                file.writelines(share)
-                bar.update(len(share))
-                refused += entries
+            for written, named in gather_object([(lines, unasked)]):
+                file.writelines(written)
+                bar.update(len(written))
+                refused += named
             file.flush()
     if refused:
         if state.is_main_process:

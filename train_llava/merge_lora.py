@@ -8,12 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from train_llava.cli import parse_arguments, run_command, written_whole
-from train_llava.infer import load_model
-from train_llava.model import load_checkpoint
-from train_llava.reports import carry_card
+from train_llava.cli import parse_arguments, parse_first, run_command, written_whole
 
 
 @dataclass
@@ -21,6 +16,16 @@ class MergeArguments:
     model_name_or_path: str = field(metadata={"help": "The LLaVA checkpoint the adapter was trained on."})
     adapter_name_or_path: str = field(metadata={"help": "The adapter."})
     output_dir: str = field(metadata={"help": "The checkpoint to write; it must not exist yet."})
+
+
+if __name__ == "__main__":
+    parse_first(MergeArguments)  # before the imports that take seconds
+
+import torch
+
+from train_llava.infer import load_model
+from train_llava.model import load_checkpoint
+from train_llava.reports import carry_card
 
 
 def merge_lora(*arguments: Any, **named: Any) -> None:

@@ -1,5 +1,6 @@
 """Opens a LLaVA checkpoint, older ones too; names its parts; decides what of them trains."""
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,9 @@ from train_llava.chat import Processor, image_side, image_tokens
 from train_llava.cli import device, opening
 from train_llava.template import complete_generation_config, complete_template
 
+if device().type == "cpu":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is imported, complains on standard output
+
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
 # A learning rate that makes each type work, from the LLaVA-1.5 recipe (Liu et al., 2023), and the parts that train in
@@ -37,7 +41,6 @@ TRAIN_TYPES = {
     "freeze_vision": (2e-5, ["projector", "language model"]),
     "full": (2e-5, ["projector", "language model", "vision tower"]),
 }
-BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
 
 @dataclass

@@ -11,9 +11,20 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from train_llava.cli import parse_arguments, parse_first, run_command
+
+
+@dataclass
+class CardArguments:
+    model_name_or_path: str = field(metadata={"help": "The folder of a model or an adapter that training wrote."})
+    evaluation_dir: str = field(metadata={"help": "The folder that evaluate wrote for it."})
+
+
+if __name__ == "__main__":
+    parse_first(CardArguments)  # before the imports that take seconds
+
 from huggingface_hub import EvalResult
 
-from train_llava.cli import parse_arguments, run_command
 from train_llava.metrics import METRICS, read_metrics
 from train_llava.reports import FILE, LICENCE, cell, markdown, read_card
 
@@ -21,12 +32,6 @@ from train_llava.reports import FILE, LICENCE, cell, markdown, read_card
 HELD_OUT = "## Held-out answers"
 INTERVAL = "The exact match of all"
 SHEET = "![Held-out pictures, references and answers]"
-
-
-@dataclass
-class CardArguments:
-    model_name_or_path: str = field(metadata={"help": "The folder of a model or an adapter that training wrote."})
-    evaluation_dir: str = field(metadata={"help": "The folder that evaluate wrote for it."})
 
 
 def add_evaluation(folder: Path, evaluation_dir: Path) -> None:

@@ -19,10 +19,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train_llava.chat import Chat
 from train_llava.checks import check_claims, check_options, check_together, preflight
-from train_llava.cli import device, parse_arguments, run_command
+from train_llava.cli import BITS_HELP, device, parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.memory import print_estimate
-from train_llava.model import BITS_HELP, TRAIN_TYPES, LoraArguments, count_parameters, load_checkpoint, set_trainable
+from train_llava.model import TRAIN_TYPES, LoraArguments, count_parameters, load_checkpoint, set_trainable
 from train_llava.pace import describe_pace
 from train_llava.packing import PackedDataset
 from train_llava.reports import describe_trainable, write_run_card

@@ -23,29 +23,9 @@ from threading import Event, Lock, Thread
 from time import sleep
 from typing import Any, Literal
 
-import torch
-from peft import PeftModel
-from PIL import Image
-from transformers import StoppingCriteriaList, TextIteratorStreamer
+from train_llava.cli import BITS_HELP, parse_arguments, parse_first, run_command
 
-from train_llava.chat import Chat, Processor
-from train_llava.cli import parse_arguments, run_command
-from train_llava.infer import load_model, question, reply, room_for_answer, sampling
-from train_llava.model import BITS_HELP, Llava
-from train_llava.pictures import open_image
-from train_llava.reports import ancestors
-from train_llava.reports import shown as short_name
-from train_llava.web_look import COPY, CSS, DOTS, TEXTS, header
-
-# Pages that keep uploads in one folder delete each other's when they close. Gradio looks for its folder when imported
-UPLOADS = tempfile.TemporaryDirectory(prefix="gradio-")
-os.environ["GRADIO_TEMP_DIR"] = UPLOADS.name
-if find_spec("gradio"):
-    import gradio as gr
-
-MOST_BYTES = 20 << 20  # of an uploaded picture
 MOST_EXAMPLES = 10
-POLL = 0.3  # seconds between looks at the queue
 
 
 @dataclass
@@ -66,6 +46,32 @@ class WebDemoArguments:
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536:
             raise ValueError(f"--port {self.port}: there are ports 1 to 65535")
+
+
+if __name__ == "__main__":
+    parse_first(WebDemoArguments)  # before the imports that take seconds
+
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import StoppingCriteriaList, TextIteratorStreamer
+
+from train_llava.chat import Chat, Processor
+from train_llava.infer import load_model, question, reply, room_for_answer, sampling
+from train_llava.model import Llava
+from train_llava.pictures import open_image
+from train_llava.reports import ancestors
+from train_llava.reports import shown as short_name
+from train_llava.web_look import COPY, CSS, DOTS, TEXTS, header
+
+# Pages that keep uploads in one folder delete each other's when they close. Gradio looks for its folder when imported
+UPLOADS = tempfile.TemporaryDirectory(prefix="gradio-")
+os.environ["GRADIO_TEMP_DIR"] = UPLOADS.name
+if find_spec("gradio"):
+    import gradio as gr
+
+MOST_BYTES = 20 << 20  # of an uploaded picture
+POLL = 0.3  # seconds between looks at the queue
 
 
 @dataclass
