@@ -24,6 +24,7 @@ from transformers.utils import is_liger_kernel_available
 from train_llava.answers import LOGGED
 from train_llava.chat import IGNORE, Chat, Processor, form_of
 from train_llava.data import CheckedDataset
+from train_llava.lengths import estimate_lengths
 from train_llava.model import count_parameters, load_checkpoint
 from train_llava.pace import peak_memory
 from train_llava.packing import PackedDataset
@@ -80,7 +81,7 @@ def check_options(args: TrainingArguments, model: nn.Module, eval_answers: int) 
 def longest_items(trainer: LlavaTrainer) -> list[dict[str, Any]]:
     """A batch's number of the longest good records, by their tokens, the fullest row, or a stream's first.
 
-    Those that seem the longest (see `LlavaDataset.lengths`) are tokenised, until there are 64 more good ones.
+    Those that seem the longest (see `estimate_lengths`) are tokenised, until there are 64 more good ones.
     """
     dataset, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
     if isinstance(dataset, PackedDataset):
@@ -88,7 +89,7 @@ def longest_items(trainer: LlavaTrainer) -> list[dict[str, Any]]:
     if not isinstance(dataset, CheckedDataset):
         return list(islice(dataset, size))
     tokens: dict[int, int] = {}
-    for i in np.argsort(-dataset.lengths(), kind="stable"):
+    for i in np.argsort(-estimate_lengths(dataset.dataset, dataset.chat), kind="stable"):
         if (item := dataset.good_item(int(i))) is not None:
             tokens[int(i)] = len(item["input_ids"])
         if len(tokens) == size + 64:

@@ -1,16 +1,13 @@
 """From records to the tensors the model is trained on: records → messages → token ids and labels → padded batch."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from train_llava.attention import use_conversation_lengths
 from train_llava.chat import IGNORE, Chat, Processor
@@ -88,46 +85,6 @@ class LlavaDataset(torch.utils.data.Dataset):
         record = self.tables[source][int(row)]
         return to_item(record, self.image_dirs[source], self.at_least, self.decode, self.measure)
 
-    def lengths(self, chat: Chat) -> np.ndarray:
-        """About how many tokens each record has, pictures included: to sort by, without decoding a picture.
-
-        200 records, from short to long, tell by least squares how many tokens come of so many turns, characters, and
-        bytes, which differ by language.
-        """
-        sizes = []  # of each record: turns, characters, bytes, pictures
-        for source, table in enumerate(self.tables):
-            texts, *lists = (table.data.column(name) for name in ("messages", "images", "image_bytes"))
-            size = [pc.count_substring(texts, '"role"'), pc.utf8_length(texts), pc.binary_length(texts)]
-            size = np.stack([*size, pc.add(*map(pc.list_value_length, lists))], axis=1)
-            sizes.append(size[self.index[self.index[:, 0] == source, 1]])
-        sizes = np.concatenate(sizes)
-        order = np.argsort(sizes[:, 2], kind="stable")[(sizes[:, 0] == 0).sum() :]  # without those that have no turn
-        sample = order[np.linspace(0, len(order) - 1, min(len(order), 200), dtype=int)]
-        texts = [self.tables[source].data.column("messages")[int(row)] for source, row in self.index[sample]]
-        tokens = [chat.count_tokens(json.loads(text.as_py())) for text in texts]
-        weights, *_ = np.linalg.lstsq(sizes[sample], tokens, rcond=None)
-        return sizes @ weights + self.picture_tokens(chat, sizes[:, 3])
-
-    def picture_tokens(self, chat: Chat, pictures: np.ndarray) -> np.ndarray:
-        """How many more tokens than one the pictures of each record have, which are so many; a bad record's count 0.
-
-        By their tiles, each has as many as its size says, and its head is read.
-        """
-        if not chat.anyres:
-            return pictures * (chat.image_tokens() - 1)
-
-        def more(place: np.ndarray) -> int:
-            row = self.tables[place[0]][int(place[1])]
-            try:
-                sizes = to_item(row, self.image_dirs[place[0]], decode=False)["image_sizes"]
-            except BadRecordError:
-                return 0
-            return sum(chat.image_tokens(size) - 1 for size in sizes)
-
-        with ThreadPoolExecutor() as pool:
-            found = pool.map(more, self.index)
-            return np.array(list(tqdm(found, "measuring pictures", len(self), disable=len(self) < 10_000)))
-
 
 def weights_of(paths: list[str], data_weights: list[float] | None) -> list[float]:
     """How often a pass goes through each data path.
@@ -155,12 +112,7 @@ class CheckedDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self,
-        dataset: LlavaDataset,
-        chat: Chat,
-        log: Path,
-        bad_samples: str = "skip",
-        max_bad_fraction: float = 0.01,
+        self, dataset: LlavaDataset, chat: Chat, log: Path, bad_samples: str = "skip", max_bad_fraction: float = 0.01
     ):
         self.dataset, self.chat, self.log = dataset, chat, log
         self.bad_samples, self.limit = bad_samples, max_bad_fraction * len(dataset)
@@ -185,10 +137,6 @@ class CheckedDataset(torch.utils.data.Dataset):
         if bad > self.limit:
             raise ValueError(f"{bad} of {len(self)} records are bad, more than --max_bad_fraction: see {self.log}")
         return None
-
-    def lengths(self) -> np.ndarray:
-        """See `LlavaDataset.lengths`."""
-        return self.dataset.lengths(self.chat)
 
 
 class LlavaCollator:
@@ -235,17 +183,10 @@ class LlavaCollator:
         )
         logits_to_keep = torch.zeros_like(labels, dtype=torch.bool)
         logits_to_keep[:, :-1] = labels[:, 1:] != IGNORE
+        batch = {"input_ids": input_ids, "labels": labels, "logits_to_keep": logits_to_keep}
+        batch["shift_labels"] = labels[:, 1:][logits_to_keep[:, :-1]]
         if self.packing:
-            layout = {"position_ids": position_ids, "use_cache": False, "conversation_lengths": lengths}
+            batch |= {"position_ids": position_ids, "use_cache": False, "conversation_lengths": lengths}
         else:
-            layout = {"attention_mask": attention_mask}
-        return (
-            layout
-            | prepare_pictures(self.processor.image_processor, images)
-            | {
-                "input_ids": input_ids,
-                "labels": labels,
-                "logits_to_keep": logits_to_keep,
-                "shift_labels": labels[:, 1:][logits_to_keep[:, :-1]],
-            }
-        )
+            batch["attention_mask"] = attention_mask
+        return batch | prepare_pictures(self.processor.image_processor, images)

@@ -4,7 +4,6 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,7 +13,6 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
-    BitsAndBytesConfig,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -22,10 +20,10 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     PreTrainedModel,
 )
-from transformers.utils import is_bitsandbytes_available
 
 from train_llava.chat import Processor, image_side, image_tokens
 from train_llava.cli import device, opening
+from train_llava.quantization import quantization
 from train_llava.template import complete_generation_config, complete_template
 
 if device().type == "cpu":
@@ -109,29 +107,6 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig | LlavaNextConf
     if derived:
         print(f"{model_name_or_path} lacks {' and '.join(derived)}: derived from its config", file=sys.stderr)
     return config, processor
-
-
-def quantization(bits: int, dtype: torch.dtype) -> dict[str, Any]:
-    """How `from_pretrained` puts the language model's weights in 8 bits (Dettmers et al., 2022) or 4 (QLoRA, 2023).
-
-    What is small, or reads pictures, stays as it is: the vision tower, the projector and the output embedding.
-
-    Raises:
-        ValueError: bitsandbytes, which does it, is not installed.
-    """
-    if not is_bitsandbytes_available():
-        raise ValueError(f"--bits {bits} needs a package that is not installed: pip install bitsandbytes")
-    config = BitsAndBytesConfig(
-        load_in_4bit=bits == 4,
-        load_in_8bit=bits == 8,
-        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    # such weights are made where they stay, a GPU that has to be named by its number
-    place = "cpu" if device().type == "cpu" else torch.accelerator.current_device_index()
-    return {"quantization_config": config, "device_map": {"": place}}
 
 
 def load_checkpoint(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator
 from filelock import FileLock
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -37,6 +38,26 @@ UNFINISHED = "unfinished"  # a file that a checkpoint holds while it is being wr
 def is_finished(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end."""
     return (checkpoint / "trainer_state.json").exists() and not (checkpoint / UNFINISHED).exists()
+
+
+@contextmanager
+def unfinished(checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Marks a checkpoint, which all ranks write in the block, as not finished until all of them are done.
+
+    Raises:
+        ValueError: it cannot be written. Nothing is left of it.
+    """
+    try:
+        if accelerator.is_main_process:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / UNFINISHED).touch()
+        yield
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (checkpoint / UNFINISHED).unlink()
+    except Exception as error:  # a full disk is of any type: the tokenizers' is an Exception
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        raise ValueError(f"{checkpoint} could not be written ({error}); checkpoints before it are whole") from error
 
 
 def finished_checkpoint(output_dir: str) -> str | None:

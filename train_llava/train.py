@@ -38,9 +38,7 @@ TUTORIAL_NAMES = {"use_lora": "lora", "none": "full"}
 class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "The LLaVA checkpoint to start from, a folder or a hub id."})
     bits: Literal[4, 8] | None = field(default=None, metadata={"help": f"With lora alone. {BITS_HELP}"})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, eager, or what is installed: flash_attention_2, kernels of the hub."}
-    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2 …"})
 
 
 @dataclass
@@ -48,9 +46,7 @@ class DataArguments:
     data_path: list[str] = field(
         metadata={"help": "One or several: a folder with chat.json, a .json, .jsonl, .parquet or .tar file, a hub id."}
     )
-    data_weights: list[float] | None = field(
-        default=None, metadata={"help": "How often a pass goes through each data path; default: once through all."}
-    )
+    data_weights: list[float] | None = field(default=None, metadata={"help": "How often a pass takes each path."})
     image_dir: str | None = field(
         default=None, metadata={"help": "Folder or .zip of pictures; default: images_dl/, images/, images.zip beside."}
     )
@@ -62,13 +58,9 @@ class DataArguments:
     max_bad_fraction: float = field(default=0.01, metadata={"help": "Stop once more of the records are bad."})
     eval_data_path: str | None = field(default=None, metadata={"help": "Held-out data, in the same form."})
     eval_image_dir: str | None = field(default=None, metadata={"help": "Its pictures' folder, found as image_dir is."})
-    eval_answers: int | None = field(
-        default=None, metadata={"help": "Held-out questions that each evaluation answers; default: 64. 0: none."}
-    )
+    eval_answers: int | None = field(default=None, metadata={"help": "Held-out questions each evaluation asks: 64."})
     max_length: int = field(default=2048, metadata={"help": "Longest conversation in tokens, pictures included."})
-    packing: bool = field(
-        default=False, metadata={"help": "Put a batch's conversations into one row, without padding, kept apart."}
-    )
+    packing: bool = field(default=False, metadata={"help": "A batch in one row without padding, each kept apart."})
 
     def __post_init__(self) -> None:
         if self.eval_answers is None:

@@ -15,8 +15,6 @@ What differs from `Trainer`:
 - the model card, which `Trainer` writes before it pushes to the hub, is this repo's own
 """
 
-import shutil
-import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,16 +25,18 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from train_llava.answers import score_answers
 from train_llava.chat import IGNORE
 from train_llava.data import LlavaCollator
+from train_llava.lengths import estimate_lengths
 from train_llava.model import load_checkpoint, part_of
 from train_llava.pace import Pace
-from train_llava.run_folder import UNFINISHED, check_base, read_back, save_base_fingerprint
+from train_llava.run_folder import check_base, read_back, save_base_fingerprint, unfinished
+from train_llava.stopping import StopOnSignal
 
 
 def with_ids(items: list[dict[str, Any]], collator: LlavaCollator) -> dict[str, Any]:
@@ -47,34 +47,6 @@ def with_ids(items: list[dict[str, Any]], collator: LlavaCollator) -> dict[str, 
     extra = {"ids": [item["id"] for item in items], "answer_tokens": torch.tensor(counts)}
     extra["size"] = (sum(len(item["labels"]) for item in items), sum(len(item["images"]) for item in items))
     return collator(items) | extra | {"stand_in": torch.tensor([item.get("stand_in", False) for item in items])}
-
-
-class StopOnSignal(TrainerCallback):
-    """Ends the run at the end of a step, with a checkpoint, once any rank has got a SIGTERM; without one, or a score
-    that rises no more, no end is early."""
-
-    def __init__(self) -> None:
-        self.received = self.rises_no_more = False
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "received", True))
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        received = torch.tensor(float(self.received), device=args.device)
-        if args.world_size > 1:  # the signal may reach ranks in different steps, and they have to end in one
-            torch.distributed.all_reduce(received)
-        if received.item():
-            if state.is_world_process_zero:
-                print(f"SIGTERM: ending at step {state.global_step} with a checkpoint", flush=True)
-            self.received = control.should_save = control.should_training_stop = True
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.rises_no_more = control.should_training_stop  # by EarlyStoppingCallback, which is called before
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if state.global_step < state.max_steps and not self.received and not self.rises_no_more:
-            raise ValueError(f"the data ended after {state.global_step} of {state.max_steps} steps")
 
 
 class LlavaTrainer(Trainer):
@@ -102,7 +74,9 @@ class LlavaTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch, lengths=self.train_dataset.lengths())
+        return LengthGroupedSampler(
+            batch, lengths=estimate_lengths(self.train_dataset.dataset, self.train_dataset.chat)
+        )
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         return SequentialSampler(eval_dataset)
@@ -195,17 +169,8 @@ class LlavaTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            if self.is_world_process_zero():
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / UNFINISHED).touch()
-            with self.pace.pausing():
+            with unfinished(folder, self.accelerator), self.pace.pausing():
                 super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                (folder / UNFINISHED).unlink()
-        except Exception as error:  # a full disk is of any type: the tokenizers' is an Exception
-            shutil.rmtree(folder, ignore_errors=True)
-            raise ValueError(f"{folder} could not be written ({error}); checkpoints before it are whole") from error
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:  # only now may an older one go

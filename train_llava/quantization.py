@@ -1,0 +1,32 @@
+"""Weights in 4 or 8 bits, by bitsandbytes."""
+
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
+
+from train_llava.cli import device
+
+
+def quantization(bits: int, dtype: torch.dtype) -> dict[str, Any]:
+    """How `from_pretrained` puts the language model's weights in 8 bits (Dettmers et al., 2022) or 4 (QLoRA, 2023).
+
+    What is small, or reads pictures, stays as it is: the vision tower, the projector and the output embedding.
+
+    Raises:
+        ValueError: bitsandbytes, which does it, is not installed.
+    """
+    if not is_bitsandbytes_available():
+        raise ValueError(f"--bits {bits} needs a package that is not installed: pip install bitsandbytes")
+    config = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    # such weights are made where they stay, a GPU that has to be named by its number
+    place = "cpu" if device().type == "cpu" else torch.accelerator.current_device_index()
+    return {"quantization_config": config, "device_map": {"": place}}

@@ -1,0 +1,35 @@
+"""Where a run may end before its last step: at a SIGTERM, or where a score rises no more; and nowhere else."""
+
+import signal
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends the run at the end of a step, with a checkpoint, once any rank has got a SIGTERM; without one, or a score
+    that rises no more, no end is early."""
+
+    def __init__(self) -> None:
+        self.received = self.rises_no_more = False
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "received", True))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        received = torch.tensor(float(self.received), device=args.device)
+        if args.world_size > 1:  # the signal may reach ranks in different steps, and they have to end in one
+            torch.distributed.all_reduce(received)
+        if received.item():
+            if state.is_world_process_zero:
+                print(f"SIGTERM: ending at step {state.global_step} with a checkpoint", flush=True)
+            self.received = control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.rises_no_more = control.should_training_stop  # by EarlyStoppingCallback, which is called before
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if state.global_step < state.max_steps and not self.received and not self.rises_no_more:
+            raise ValueError(f"the data ended after {state.global_step} of {state.max_steps} steps")
