@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.openmoji.make_data import base, is_held_out
+from examples.openmoji.make_data import base, emoji_of, is_held_out
 from examples.smollm2 import follow_ups, get_model, make_data
 from train_llava import evaluate
 from train_llava.build_model import main as build
@@ -28,22 +28,17 @@ QUESTIONS += [f"Write a sentence with the word {word}." for word in WORDS.split(
 QUESTIONS += [f"Name three {kind}." for kind in KINDS.split()]
 
 
-def characters(name: str) -> str:
-    """The emoji of a picture's file name."""
-    return "".join(chr(int(code, 16)) for code in name.removesuffix(".png").split("-"))
-
-
 def test_nothing_is_trained_on_of_what_is_held_out():
     talk = json.loads(make_data.TALK.read_text(encoding="utf-8"))
     assert len(talk) > 500
-    assert not any(is_held_out(characters(entry["image"])) for entry in talk)
+    assert not any(is_held_out(emoji_of(entry["image"])) for entry in talk)
     asked = {entry["question"] for entry in talk}
     assert asked == set(make_data.QUESTIONS)
     assert not asked & {follow_ups.NAME, *follow_ups.QUESTIONS}
     shown = sorted(EXAMPLE.glob("pictures/*.png"))
     assert shown
-    assert all(is_held_out(characters(path.name)) for path in shown)
-    assert base(characters("1F44B-1F3FD.png")) == "\N{WAVING HAND SIGN}"
+    assert all(is_held_out(emoji_of(path.name)) for path in shown)
+    assert base(emoji_of("1F44B-1F3FD.png")) == "\N{WAVING HAND SIGN}"
 
 
 def test_follow_ups_are_scored_against_the_caption_of_the_picture():

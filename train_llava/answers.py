@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 
 from train_llava.chat import Chat, Processor
+from train_llava.cli import BATCH, NEW_TOKENS
 from train_llava.data import LlavaDataset
 from train_llava.infer import generate_all, room_for_answer, shares, this_process
 from train_llava.metrics import score_group
@@ -23,7 +24,6 @@ from train_llava.records import text_of
 from train_llava.reports import draw, draw_sheet
 from train_llava.run_folder import as_opened
 
-BATCH, NEW_TOKENS = 16, 128  # questions at once, and the longest answer
 LOGGED = ("exact_match", "token_f1", "cider")  # while training
 
 

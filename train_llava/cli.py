@@ -55,6 +55,7 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 ROOT = Path(__file__).parent.parent
 # What DeepSpeed's launcher and run_zero2.sh put in front of a command's own words; a recipe may say otherwise
 LAUNCHERS_OWN = ("--local_rank=", "--deepspeed=")
+BATCH, NEW_TOKENS = 16, 128  # questions asked at once, and the longest answer, by default
 BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
 

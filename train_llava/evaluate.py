@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from train_llava.cli import (
+    BATCH,
     BITS_HELP,
+    NEW_TOKENS,
     check_name,
     check_positive,
     opening,
@@ -53,8 +55,8 @@ class EvaluateArguments:
         default=False, metadata={"help": "Ask everything again with blank pictures, to see what the pictures give."}
     )
     bits: Literal[4, 8] | None = field(default=None, metadata={"help": BITS_HELP})
-    batch_size: int = field(default=16, metadata={"help": "Questions answered at once."})
-    max_new_tokens: int = field(default=128, metadata={"help": "The longest answer, in tokens."})
+    batch_size: int = field(default=BATCH, metadata={"help": "Questions answered at once."})
+    max_new_tokens: int = field(default=NEW_TOKENS, metadata={"help": "The longest answer, in tokens."})
 
     def __post_init__(self) -> None:
         if bool(self.compare) == bool(self.model_name_or_path and self.data_path):

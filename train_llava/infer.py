@@ -25,7 +25,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from train_llava.cli import BITS_HELP, check_positive, device, parse_arguments, parse_first, run_command
+from train_llava.cli import (
+    BATCH,
+    BITS_HELP,
+    NEW_TOKENS,
+    check_positive,
+    device,
+    parse_arguments,
+    parse_first,
+    run_command,
+)
 
 
 @dataclass
@@ -41,10 +50,10 @@ class InferArguments:
         default=None, metadata={"help": "A .jsonl file of questions; pictures are named relative to it."}
     )
     answers: str | None = field(default=None, metadata={"help": "The .jsonl file to write their answers to."})
-    batch_size: int = field(default=16, metadata={"help": "Questions answered at once."})
+    batch_size: int = field(default=BATCH, metadata={"help": "Questions answered at once."})
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "A LoRA adapter trained on that model."})
     bits: Literal[4, 8] | None = field(default=None, metadata={"help": BITS_HELP})
-    max_new_tokens: int = field(default=128, metadata={"help": "The longest answer, in tokens."})
+    max_new_tokens: int = field(default=NEW_TOKENS, metadata={"help": "The longest answer, in tokens."})
     temperature: float = field(default=0.0, metadata={"help": "0: the likeliest answer; above: draw one."})
     top_p: float = field(default=1.0, metadata={"help": "Draw among the likeliest tokens that sum up to this."})
 
@@ -189,7 +198,7 @@ def generate(
     processor: Processor,
     conversations: list[list[dict[str, Any]]],
     images: list[Image.Image],
-    max_new_tokens: int = 128,
+    max_new_tokens: int = NEW_TOKENS,
     **options: Any,
 ) -> list[str]:
     """Answers to conversations that end with a question; `images` in the order of their `<image>` tokens.
@@ -214,7 +223,7 @@ def generate_all(
     conversations: list[list[dict[str, Any]]],
     images: list[list[Image.Image]],
     batch_size: int,
-    max_new_tokens: int = 128,
+    max_new_tokens: int = NEW_TOKENS,
     **options: Any,
 ) -> list[str]:
     """As `generate`, of any number of conversations, each with its `images`, so many at once.

@@ -32,6 +32,11 @@ def base(text: str) -> str:
     return "".join(c for c in text if c not in tones(text) and c != "\ufe0f")
 
 
+def emoji_of(file_name: str) -> str:
+    """The emoji string of a picture's file name: "1F44B-1F3FD.png"."""
+    return "".join(chr(int(code, 16)) for code in file_name.removesuffix(".png").split("-"))
+
+
 def is_held_out(text: str) -> bool:
     """True for one skin tone and a SHA-256 of the UTF-8 string that 5 divides: a rule that nobody can tune."""
     return len(tones(text)) == 1 and int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0

@@ -34,7 +34,8 @@ MODES = {
     "freeze_vision, one stage": [FREEZE_VISION],
     "full, rates by module, one stage": [FULL],
 }
-BF16 = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
+CPU = Path("/proc/cpuinfo")  # Linux has it
+BF16 = CPU.exists() and any(flag in CPU.read_text() for flag in ("avx512_bf16", "amx_bf16"))
 SMOLLM2 = Comparison(
     folder=EXAMPLE,
     train=["data/train/captions.json", "data/train/talk.json"],

@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
+from examples.openmoji.make_data import emoji_of, tones
 from train_llava.cli import run_command, written_whole
 from train_llava.infer import generate, load_model, question, reply
 from train_llava.metrics import bootstrap, token_f1
@@ -36,7 +37,6 @@ QUESTIONS = ["What is it used for?", "Where would you find one?"]
 NAME = "What is in this picture?"  # opens the conversations that are drawn
 EACH, DRAWN = 60, 5
 NEW_TOKENS, BATCH = 40, 48
-SKIN_TONES = tuple(f"1F3F{digit}" for digit in "BCDEF")  # code points, of which the pictures' file names are made
 
 
 def chosen(records: list[dict], kind: str, folder: Path) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def chosen(records: list[dict], kind: str, folder: Path) -> list[dict[str, Any]]
         for record in records
     ]
     if kind == "seen":
-        pictures = [p for p in pictures if not any(tone in p["file"].stem for tone in SKIN_TONES)]
+        pictures = [p for p in pictures if not tones(emoji_of(p["file"].name))]
     return sorted(pictures, key=lambda p: hashlib.sha256(p["file"].name.encode()).digest())[:EACH]
 
 
