@@ -24,6 +24,7 @@ from train_llava.data import LlavaDataset
 from train_llava.infer import generate, load_model
 from train_llava.merge_lora import merge_lora
 from train_llava.model import load_checkpoint
+from train_llava.questions import read_questions, unanswered
 
 ROOT = Path(__file__).parent.parent
 
@@ -226,7 +227,7 @@ def test_a_kill_at_any_byte_is_gone_on_from(opened, tmp_path):
     written = answers.read_bytes()
     for cut in range(len(written)):
         answers.write_bytes(written[:cut])
-        left = infer.unanswered(infer.read_questions(questions), answers, whole[0]["model"])
+        left = unanswered(read_questions(questions), answers, whole[0]["model"])
         assert len(left) == 2 - max(
             written[:cut].count(b"\n"), cut == len(written) - 1 and 2, cut >= written.index(b"\n")
         )
@@ -269,7 +270,7 @@ def test_a_question_names_its_pictures_as_a_record_does(opened, corpus, tmp_path
 def test_a_line_that_is_no_question_is_named(tmp_path, line, message):
     (tmp_path / "q.jsonl").write_text(line)
     with pytest.raises(ValueError, match=message):
-        infer.read_questions(tmp_path / "q.jsonl")
+        read_questions(tmp_path / "q.jsonl")
 
 
 def test_one_question_that_cannot_be_asked_keeps_no_other_from_its_answer(opened, tmp_path, capsys):

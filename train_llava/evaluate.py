@@ -81,7 +81,6 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from train_llava.answers import predict, write_predictions
-from train_llava.build_model import load_language_model
 from train_llava.data import LlavaDataset
 from train_llava.infer import load_model, this_process
 from train_llava.metrics import (
@@ -94,6 +93,7 @@ from train_llava.metrics import (
     score_group,
 )
 from train_llava.model import load_checkpoint
+from train_llava.parts import load_language_model
 from train_llava.readers import read_jsonl
 from train_llava.reports import cell, draw, draw_sheet, markdown
 

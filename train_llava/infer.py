@@ -5,25 +5,22 @@
     python -m train_llava.infer --model_name_or_path output/run --questions questions.jsonl --answers answers.jsonl
 
 The first prints the answer alone. The second is a chat; `/image FILE` shows it another picture. The third answers a
-file of `{"id", "image", "prompt"}` lines in batches and, run again, goes on where it stopped. `image` or `images` are
-files, addresses or data URIs, one or a list; a conversation that ends with a question may stand under `messages`.
+file of questions (see questions.py) in batches and, run again, goes on where it stopped.
 """
 
 import hashlib
 import json
 import os
 import re
-import shutil
 import string
 import sys
 import urllib.parse
 import urllib.request
-from collections import defaultdict
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from train_llava.cli import (
     BATCH,
@@ -85,14 +82,13 @@ from transformers import TextStreamer
 from train_llava.chat import Chat, Processor
 from train_llava.model import Llava, load_checkpoint
 from train_llava.pictures import open_image
-from train_llava.readers import BadRecordError, read_jsonl
-from train_llava.records import IMAGE_TOKEN, Record, pictures_of, text_of, to_messages
+from train_llava.questions import ADDRESSES, read_questions, unanswered
+from train_llava.records import IMAGE_TOKEN
 from train_llava.run_folder import check_base, first_numbers
 
 MAX_BYTES = 50 << 20  # of a picture from the network
 WINDOW = 4  # batches of questions that are sorted by length, and whose long answers go on together
 FIRST = 16  # tokens that each of several batches' answers gets before those that go on are put together
-ADDRESSES = ("http://", "https://", "data:")
 # The parts of a LLaVA as transformers named them before 4.52, and their names today
 RENAMED = {
     r"^language_model\.lm_head": "lm_head",
@@ -347,130 +343,10 @@ def chat(
             print(f"error: {error}", file=sys.stderr)
 
 
-class Question(NamedTuple):
-    """A line of a file of questions."""
-
-    id: Any
-    prompt: str
-    messages: list[dict[str, Any]]
-    pictures: list[str]  # paths, addresses, data URIs
-
-    def fingerprint(self) -> str:
-        """What is asked, about which pictures: by their content, where they are files."""
-        digest = hashlib.sha256(json.dumps(self.messages).encode())
-        for name in self.pictures:
-            is_file = not name.startswith(ADDRESSES) and Path(name).is_file()
-            digest.update(hashlib.sha256(Path(name).read_bytes() if is_file else name.encode()).digest())
-        return digest.hexdigest()[:16]
-
-
-def read_question(record: Record, number: int, folder: Path) -> Question:
-    """A line of a file of questions; pictures are named relative to `folder`.
-
-    Raises:
-        ValueError: it is no question; the message is the reason.
-    """
-    if not isinstance(record, dict):
-        raise record if isinstance(record, BadRecordError) else ValueError("it is no object")
-    pictures = pictures_of(record)
-    if not all(isinstance(name, str) for name in pictures):
-        raise ValueError("a picture is neither a file nor an address")
-    prompt = record.get("prompt")
-    if isinstance(prompt, str):
-        tags = "" if IMAGE_TOKEN in prompt else f"{IMAGE_TOKEN}\n" * len(pictures)
-        turns = [{"role": "user", "content": tags + prompt}]
-    elif isinstance(record.get("messages"), list):
-        turns = record["messages"]
-    else:
-        raise ValueError("it has no prompt")
-    answered = [*turns, {"role": "assistant", "content": "?"}]
-    messages = to_messages({"messages": answered, "images": pictures})[:-1]
-    if not isinstance(prompt, str):
-        prompt = text_of(messages[-1])
-    names = [name if name.startswith(ADDRESSES) else str(folder / name) for name in pictures]
-    return Question(str(number) if record.get("id") is None else record["id"], prompt, messages, names)
-
-
-def read_questions(path: Path) -> list[Question]:
-    """The questions of a .jsonl file.
-
-    Raises:
-        OSError, ValueError: it is not there, or a line of it is no question.
-    """
-    questions = []
-    for number, record in enumerate(read_jsonl(path)):
-        try:
-            questions.append(read_question(record, number, path.parent))
-        except ValueError as error:
-            raise ValueError(f"{path}, question {number + 1}: {error}") from error
-    return questions
-
-
-def read_answers(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The lines of a file of answers, each with what it says; without a last one that a kill has torn.
-
-    Raises:
-        OSError, ValueError: it cannot be read, or another program wrote it.
-    """
-    *lines, torn = path.read_bytes().split(b"\n")
-    read = []
-    for number, line in enumerate([*lines, torn], 1):
-        try:
-            content = json.loads(line)
-        except ValueError:
-            # where a kill cut it, a line still begins as all do
-            if number > len(lines) and (line.startswith(b'{"id": ') or b'{"id": '.startswith(line)):
-                break
-            content = None
-        if not (isinstance(content, dict) and {"id", "prompt", "answer"} <= content.keys()):
-            raise ValueError(f"--answers {path}, line {number}, is no answer of this command: choose another file")
-        read.append((line + b"\n", content))
-    return read
-
-
 def weights_digest(model: torch.nn.Module) -> str:
     """By what a model, with its adapter, is told from another: the first numbers of its tensors."""
     numbers = list(first_numbers(model).values())
     return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
-
-
-def unanswered(questions: list[Question], answers: Path, digest: str) -> list[Question]:
-    """The questions that a file of answers lacks, which are asked of the model of that `weights_digest`.
-
-    A line that a kill has torn is cut off it, and so are answers to what is asked otherwise now, or about another
-    picture; all else stays as it is.
-
-    Raises:
-        OSError, ValueError: see `read_answers`; or another model gave the answers.
-    """
-    if not answers.exists():
-        return questions
-    lines = read_answers(answers)
-    if any(content.get("model", digest) != digest for _, content in lines):
-        raise ValueError(f"--answers {answers} has answers of another model: choose another file")
-    waiting = defaultdict(list)
-    for asked in questions:
-        waiting[str(asked.id)].append(asked)
-    ids, kept = set(waiting), []
-    for line, content in lines:
-        same = [
-            asked
-            for asked in waiting[str(content["id"])]
-            if asked.prompt == content["prompt"] and content.get("asked") in (None, asked.fingerprint())
-        ]
-        if same:
-            waiting[str(content["id"])].remove(same[0])
-        if same or str(content["id"]) not in ids:
-            kept.append(line)
-    if len(kept) < len(lines):
-        print(f"{len(lines) - len(kept)} lines of {answers} answer what was asked before: left out", file=sys.stderr)
-    if b"".join(kept) != answers.read_bytes():
-        answers = answers.resolve()
-        whole = answers.with_name(f".{answers.name}.new")
-        whole.write_bytes(b"".join(kept))
-        shutil.copymode(answers, whole)
-        os.replace(whole, answers)
-    return [asked for asked in questions if any(asked is other for other in waiting[str(asked.id)])]
 
 
 def shares(number: int, batch_size: int) -> list[range]:
