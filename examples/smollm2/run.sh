@@ -13,6 +13,10 @@ data=$out/data
 
 stage() { printf '\n== %s (%d:%02d)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 missing() { [ ! -e "$1" ] || { echo "$1 is there from an earlier start"; return 1; }; }
+trained() { # a run that was told to stop leaves a model, too
+  python3 -c 'import json, sys; s = json.load(open(sys.argv[1])); sys.exit(s["global_step"] < s["max_steps"])' \
+    "$1/trainer_state.json" 2>/dev/null && echo "$1 is there from an earlier start"
+}
 
 # a third less time where the processor multiplies bfloat16 numbers itself
 precision=()
@@ -34,11 +38,11 @@ if missing $out/llava; then
     --vision_model_name_or_path examples/openmoji/parts/clip --language_model_name_or_path $out/lm
 fi
 stage "4/8 stage 1: train the projector alone"
-if missing $out/stage1/README.md; then
+if ! trained $out/stage1; then
   bash run_zero2.sh recipes/smollm2-stage1.yaml ${precision[@]+"${precision[@]}"}
 fi
 stage "5/8 stage 2: train LoRA adapters and the projector"
-if missing $out/stage2/README.md; then
+if ! trained $out/stage2; then
   bash run_zero2.sh recipes/smollm2-stage2.yaml ${precision[@]+"${precision[@]}"}
 fi
 # English that every Python has: does the model still predict it as before?
