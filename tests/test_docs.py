@@ -47,7 +47,8 @@ ARGUMENTS = {
 def commands(name: str) -> list[str]:
     """The shell commands of a README, each on one line."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
-    return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def test_every_page_is_there_in_both_languages():

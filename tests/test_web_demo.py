@@ -242,7 +242,7 @@ def test_the_header_names_the_model_and_its_parts(llava, adapter):
     adapted, _ = load_model(str(llava), str(adapter))
     parts, (added,) = (
         text.split("</li>")[:3],
-        re.findall("LoRA 适配器 <b>r = 4, (.*) M<", header(adapted, "run", [], "zh")),
+        re.findall("LoRA 权重 <b>r = 4, (.*) M<", header(adapted, "run", [], "zh")),
     )
     assert header(adapted, "a<b {x}", [], "en").split("</li>")[:3] == parts
     rows = sum(

@@ -53,15 +53,17 @@ def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
     panels = [("loss per answer token", losses, "upper right"), ("score of held-out answers", scores, "upper left")]
     panels = panels if any(key in entry for entry in log_history for key, *_ in scores) else panels[:1]
     figure = Figure(figsize=(7, 4 * len(panels)), layout="constrained")
-    for axes, (ylabel, lines, free) in zip(figure.subplots(len(panels), squeeze=False).flat, panels, strict=True):
+    axes_of_panels = figure.subplots(len(panels), squeeze=False, sharex=True).flat
+    for axes, (ylabel, lines, free) in zip(axes_of_panels, panels, strict=True):
         for i, (key, label, style) in enumerate(lines):
             points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
             if points:
                 scale = axes.twinx() if key == "eval_cider" else axes  # it goes up to 10
                 scale.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label)
                 scale.legend(loc=free if scale is axes else "lower right")
-        axes.set(xlabel="step", ylabel=ylabel)
+                scale.set_ylabel(ylabel if scale is axes else label)
         axes.grid(alpha=0.3)
+    axes.set_xlabel("step")
     figure.savefig(path, dpi=150)
 
 
