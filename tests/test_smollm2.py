@@ -119,5 +119,5 @@ def test_the_ready_made_eyes_hold_their_score(eyes, tmp_path, monkeypatch):
     evaluate.main()
     english = json.loads((tmp_path / "scores/metrics.json").read_text())["by_language"]["en"]
     assert english["n"] == 329
-    assert english["exact_match"] >= 0.08  # 0.109 when it was last measured
-    assert english["token_f1"] >= 0.65  # 0.677
+    assert english["exact_match"] >= 0.25  # 0.334 when it was last measured
+    assert english["token_f1"] >= 0.75  # 0.812
