@@ -61,7 +61,8 @@ def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
                 scale = axes.twinx() if key == "eval_cider" else axes  # it goes up to 10
                 scale.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label)
                 scale.legend(loc=free if scale is axes else "lower right")
-                scale.set_ylabel(ylabel if scale is axes else label)
+                scale.set_ylabel(label)
+        axes.set_ylabel(ylabel)
         axes.grid(alpha=0.3)
     axes.set_xlabel("step")
     figure.savefig(path, dpi=150)

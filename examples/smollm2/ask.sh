@@ -10,9 +10,12 @@ example=examples/smollm2
 out=output/smollm2
 
 [ -e $out/lm ] || python3 $example/get_model.py --output_dir $out/lm
-[ -e $out/eyes ] || python3 -m train_llava.build_model --output_dir $out/eyes --dtype float32 \
-  --vision_model_name_or_path examples/openmoji/parts/clip --language_model_name_or_path $out/lm \
-  --projector $example/eyes/projector.safetensors
+projector=$example/eyes/projector.safetensors
+if [ ! $out/eyes -nt $projector ]; then # not there, or assembled with an older projector
+  rm -rf $out/eyes
+  python3 -m train_llava.build_model --output_dir $out/eyes --dtype float32 --projector $projector \
+    --vision_model_name_or_path examples/openmoji/parts/clip --language_model_name_or_path $out/lm
+fi
 picture=${1:-$repo/$example/pictures/1F937-1F3FE.png}
 cd "$caller"
 echo "$picture"

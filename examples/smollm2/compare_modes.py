@@ -43,7 +43,7 @@ SMOLLM2 = Comparison(
     modes=MODES,
     steps=STEPS,
     batch=BATCH,
-    arguments=["--bf16", "true", "--attn_implementation", "eager"] if BF16 else [],  # as the recipes
+    arguments=["--attn_implementation", "eager", *(["--bf16", "true"] if BF16 else [])],  # as run.sh
     evaluation=["--text_path", str(EXAMPLE / "text.txt"), "--base", str(EXAMPLE / "llava")],
 )
 
