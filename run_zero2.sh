@@ -58,6 +58,7 @@ trap 'kill -INT -- -$run' INT
 code=0
 while kill -0 $run 2>/dev/null; do
   wait $run && code=0 || code=$?
+  sleep 0.2 # of a launcher that somebody has paused, `wait` tells at once, over and over
 done
 # CPU ranks leave the shared memory that they talk through, 64 MB each
 rm -rf "$ERROR_DIR" /dev/shm/deepspeed_allreduce_buffer_"$(id -u)"_*_"${MASTER_PORT:-29500}"_*

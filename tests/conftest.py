@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -194,7 +195,8 @@ def random_adapter(llava: Path, folder: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="session")
 def default_run() -> Path:
-    """`bash run_zero2.sh` without arguments, in the environment of the tests."""
+    """`bash run_zero2.sh` without arguments, in the environment of the tests, made anew."""
+    shutil.rmtree(ROOT / "output/openmoji", ignore_errors=True)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("OMP_NUM_THREADS", None)
     done = subprocess.run(

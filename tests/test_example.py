@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -22,6 +23,20 @@ def test_the_default_run_names_pictures_it_never_saw(default_run):
     assert english["most_frequent_answer"] < 0.05
     assert metrics["by_language"]["en"]["n"] == metrics["by_language"]["zh"]["n"] == 329
     assert (default_run / "evaluation" / "captions.png").stat().st_size > 100_000
+
+
+def test_an_example_keeps_what_an_earlier_start_has_finished(tmp_path):
+    finished, stopped, begun = ({"global_step": step, "max_steps": 9} for step in (9, 4, 0))
+    for name, state in {"finished": finished, "stopped": stopped, "begun": begun}.items():
+        (tmp_path / name).mkdir()
+        if name != "begun":
+            (tmp_path / name / "trainer_state.json").write_text(json.dumps(state))
+    script = f"""source {ROOT}/examples/stages.sh
+    for run in finished stopped begun nothing; do trained $run || echo train $run; done
+    for file in finished nothing; do if missing $file; then echo make $file; fi; done"""
+    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    kept = "finished is there from an earlier start and is kept; remove it to make it anew"
+    assert done.stdout.splitlines() == [kept, "train stopped", "train begun", "train nothing", kept, "make nothing"]
 
 
 @pytest.mark.slow

@@ -56,6 +56,7 @@ ROOT = Path(__file__).parent.parent
 # What DeepSpeed's launcher and run_zero2.sh put in front of a command's own words; a recipe may say otherwise
 LAUNCHERS_OWN = ("--local_rank=", "--deepspeed=")
 BATCH, NEW_TOKENS = 16, 128  # questions asked at once, and the longest answer, by default
+ADDRESSES = ("http://", "https://", "data:")  # a picture that is no file
 BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
 
@@ -194,7 +195,9 @@ def check_name(option: str, name_or_path: str) -> None:
     try:
         validate_repo_id(name_or_path)
     except HFValidationError as error:
-        raise ValueError(f"{option} is no folder, and no name on the hub, which would be owner/name") from error
+        raise ValueError(
+            f"{option} is no folder (a run writes its model when it ends), and no name on the hub, which is owner/name"
+        ) from error
     if os.path.exists(name_or_path):
         raise ValueError(f"{option} is a file: name the folder of the model")
     configs = ("config.json", "adapter_config.json")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from train_llava.cli import (
+    ADDRESSES,
     BATCH,
     BITS_HELP,
     NEW_TOKENS,
@@ -61,6 +62,11 @@ class InferArguments:
             raise ValueError("--questions and --answers go together")
         if self.questions is not None and self.image:
             raise ValueError("--image goes with --prompt or --interactive: a file of questions names its own pictures")
+        for name in self.image:
+            if os.path.isdir(name):
+                raise ValueError(f"--image {name} is a folder: name a picture in it")
+            if name != "-" and not name.startswith(ADDRESSES) and not os.path.exists(name):
+                raise ValueError(f"--image {name} does not exist")
         check_positive(self, "batch_size", "max_new_tokens")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError("--temperature is 0 or above, and --top_p above 0 and at most 1")
@@ -82,7 +88,7 @@ from transformers import TextStreamer
 from train_llava.chat import Chat, Processor
 from train_llava.model import Llava, load_checkpoint
 from train_llava.pictures import open_image
-from train_llava.questions import ADDRESSES, read_questions, unanswered
+from train_llava.questions import read_questions, unanswered
 from train_llava.records import IMAGE_TOKEN
 from train_llava.run_folder import check_base, first_numbers
 

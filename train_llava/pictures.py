@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from transformers import BaseImageProcessor
 
@@ -69,6 +69,8 @@ def _opened(source: Path | str | bytes, name: str) -> Iterator[Image.Image]:
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{name} does not exist") from None
+    except UnidentifiedImageError:  # its text is the name once more
+        raise ValueError(f"{name} cannot be read as a picture: it is of no format that Pillow knows") from None
     except Exception as error:  # decoders raise anything: RuntimeError, struct.error, EOFError, MemoryError, …
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
 

@@ -14,10 +14,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from train_llava.cli import ADDRESSES
 from train_llava.readers import BadRecordError, read_jsonl
 from train_llava.records import IMAGE_TOKEN, Record, pictures_of, text_of, to_messages
-
-ADDRESSES = ("http://", "https://", "data:")  # a picture that is no file
 
 
 class Question(NamedTuple):

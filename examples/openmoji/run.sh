@@ -1,35 +1,40 @@
 #!/usr/bin/env bash
 # The embedded example from end to end: draw the data, assemble, train in two stages on two ranks, judge on held-out
-# pictures. `bash run_zero2.sh` without arguments runs this in the right environment.
+# pictures. `bash run_zero2.sh` without arguments runs this in the right environment. What an earlier start has finished
+# is kept; what it began goes on.
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "$0")/../.."
 [ "$PWD" = "$caller" ] || echo "in $PWD"
+source examples/stages.sh
 out=output/openmoji
 data=$out/data
 parts=examples/openmoji/parts
 
-stage() { printf '\n== %s (%d:%02d)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
-
-if [ -e "$out" ]; then
-  echo "$out is there from an earlier run and is made anew"
-  rm -rf "$out"
+stage "1/5 draw the pictures and write their captions to $data"
+if missing "$data/heldout/chat.json"; then
+  python3 examples/openmoji/make_data.py --output_dir "$data"
 fi
 
-stage "1/5 draw the pictures and write their captions to $data"
-python3 examples/openmoji/make_data.py --output_dir "$data"
-
 stage "2/5 assemble CLIP and Qwen2 into a LLaVA in $out/llava"
-python3 -m train_llava.build_model --output_dir "$out/llava" \
-  --vision_model_name_or_path "$parts/clip" --language_model_name_or_path "$parts/qwen2" --dtype float32
+if missing "$out/llava"; then
+  python3 -m train_llava.build_model --output_dir "$out/llava" \
+    --vision_model_name_or_path "$parts/clip" --language_model_name_or_path "$parts/qwen2" --dtype float32
+fi
 
 stage "3/5 stage 1: train the projector alone, in $out/stage1"
-bash run_zero2.sh recipes/openmoji-stage1.yaml
+if ! trained "$out/stage1"; then
+  bash run_zero2.sh recipes/openmoji-stage1.yaml
+fi
 
 stage "4/5 stage 2: train the projector and the language model, in $out/stage2"
-bash run_zero2.sh recipes/openmoji-stage2.yaml
+if ! trained "$out/stage2"; then
+  bash run_zero2.sh recipes/openmoji-stage2.yaml
+fi
 
 stage "5/5 ask about pictures that were held out, in $out/evaluation"
-python3 -m train_llava.evaluate --model_name_or_path "$out/stage2" --data_path "$data/heldout" \
-  --output_dir "$out/evaluation" --blank_control true --batch_size 64 --max_new_tokens 32
+if missing "$out/evaluation"; then
+  python3 -m train_llava.evaluate --model_name_or_path "$out/stage2" --data_path "$data/heldout" \
+    --output_dir "$out/evaluation" --blank_control true --batch_size 64 --max_new_tokens 32
+fi
 stage "done"

@@ -1,8 +1,16 @@
 #!/usr/bin/env bash
 # Asks SmolLM2 about a picture through the ready-made eyes, without any training: assembled in under a minute.
-#   bash examples/smollm2/ask.sh                                    about a picture of this folder
+#   bash examples/smollm2/ask.sh                                    about a held-out picture of this folder
 #   bash examples/smollm2/ask.sh cat.png "What is in this picture?"
 set -euo pipefail
+case ${1:-} in -h | --help) exec sed -n '2,4s/^# //p' "$0" ;; esac
+if [ $# -gt 2 ]; then
+  echo "error: $# words, where a picture and a question in quotes are taken: bash $0 \"$1\" \"${*:2}\"" >&2
+  exit 1
+elif [ $# -gt 0 ] && [ ! -f "$1" ] && [[ $1 != *://* ]]; then
+  echo "error: the first word is a picture's file or address, and there is no file \"$1\"" >&2
+  exit 1
+fi
 caller=$PWD
 cd "$(dirname "$0")/../.."
 source ./env.sh examples/smollm2/requirements.txt
@@ -16,8 +24,15 @@ if [ ! $out/eyes -nt $projector ]; then # not there, or assembled with an older 
   python3 -m train_llava.build_model --output_dir $out/eyes --dtype float32 --projector $projector \
     --vision_model_name_or_path examples/openmoji/parts/clip --language_model_name_or_path $out/lm
 fi
-picture=${1:-$repo/$example/pictures/1F937-1F3FE.png}
+if [ $# -eq 0 ]; then
+  set -- "$repo/$example/pictures/1F937-1F3FE.png"
+  python3 - "$1" <<'PYTHON'
+import sys
+from pathlib import Path
+from examples.openmoji.make_data import caption, emoji_of
+print(f"{sys.argv[1]}, a held-out picture; its caption: {caption(emoji_of(Path(sys.argv[1]).name), 'en')}")
+PYTHON
+fi
 cd "$caller"
-echo "$picture"
-python3 -m train_llava.infer --model_name_or_path "$repo/$out/eyes" --image "$picture" \
+python3 -m train_llava.infer --model_name_or_path "$repo/$out/eyes" --image "$1" \
   --prompt "${2:-What is in this picture?}"

@@ -6,17 +6,11 @@ set -euo pipefail
 caller=$PWD
 cd "$(dirname "$0")/../.."
 source ./env.sh examples/smollm2/requirements.txt
+source examples/stages.sh
 [ "$PWD" = "$caller" ] || echo "in $PWD"
 example=examples/smollm2
 out=output/smollm2
 data=$out/data
-
-stage() { printf '\n== %s (%d:%02d)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
-missing() { [ ! -e "$1" ] || { echo "$1 is there from an earlier start"; return 1; }; }
-trained() { # a run that was told to stop leaves a model, too
-  python3 -c 'import json, sys; s = json.load(open(sys.argv[1])); sys.exit(s["global_step"] < s["max_steps"])' \
-    "$1/trainer_state.json" 2>/dev/null && echo "$1 is there from an earlier start"
-}
 
 # a third less time where the processor multiplies bfloat16 numbers itself
 precision=()
