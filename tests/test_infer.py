@@ -634,7 +634,7 @@ def test_an_adapter_of_another_model_is_refused(llava, tmp_path, kind, request):
         ("infer --model_name_or_path {qwen2} --prompt hi", "is a qwen2 model, not a LLaVA"),
         ("infer --model_name_or_path {llava} --prompt hi --image {corpus}/chat.json", "cannot be read as a picture"),
         ("infer --model_name_or_path {llava} --prompt hi --image nothing.png", "nothing.png does not exist"),
-        ("infer --model_name_or_path {llava} --prompt hi --image {corpus}", "{corpus} is a folder: name a picture in it"),
+        ("infer --model_name_or_path {llava} --prompt hi --image {corpus}", "{corpus} is a folder"),
         ("infer --model_name_or_path {llava} --prompt hi --adapter_name_or_path {corpus}", "is no adapter folder"),
         ("infer --model_name_or_path {llava}", "one of --prompt, --interactive true and --questions"),
         ("infer --model_name_or_path {llava} --questions {corpus}/chat.json", "--questions and --answers go together"),

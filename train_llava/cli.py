@@ -66,7 +66,7 @@ def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
     A recipe, a file of arguments in YAML, may stand first; the arguments behind it override it.
 
     Raises:
-        ValueError: an argument is wrong, or what `*_name_or_path` names is neither a folder nor on the hub.
+        ValueError: an argument is wrong, or names what is not there.
     """
     given = given_arguments(dataclasses)
     own = [field for dataclass in dataclasses for field in fields(dataclass) if field.init]
@@ -82,6 +82,9 @@ def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
             paths = [value] if isinstance(value, str) else value
             if not all(map(os.path.exists, paths)):
                 hub_answers()
+        elif name == "image":
+            for picture in value:
+                check_picture(picture)
     return parsed
 
 
@@ -203,6 +206,18 @@ def check_name(option: str, name_or_path: str) -> None:
     configs = ("config.json", "adapter_config.json")
     if not hub_answers() and not any(isinstance(try_to_load_from_cache(name_or_path, c), str) for c in configs):
         raise ValueError(f"{option} is no folder here, and the hub cannot be reached to ask for it")
+
+
+def check_picture(name: str) -> None:
+    """Refuses what `--image` names where that is a folder, or nothing; what it holds is seen when it is opened.
+
+    Raises:
+        ValueError: the message names it.
+    """
+    if os.path.isdir(name):
+        raise ValueError(f"--image {name} is a folder: name a picture in it")
+    if name != "-" and not name.startswith(ADDRESSES) and not os.path.exists(name):
+        raise ValueError(f"--image {name} does not exist")
 
 
 def hub_answers() -> bool:

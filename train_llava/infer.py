@@ -62,11 +62,6 @@ class InferArguments:
             raise ValueError("--questions and --answers go together")
         if self.questions is not None and self.image:
             raise ValueError("--image goes with --prompt or --interactive: a file of questions names its own pictures")
-        for name in self.image:
-            if os.path.isdir(name):
-                raise ValueError(f"--image {name} is a folder: name a picture in it")
-            if name != "-" and not name.startswith(ADDRESSES) and not os.path.exists(name):
-                raise ValueError(f"--image {name} does not exist")
         check_positive(self, "batch_size", "max_new_tokens")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError("--temperature is 0 or above, and --top_p above 0 and at most 1")
