@@ -31,7 +31,9 @@ from transformers import (
 )
 
 from train_llava import train
+from train_llava.adapter import load_model
 from train_llava.build_model import build_model
+from train_llava.merge_lora import merge_lora
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 
 ROOT = Path(__file__).parent.parent
@@ -191,6 +193,40 @@ def random_adapter(llava: Path, folder: Path, seed: int) -> Path:
     adapted.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(llava, tmp_path_factory) -> Path:
+    """A LoRA adapter for the tiny LLaVA whose matrices and projector are random, so that it changes every answer."""
+    return random_adapter(llava, tmp_path_factory.mktemp("adapter") / "run", seed=1)
+
+
+@pytest.fixture(scope="session")
+def merged(llava, adapter, tmp_path_factory) -> Path:
+    """That adapter merged into its base."""
+    folder = tmp_path_factory.mktemp("merged") / "model"
+    merge_lora(str(llava), str(adapter), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def opened(merged):
+    """The merged model and its processor."""
+    return load_model(str(merged))
+
+
+def question(*texts: str) -> list[dict]:
+    """A conversation of one question; "<image>" stands for a picture."""
+    parts = [{"type": "image"} if text == "<image>" else {"type": "text", "text": text} for text in texts]
+    return [{"role": "user", "content": parts}]
+
+
+QUESTIONS = [
+    question("<image>", "What is this?"),
+    question("Where is Paris?"),
+    question("<image>", "<image>", "这是?"),
+]
+IMAGES = [Image.new("RGB", (40, 40), color) for color in ("red", "green", "blue")]
 
 
 @pytest.fixture(scope="session")

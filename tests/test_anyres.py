@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from train_llava import evaluate
+from train_llava.adapter import load_model
 from train_llava.build_model import build_model
 from train_llava.chat import Chat
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
-from train_llava.infer import generate, load_model, question
+from train_llava.infer import generate, question
 from train_llava.lengths import estimate_lengths
 from train_llava.merge_lora import merge_lora
 from train_llava.model import load_checkpoint

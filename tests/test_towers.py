@@ -64,9 +64,10 @@ from transformers import (
     ViTModel,
 )
 
+from train_llava.adapter import load_model
 from train_llava.build_model import build_model
 from train_llava.data import LlavaCollator
-from train_llava.infer import generate, load_model
+from train_llava.infer import generate
 from train_llava.merge_lora import merge_lora
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 

@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from transformers.utils import is_bitsandbytes_available
 
 from train_llava import train
+from train_llava.adapter import load_model
 from train_llava.chat import Chat
 from train_llava.checks import longest_items
 from train_llava.cli import run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
-from train_llava.infer import load_model
 from train_llava.lengths import estimate_lengths
 from train_llava.model import LoraArguments, count_parameters, load_checkpoint, set_trainable
 from train_llava.run_folder import starting_point

@@ -20,8 +20,9 @@ import torch
 from conftest import random_adapter
 
 from train_llava import web_demo
+from train_llava.adapter import load_model
 from train_llava.chat import Chat
-from train_llava.infer import generate, load_model, question, reply, room_for_answer
+from train_llava.infer import generate, question, reply, room_for_answer
 from train_llava.pictures import open_image
 from train_llava.web_demo import Turn
 from train_llava.web_look import DOTS, HEADER, TEXTS, header

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from train_llava.adapter import load_model
 from train_llava.cli import (
     BATCH,
     BITS_HELP,
@@ -82,7 +83,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from train_llava.answers import predict, write_predictions
 from train_llava.data import LlavaDataset
-from train_llava.infer import load_model, this_process
+from train_llava.infer import this_process
 from train_llava.metrics import (
     METRICS,
     by_language,

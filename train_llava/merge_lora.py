@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train_llava.adapter import load_model
 from train_llava.cli import parse_arguments, parse_first, run_command, written_whole
 
 
@@ -23,7 +24,6 @@ if __name__ == "__main__":
 
 import torch
 
-from train_llava.infer import load_model
 from train_llava.model import load_checkpoint
 from train_llava.reports import carry_card
 

@@ -23,6 +23,7 @@ from threading import Event, Lock, Thread
 from time import sleep
 from typing import Any, Literal
 
+from train_llava.adapter import load_model
 from train_llava.cli import BITS_HELP, parse_arguments, parse_first, run_command
 
 MOST_EXAMPLES = 10
@@ -57,7 +58,7 @@ from PIL import Image
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from train_llava.chat import Chat, Processor
-from train_llava.infer import load_model, question, reply, room_for_answer, sampling
+from train_llava.infer import question, reply, room_for_answer, sampling
 from train_llava.model import Llava
 from train_llava.pictures import open_image
 from train_llava.reports import ancestors

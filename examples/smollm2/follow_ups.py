@@ -28,8 +28,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from examples.openmoji.make_data import emoji_of, tones
+from train_llava.adapter import load_model
 from train_llava.cli import run_command, written_whole
-from train_llava.infer import generate, load_model, question, reply
+from train_llava.infer import generate, question, reply
 from train_llava.metrics import bootstrap, token_f1
 
 EXAMPLE = Path("output/smollm2")

@@ -1,0 +1,170 @@
+"""Files of questions: each gets its answer, whatever happens on the way."""
+
+import base64
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import QUESTIONS, question
+
+from train_llava import infer
+from train_llava.adapter import load_model
+from train_llava.infer import generate
+from train_llava.questions import read_questions, unanswered
+
+
+def write_questions(corpus: Path, folder: Path) -> Path:
+    names = [f"{corpus}/images_dl/{i}.png" for i in range(3)]
+    lines = [
+        {"id": "one", "image": names[0], "prompt": "What is this?"},
+        {"prompt": "Where is Paris?"},
+        {"id": 7, "image": names[1:], "prompt": "这是?"},
+    ]
+    (folder / "questions.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return folder / "questions.jsonl"
+
+
+def test_a_file_of_questions_is_answered_and_gone_on_with(merged, corpus, tmp_path, monkeypatch):
+    questions, answers = write_questions(corpus, tmp_path), tmp_path / "answers.jsonl"
+    model, processor = load_model(str(merged))
+    infer.answer_file(model, processor, questions, answers, batch_size=2, max_new_tokens=8)
+    whole = answers.read_text()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert [line["id"] for line in lines] == ["one", "1", 7]
+    images = [infer.open_image(corpus / "images_dl" / f"{i}.png") for i in range(3)]
+    assert [line["answer"] for line in lines] == generate(model, processor, QUESTIONS, images, 8)
+    answers.write_text(whole[: whole.index("\n") + 9])  # killed while it wrote the second answer
+    asked = []
+    ask = infer.generate_all
+    monkeypatch.setattr(infer, "generate_all", lambda *args, **kw: asked.append(len(args[2])) or ask(*args, **kw))
+    infer.answer_file(model, processor, questions, answers, batch_size=16, max_new_tokens=8)
+    assert (answers.read_text(), asked) == (whole, [2])
+
+
+def ask_file(merged, questions: Path, answers: Path, *records: object) -> list[dict]:
+    """Writes a file of questions, answers it, and gives back the answers."""
+    questions.write_text("\n".join(json.dumps(record) for record in records))
+    infer.answer_file(*merged, questions, answers, batch_size=2, max_new_tokens=4)
+    return [json.loads(line) for line in answers.read_text().split("\n")[:-1]]
+
+
+def test_every_question_has_its_answer_and_no_other(opened, corpus, tmp_path):
+    questions, answers, picture = tmp_path / "q.jsonl", tmp_path / "a.jsonl", tmp_path / "0.png"
+    shutil.copy(corpus / "images_dl" / "0.png", picture)
+    same_id = [{"id": 7, "image": "0.png", "prompt": "What is this?"}, {"id": 7, "prompt": "Where is Paris?"}]
+    first = ask_file(opened, questions, answers, *same_id, same_id[1])
+    assert [(line["id"], line["prompt"]) for line in first] == [
+        (7, "What is this?"),
+        (7, "Where is Paris?"),
+        (7, "Where is Paris?"),
+    ]
+    assert ask_file(opened, questions, answers, *same_id, same_id[1]) == first
+    changed = same_id[0], {"id": 7, "prompt": "And London?"}
+    assert [line["prompt"] for line in ask_file(opened, questions, answers, *changed)] == [
+        "What is this?",
+        "And London?",
+    ]
+    shutil.copy(corpus / "images_dl" / "1.png", picture)  # another picture of the same name
+    second = ask_file(opened, questions, answers, *changed, {"id": "a", "prompt": "hi"})
+    assert [line["prompt"] for line in second] == ["And London?", "What is this?", "hi"]
+    assert second[1]["asked"] != first[0]["asked"]
+    # what other questions were answered in this file stays
+    assert len(ask_file(opened, questions, answers, {"id": "b", "prompt": "hi"})) == 4
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_models_do_not_share_a_file_of_answers(opened, llava, tmp_path):
+    files = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    ask_file(opened, *files, {"prompt": "hi"})
+    before = files[1].read_bytes()
+    with pytest.raises(ValueError, match="has answers of another model"):
+        ask_file(load_model(str(llava)), *files, {"prompt": "hi"}, {"prompt": "and?"})
+    assert files[1].read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["dear diary\nrain", "dear diary", '{"a": 1}', '{\n  "id": 1\n}\n', "[]\n", "null\n", "7",
+     '{"id": 1, "prompt": "?"}\n{"id": ', '{"id": 5, "name": "x"}'],
+)  # fmt: skip
+def test_a_file_of_somebody_else_is_left_alone(opened, tmp_path, content):
+    answers = tmp_path / "a.jsonl"
+    answers.write_text(content)
+    with pytest.raises(ValueError, match=r"a.jsonl, line \d, is no answer of this command"):
+        ask_file(opened, tmp_path / "q.jsonl", answers, {"prompt": "?"})
+    assert answers.read_text() == content
+
+
+@pytest.mark.parametrize("spelling", ["q.jsonl", "folder/../q.jsonl", "soft.jsonl", "hard.jsonl"])
+def test_questions_are_not_their_own_answers(opened, tmp_path, spelling):
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"id": 1, "prompt": "?", "answer": "!"}')
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "soft.jsonl").symlink_to(questions)
+    (tmp_path / "hard.jsonl").hardlink_to(questions)
+    with pytest.raises(ValueError, match="is the file of the questions"):
+        infer.answer_file(*opened, questions, tmp_path / spelling, batch_size=1)
+    assert questions.read_text() == '{"id": 1, "prompt": "?", "answer": "!"}'
+
+
+def test_a_kill_at_any_byte_is_gone_on_from(opened, tmp_path):
+    questions, answers = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    whole = ask_file(opened, questions, answers, {"id": "一", "prompt": "这是?"}, {"id": 2, "prompt": "二\u2028?"})
+    written = answers.read_bytes()
+    for cut in range(len(written)):
+        answers.write_bytes(written[:cut])
+        left = unanswered(read_questions(questions), answers, whole[0]["model"])
+        assert len(left) == 2 - max(
+            written[:cut].count(b"\n"), cut == len(written) - 1 and 2, cut >= written.index(b"\n")
+        )
+        assert written.startswith(answers.read_bytes())
+    answers.write_bytes(written[: written.index("这".encode()) + 1])
+    infer.answer_file(*opened, questions, answers, batch_size=2, max_new_tokens=4)
+    assert answers.read_bytes() == written
+    assert [line["id"] for line in whole] == ["一", 2]
+
+
+def test_a_question_names_its_pictures_as_a_record_does(opened, corpus, tmp_path):
+    file = corpus / "images_dl" / "0.png"
+    address = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+    asked = [
+        {"prompt": "What is this?", "image": str(file)},
+        {"prompt": "What is this?", "images": [str(file)]},
+        {"prompt": "What is this?", "image": address},
+        {"prompt": "<image>\nWhat is this?", "image": str(file)},
+        {"messages": question("<image>", "What is this?"), "images": [str(file)]},
+        {"prompt": "What is this?", "image": None},
+    ]
+    answers = ask_file(opened, tmp_path / "q.jsonl", tmp_path / "a.jsonl", *asked)
+    expected = [generate(*opened, QUESTIONS[:1], [infer.open_image(file)], 4)[0]] * 5
+    expected += generate(*opened, [question("What is this?")], [], 4)
+    assert [line["answer"] for line in answers] == expected
+    assert len(set(expected)) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("null", "question 1: it is no object"),
+        ("7", "question 1: it is no object"),
+        ('[{"prompt": "?"}]', "question 1: it is no object"),
+        ('{"prompt": 7}', "question 1: it has no prompt"),
+        ('{"prompt": "?", "image": [7]}', "question 1: a picture is neither a file nor an address"),
+        ('{"prompt": "<image> and <image>", "image": "0.png"}', "question 1: 2 <image> tags for 1 pictures"),
+    ],
+)
+def test_a_line_that_is_no_question_is_named(tmp_path, line, message):
+    (tmp_path / "q.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=message):
+        read_questions(tmp_path / "q.jsonl")
+
+
+def test_one_question_that_cannot_be_asked_keeps_no_other_from_its_answer(opened, tmp_path, capsys):
+    asked = [{"id": 1, "image": "none.png", "prompt": "?"}, {"id": 2, "prompt": "a" * 1000}, {"id": 3, "prompt": "hi"}]
+    with pytest.raises(
+        ValueError, match=r"2 of 3 questions could not be asked; question 1: .*none.png does not exist"
+    ):
+        ask_file(opened, tmp_path / "q.jsonl", tmp_path / "a.jsonl", *asked)
+    assert [json.loads(line)["id"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == [3]
+    assert "question 2: the conversation has 10" in capsys.readouterr().err
