@@ -60,6 +60,7 @@ while kill -0 $run 2>/dev/null; do
   wait $run && code=0 || code=$?
   sleep 0.2 # of a launcher that somebody has paused, `wait` tells at once, over and over
 done
+wait $run && code=0 || code=$? # where it ended just then
 # CPU ranks leave the shared memory that they talk through, 64 MB each
 rm -rf "$ERROR_DIR" /dev/shm/deepspeed_allreduce_buffer_"$(id -u)"_*_"${MASTER_PORT:-29500}"_*
 if [ $code -gt 192 ]; then

@@ -1,8 +1,16 @@
 # Sourced by the examples' run.sh: each stage is told with the time, and what an earlier start has finished is kept.
 stage() { printf '\n== %s (%d:%02d)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
-kept() { echo "$1 is there from an earlier start and is kept; remove it to make it anew"; }
+kept() { echo "$1 is there from an earlier start and is kept; to make it anew, remove it and what was made of it"; }
 missing() { [ ! -e "$1" ] || { kept "$1"; return 1; }; }
 trained() { # a run that was told to stop leaves a model, too
   python3 -c 'import json, sys; s = json.load(open(sys.argv[1])); sys.exit(s["global_step"] < s["max_steps"])' \
-    "$1/trainer_state.json" 2>/dev/null && kept "$1"
+    "$1/trainer_state.json" 2>/dev/null
+}
+train() { # FOLDER RECIPE [ARGUMENTS]: trains what the recipe writes to the folder, or goes on with it
+  if trained "$1"; then
+    kept "$1"
+    return
+  fi
+  bash run_zero2.sh "${@:2}" --resume_from_checkpoint true
+  trained "$1" || { echo "error: $1 was told to stop; the same command goes on with it" >&2; exit 1; }
 }

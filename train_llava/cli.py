@@ -214,10 +214,14 @@ def check_picture(name: str) -> None:
     Raises:
         ValueError: the message names it.
     """
+    if name == "-" or name.startswith(ADDRESSES):
+        return
     if os.path.isdir(name):
         raise ValueError(f"--image {name} is a folder: name a picture in it")
-    if name != "-" and not name.startswith(ADDRESSES) and not os.path.exists(name):
-        raise ValueError(f"--image {name} does not exist")
+    try:
+        os.stat(name)
+    except FileNotFoundError:
+        raise ValueError(f"--image {name} does not exist") from None
 
 
 def hub_answers() -> bool:

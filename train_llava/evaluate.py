@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from train_llava.adapter import load_model
 from train_llava.cli import (
     BATCH,
     BITS_HELP,
@@ -81,6 +80,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from train_llava.adapter import load_model
 from train_llava.answers import predict, write_predictions
 from train_llava.data import LlavaDataset
 from train_llava.infer import this_process

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train_llava.adapter import load_model
 from train_llava.cli import parse_arguments, parse_first, run_command, written_whole
 
 
@@ -24,6 +23,7 @@ if __name__ == "__main__":
 
 import torch
 
+from train_llava.adapter import load_model
 from train_llava.model import load_checkpoint
 from train_llava.reports import carry_card
 

@@ -23,7 +23,6 @@ from threading import Event, Lock, Thread
 from time import sleep
 from typing import Any, Literal
 
-from train_llava.adapter import load_model
 from train_llava.cli import BITS_HELP, parse_arguments, parse_first, run_command
 
 MOST_EXAMPLES = 10
@@ -57,6 +56,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
+from train_llava.adapter import load_model
 from train_llava.chat import Chat, Processor
 from train_llava.infer import question, reply, room_for_answer, sampling
 from train_llava.model import Llava

@@ -23,14 +23,10 @@ if missing "$out/llava"; then
 fi
 
 stage "3/5 stage 1: train the projector alone, in $out/stage1"
-if ! trained "$out/stage1"; then
-  bash run_zero2.sh recipes/openmoji-stage1.yaml
-fi
+train "$out/stage1" recipes/openmoji-stage1.yaml
 
 stage "4/5 stage 2: train the projector and the language model, in $out/stage2"
-if ! trained "$out/stage2"; then
-  bash run_zero2.sh recipes/openmoji-stage2.yaml
-fi
+train "$out/stage2" recipes/openmoji-stage2.yaml
 
 stage "5/5 ask about pictures that were held out, in $out/evaluation"
 if missing "$out/evaluation"; then

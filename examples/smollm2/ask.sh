@@ -7,10 +7,14 @@ case ${1:-} in -h | --help) exec sed -n '2,4s/^# //p' "$0" ;; esac
 if [ $# -gt 2 ]; then
   echo "error: $# words, where a picture and a question in quotes are taken: bash $0 \"$1\" \"${*:2}\"" >&2
   exit 1
-elif [ $# -gt 0 ] && [ ! -f "$1" ] && [[ $1 != *://* ]]; then
-  echo "error: the first word is a picture's file or address, and there is no file \"$1\"" >&2
-  exit 1
 fi
+case ${1--} in
+  - | http://* | https://* | data:*) ;;
+  *) if [ ! -e "$1" ] || [ -d "$1" ]; then
+    echo "error: a picture's file or address is taken first, and \"$1\" is none" >&2
+    exit 1
+  fi ;;
+esac
 caller=$PWD
 cd "$(dirname "$0")/../.."
 source ./env.sh examples/smollm2/requirements.txt

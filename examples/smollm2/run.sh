@@ -23,7 +23,7 @@ if missing $out/lm; then
   python3 $example/get_model.py --output_dir $out/lm
 fi
 stage "2/8 draw the pictures and write their records to $data"
-if missing $data/heldout/english.json; then
+if [ $example/talk.json -nt $data/heldout/english.json ] || missing $data/heldout/english.json; then
   python3 $example/make_data.py --output_dir $data
 fi
 stage "3/8 assemble CLIP and SmolLM2 into a LLaVA"
@@ -32,13 +32,9 @@ if missing $out/llava; then
     --vision_model_name_or_path examples/openmoji/parts/clip --language_model_name_or_path $out/lm
 fi
 stage "4/8 stage 1: train the projector alone"
-if ! trained $out/stage1; then
-  bash run_zero2.sh recipes/smollm2-stage1.yaml ${precision[@]+"${precision[@]}"}
-fi
+train $out/stage1 recipes/smollm2-stage1.yaml ${precision[@]+"${precision[@]}"}
 stage "5/8 stage 2: train LoRA adapters and the projector"
-if ! trained $out/stage2; then
-  bash run_zero2.sh recipes/smollm2-stage2.yaml ${precision[@]+"${precision[@]}"}
-fi
+train $out/stage2 recipes/smollm2-stage2.yaml ${precision[@]+"${precision[@]}"}
 # English that every Python has: does the model still predict it as before?
 python3 -c 'from pydoc_data.topics import topics
 print(*(topics[name] for name in ("attribute-access", "naming", "objects", "strings")), sep="\n")' >$out/text.txt
