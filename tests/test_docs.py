@@ -105,10 +105,9 @@ def test_every_recipe_parses_and_the_batch_is_that_of_the_readme():
     for file in (ROOT / "recipes").glob("*.yaml"):
         *_, args = parse("train", [str(file)])
         batches[file.stem] = args.per_device_train_batch_size * args.gradient_accumulation_steps, args.train_type
-        command = f"bash run_zero2.sh recipes/{file.name}"
         example = f"examples/{file.stem.partition('-')[0]}/run.sh"
         where = [example] if (ROOT / example).exists() else ENGLISH
-        assert any(command in (ROOT / name).read_text(encoding="utf-8") for name in where)
+        assert any(f" recipes/{file.name}" in (ROOT / name).read_text(encoding="utf-8") for name in where)
     assert batches == {
         "one-gpu-stage1": (256, "projector"),
         "one-gpu-stage2": (128, "lora"),
