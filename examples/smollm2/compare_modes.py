@@ -43,7 +43,7 @@ SMOLLM2 = Comparison(
     modes=MODES,
     steps=STEPS,
     batch=BATCH,
-    arguments=["--data_weights", "1", "0.25", "--attn_implementation", "eager", *(["--bf16", "true"] if BF16 else [])],
+    arguments=["--attn_implementation", "eager", *(["--bf16", "true"] if BF16 else [])],  # as run.sh
     evaluation=["--text_path", str(EXAMPLE / "text.txt"), "--base", str(EXAMPLE / "llava")],
 )
 

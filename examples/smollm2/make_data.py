@@ -3,11 +3,11 @@
     python -m examples.smollm2.make_data --output_dir output/smollm2/data                           the data
     python -m examples.smollm2.make_data --output_dir output/smollm2/data --talk output/smollm2/lm  talk.json anew
 
-`captions.json` asks for the caption of each training picture, `talk.json` something else about it. Its answers are
-SmolLM2's own, to the same question with the caption's words in place of the picture: a language model can write about
-a picture that somebody has put into words (Liu et al., 2023, "Visual Instruction Tuning"), and a projector that is
-trained on captions alone learns that whatever is asked, the caption is the answer. The answers are committed, since
-they take twenty minutes. Of held-out pictures there is nothing in them, and none of what follow_ups.py asks.
+`captions.json` asks for the caption of each training picture; `talk.json` asks something else about every fourth. Its
+answers are SmolLM2's own, to the same question with the caption's words in place of the picture: a language model can
+write about a picture that somebody has put into words (Liu et al., 2023, "Visual Instruction Tuning"), and a projector
+that is trained on both does not learn that whatever is asked, the caption is the answer. They are committed, since
+they take some minutes. Of held-out pictures there is nothing in them, and none of what follow_ups.py asks.
 
 The records to train on begin with a system turn of one word: the one that SmolLM2's template writes by itself would be
 a third of their tokens.
@@ -27,6 +27,7 @@ from train_llava.metrics import words
 
 HERE = Path(__file__).parent
 TALK = HERE / "talk.json"
+EVERY = 4  # of the training pictures, one is talked about
 QUESTIONS = [
     "Write one sentence about it.",
     "What is special about it?",
@@ -34,12 +35,6 @@ QUESTIONS = [
     "Describe a scene with it.",
     "What could it mean?",
     "What comes to mind when you see it?",
-    "Explain it to a child.",
-    "Tell a fact about it.",
-    "Write the first line of a story about it.",
-    "What feeling does it give?",
-    "Who would like it?",
-    "How has it changed over time?",
 ]
 NEW_TOKENS, BATCH = 40, 96
 SYSTEM = "Look."
@@ -52,17 +47,17 @@ def english(folder: Path) -> list[dict]:
 
 
 def talk_about(records: list[dict], language_model: str) -> list[dict]:
-    """What the language model says of each caption, cut behind its last whole sentence.
+    """What the language model says of every fourth caption, cut behind its last whole sentence.
 
     Left out is what has no whole sentence, and what has none of the caption's words: it is about something else.
     """
     tokenizer = AutoTokenizer.from_pretrained(language_model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(language_model).eval()
-    talk = []
-    for start in tqdm(range(0, len(records), BATCH), desc="talking"):
+    chosen, talk = records[::EVERY], []
+    for start in tqdm(range(0, len(chosen), BATCH), desc="talking"):
         batch = [
             (record["image"], record["conversations"][1]["value"], QUESTIONS[(start + i) % len(QUESTIONS)])
-            for i, record in enumerate(records[start : start + BATCH])
+            for i, record in enumerate(chosen[start : start + BATCH])
         ]
         asked = [
             [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"{caption}\n{question}"}]
