@@ -18,7 +18,7 @@ CHINESE = "[\u4e00-\u9fff]"
 def test_the_default_run_names_pictures_it_never_saw(default_run):
     metrics = json.loads((default_run / "evaluation" / "metrics.json").read_text())
     english = {name: scores["by_language"]["en"]["exact_match"] for name, scores in metrics["controls"].items()}
-    assert metrics["by_language"]["en"]["exact_match"] >= 0.5  # 0.660 when it was last measured
+    assert metrics["by_language"]["en"]["exact_match"] >= 0.5  # 0.605 when it was last measured
     assert english["blank_pictures"] < 0.05
     assert english["most_frequent_answer"] < 0.05
     assert metrics["by_language"]["en"]["n"] == metrics["by_language"]["zh"]["n"] == 329

@@ -46,7 +46,8 @@ def test_follow_ups_are_scored_against_the_caption_of_the_picture():
     pictures = [{"kind": kind} for kind in ("seen", "seen", "held out")]
     right = [["to cut", "in a kitchen"], ["to ride", "in a street"], ["to wave", "on a beach"]]
     said = [["to cut", "in a kitchen"], ["to cut", "in a kitchen"], ["hello", "hello"]]
-    result = follow_ups.compare(pictures, said, ["to ride", "hello"], right)
+    reworded = [["to cut", "hello"], ["hello", "hello"], ["to wave", "on a beach"]]
+    result = follow_ups.compare(pictures, said, ["to ride", "hello"], right, reworded)
     # "to cut" has one of two words in common with "to ride", "in a kitchen" two of three with "in a street"
     half = (1 / 2 + 2 / 3) / 2
     assert result["seen"]["the picture"]["mean"] == pytest.approx((1 + half) / 2)
@@ -54,6 +55,8 @@ def test_follow_ups_are_scored_against_the_caption_of_the_picture():
     assert result["seen"]["blank picture"]["mean"] == pytest.approx((1 / 4 + 1 / 2) / 2)
     assert result["held out"]["the picture"]["mean"] == 0
     assert result["all"]["the picture"]["n"] == 3
+    assert result["all"]["caption in words"]["mean"] == pytest.approx((1 / 2 + 0 + 1) / 3)
+    assert list(map(len, follow_ups.by_picture(["a", "b", "c", "d"]))) == [2, 2]
     difference = result["all"]["blank picture"]["difference"]["mean"]
     assert difference == pytest.approx((1 + half + 0) / 3 - (1 / 4 + 1 / 2 + 1 / 4) / 3)
 

@@ -10,6 +10,8 @@ What was fixed before anything was scored:
 - The score: token F1 of answer and reference; beside it two controls, the answer after a white picture against the
   same reference, and the answer after the picture against the reference of the next picture's caption. Intervals are
   95 % bootstraps over pictures; a difference is taken picture by picture.
+- What there is to win: the untrained model's answer to the caption in words under another system turn, against the
+  same reference. A projector that made of every picture what the caption says would come to about that.
 - The conversations that are drawn: the first five pictures of each kind.
 
 Writes follow_ups.json, answers.jsonl and conversations.png.
@@ -28,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from examples.openmoji.make_data import emoji_of, tones
+from examples.smollm2.make_data import SYSTEM
 from train_llava.adapter import load_model
 from train_llava.cli import run_command, written_whole
 from train_llava.infer import generate, question, reply
@@ -68,15 +71,26 @@ def answer(model: Any, processor: Any, asked: list[tuple[list[dict], list[Image.
     return answers
 
 
-def references(pictures: list[dict[str, Any]], language_model: Path, file: Path) -> list[list[str]]:
-    """What the model says to each caption before training, a list for each picture; kept in `file` for next time."""
+def by_picture(answers: list[str]) -> list[list[str]]:
+    """Answers to all `QUESTIONS` about one picture after the other, as a list for each picture."""
+    return [answers[i : i + len(QUESTIONS)] for i in range(0, len(answers), len(QUESTIONS))]
+
+
+def references(pictures: list[dict[str, Any]], language_model: Path, file: Path) -> list[list[list[str]]]:
+    """What the model says to each caption before training, under its own system turn and under `SYSTEM`.
+
+    Both are lists for each picture; they are kept in `file` for next time.
+    """
     if not file.exists():
         model, processor = load_model(str(language_model))
-        asked = [([question(f"{p['caption']}\n{text}", 0)], []) for p in pictures for text in QUESTIONS]
-        answers = answer(model, processor, asked, "captions in words")
+        asked = [[question(f"{p['caption']}\n{text}", 0)] for p in pictures for text in QUESTIONS]
+        system = {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
+        answers = [
+            answer(model, processor, [([*turn, *messages], []) for messages in asked], name)
+            for name, turn in (("captions in words", []), ("under another system turn", [system]))
+        ]
         file.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
-    answers = json.loads(file.read_text(encoding="utf-8"))
-    return [answers[i : i + len(QUESTIONS)] for i in range(0, len(answers), len(QUESTIONS))]
+    return list(map(by_picture, json.loads(file.read_text(encoding="utf-8"))))
 
 
 def agreement(answers: list[list[str]], right: list[list[str]]) -> list[float]:
@@ -91,8 +105,10 @@ def summary(scores: list[float]) -> dict[str, Any]:
     return {"mean": mean(scores), "interval": bootstrap(scores), "n": len(scores)}
 
 
-def compare(pictures: list[dict], said: list[list[str]], blank: list[str], right: list[list[str]]) -> dict[str, Any]:
-    """Agreement with the own caption's reference and its two controls, by kind and over all."""
+def compare(
+    pictures: list[dict], said: list[list[str]], blank: list[str], right: list[list[str]], reworded: list[list[str]]
+) -> dict[str, Any]:
+    """Agreement with the own caption's reference, its two controls, and what there is to win; by kind and over all."""
     result = {}
     for kind in ("seen", "held out", "all"):
         rows = [i for i, picture in enumerate(pictures) if kind in (picture["kind"], "all")]
@@ -106,6 +122,7 @@ def compare(pictures: list[dict], said: list[list[str]], blank: list[str], right
         for name, control in controls.items():
             less = [a - b for a, b in zip(with_picture, control, strict=True)]
             result[kind][name] = summary(control) | {"difference": summary(less)}
+        result[kind]["caption in words"] = summary(agreement([reworded[i] for i in rows], own))
     return result
 
 
@@ -140,14 +157,11 @@ def draw(pictures: list[dict[str, Any]], conversations: list[list[tuple[str, str
 def table(result: dict[str, Any]) -> str:
     """The Markdown table of the agreement."""
     lines = [
-        "| pictures | after the picture | after a white one | another caption's reference |",
-        "|---|---:|---:|---:|",
+        "| pictures | after the picture | after a white one | another caption's reference | after the caption |",
+        "|---|---:|---:|---:|---:|",
     ]
     for kind, scores in result.items():
-        cells = [
-            f"{s['mean']:.1%} ({s['interval'][0]:.1%} to {s['interval'][1]:.1%})"
-            for s in (scores["the picture"], scores["blank picture"], scores["another caption"])
-        ]
+        cells = [f"{s['mean']:.1%} ({s['interval'][0]:.1%} to {s['interval'][1]:.1%})" for s in scores.values()]
         lines.append(f"| {kind}, {scores['the picture']['n']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -162,14 +176,14 @@ def main() -> None:
     args = parser.parse_args()
     with written_whole(args.output_dir) as folder:
         pictures = load_pictures(args.data)
-        right = references(pictures, args.untrained, args.data / "follow_up_references.json")
+        right, reworded = references(pictures, args.untrained, args.data / "follow_up_answers.json")
         model, processor = load_model(args.model_name_or_path, args.adapter_name_or_path)
         asked = [([question(text, 1)], [Image.open(p["file"])]) for p in pictures for text in QUESTIONS]
         white = Image.new("RGB", Image.open(pictures[0]["file"]).size, "white")
         answers = answer(model, processor, asked, "pictures")
         blank = answer(model, processor, [([question(text, 1)], [white]) for text in QUESTIONS], "a white picture")
-        said = [answers[i : i + len(QUESTIONS)] for i in range(0, len(answers), len(QUESTIONS))]
-        result = compare(pictures, said, blank, right)
+        said = by_picture(answers)
+        result = compare(pictures, said, blank, right, reworded)
         (folder / "follow_ups.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
             for picture, own, wanted in zip(pictures, said, right, strict=True):
