@@ -2,15 +2,24 @@
 
     PYTHONPATH=. python benchmarks/memory.py
 
-First what each training type keeps of the model under ZeRO-2 in bf16: weights, gradients, optimizer state. Then, with
-what a step keeps beside it (train_llava/memory.py), the largest batch a GPU. 24 GB are 24 x 10^9 bytes; a card has
-7 % more, which is left to CUDA, to DeepSpeed's buffers and to gaps between tensors.
+First what each training type keeps of the model under ZeRO-2 in bf16, weights, gradients and optimizer state, and
+behind a plus what the optimizer's update takes beside it for a moment. Then, with what a pass keeps
+(train_llava/memory.py), the largest batch a GPU. 24 GB are 24 x 10^9 bytes; a card has 7 % more, which is left to
+CUDA, to DeepSpeed's buffers and to gaps between tensors.
 """
 
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaNextConfig, Qwen2Config
 
-from train_llava.memory import ANSWER, TEXT, activation_bytes, empty_model, picture_features, state_bytes
+from train_llava.memory import (
+    ANSWER,
+    TEXT,
+    activation_bytes,
+    empty_model,
+    picture_features,
+    state_bytes,
+    update_bytes,
+)
 from train_llava.model import LoraArguments, count_parameters
 from train_llava.train import LEARNING_RATES
 
@@ -36,9 +45,11 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 GPUS, CARDS = (1, 8), (24, 40, 80)
 
 
-def largest_batch(state: float, one: float, two: float, card: int) -> int:
-    """How many records fit a card of so many GB beside the model, by the bytes of a step with one and with two."""
-    return max(0, int((card * 1e9 - state - one) // (two - one)) + 1)
+def largest_batch(state: float, update: float, one: float, two: float, card: int) -> int:
+    """How many records fit a card of so many GB beside the model, by the bytes of a pass with one and with two; none
+    where the update does not."""
+    free = card * 1e9 - state
+    return 0 if update > free else max(0, int((free - one) // (two - one)) + 1)
 
 
 def main() -> None:
@@ -53,9 +64,11 @@ def main() -> None:
         for pictures, config in configs.items():
             llava, model = empty_model(config, train_type, LoraArguments(), torch.bfloat16)
             states = [sum(state_bytes(model, torch.bfloat16, n, zero=2).values()) for n in GPUS]
+            updates = [update_bytes(model, torch.bfloat16, n, zero=2) for n in GPUS]
             if pictures == "crop":
                 trainable = sum(trained for trained, _ in count_parameters(model).values())
-                sizes = " | ".join(f"{size / 1e9:.1f}" for size in states)
+                pairs = zip(states, updates, strict=True)
+                sizes = " | ".join(f"{state / 1e9:.1f} + {update / 1e9:.1f}" for state, update in pairs)
                 print(f"| `{train_type}` | {trainable / 1e6:,.0f} M | {sizes} |")
             tokens = len(picture_features(llava, 1)) + TEXT
             cells = []
@@ -64,8 +77,8 @@ def main() -> None:
                 for recompute in (True, False)
             }
             for card in CARDS:
-                for state in states:
-                    fit = [largest_batch(state, *step, card) or "–" for step in steps.values()]
+                for state, update in zip(states, updates, strict=True):
+                    fit = [largest_batch(state, update, *step, card) or "–" for step in steps.values()]
                     cells.append(" / ".join(map(str, fit)))
             batches.append(f"| `{train_type}`, `{pictures}`, {tokens:,} tokens | " + " | ".join(cells) + " |")
     columns = [f"{card} GB, {n} GPU{'s' * (n > 1)}" for card in CARDS for n in GPUS]

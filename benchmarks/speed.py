@@ -106,11 +106,12 @@ def make_model(geometry: str, work_dir: Path) -> Path:
     parts = work_dir / f"{geometry}-parts"
     dtype = torch.bfloat16 if geometry == REAL else torch.float32
     torch.set_default_dtype(dtype)
-    CLIPVisionModel(vision).save_pretrained(parts / "clip")
+    with device():  # a GPU draws billions of numbers in a second
+        CLIPVisionModel(vision).save_pretrained(parts / "clip")
+        Qwen2ForCausalLM(text).save_pretrained(parts / "qwen2")
+    torch.set_default_dtype(torch.float32)
     size = {"height": 336, "width": 336}
     CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=size).save_pretrained(parts / "clip")
-    Qwen2ForCausalLM(text).save_pretrained(parts / "qwen2")
-    torch.set_default_dtype(torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLE)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(parts / "qwen2")

@@ -162,18 +162,22 @@ def logged(output: Path, key: str = "loss") -> list[float]:
     return [entry[key] for entry in history if key in entry]
 
 
+def free_port() -> str:
+    """A port that nothing uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def zero2_command(
     model: Path, data: Path, output: Path, *arguments: str, ranks: int = 2
 ) -> tuple[list[str], dict[str, str]]:
     """The command that trains through run_zero2.sh on CPU ranks, and its environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"CPU_RANKS": str(ranks), "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PATH": path}
+    settings = {"CPU_RANKS": str(ranks), "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1", "PATH": path}
     command = ["bash", "run_zero2.sh", "--model_name_or_path", model, "--data_path", data, "--output_dir", output]
     command += [*arguments, "--logging_steps", "1", "--report_to", "none"]
-    return [str(word) for word in command], environment
+    return [str(word) for word in command], os.environ | settings
 
 
 def run_zero2(model: Path, data: Path, output: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:

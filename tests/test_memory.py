@@ -1,16 +1,35 @@
 """What a step takes of a GPU, computed on the meta device, against steps computed with numbers and counts by hand."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import run_train
+from conftest import ROOT, free_port, run_train
 from PIL import Image
 from torch.optim import AdamW
 
 from train_llava import memory, train
 from train_llava.build_model import build_model
 from train_llava.data import LlavaCollator, LlavaDataset
-from train_llava.memory import SavedTensors, activation_bytes, empty_model, picture_features, state_bytes, step_bytes
-from train_llava.model import TRAIN_TYPES, LoraArguments, load_checkpoint, load_config, set_trainable
+from train_llava.memory import (
+    SavedTensors,
+    activation_bytes,
+    empty_model,
+    picture_features,
+    state_bytes,
+    step_bytes,
+    update_bytes,
+)
+from train_llava.model import (
+    TRAIN_TYPES,
+    LoraArguments,
+    count_parameters,
+    load_checkpoint,
+    load_config,
+    set_trainable,
+)
 
 LORA = LoraArguments(lora_r=4, lora_dropout=0.0)
 SHAPE = (2, 30, 2, 12)  # rows, tokens of each; pictures, learnt tokens
@@ -93,6 +112,49 @@ def test_what_zero_divides(llava):
     divided = [[name for name in alone if share[name] == alone[name] / 8] for share in shares]
     assert divided == [[], ["optimizer"], ["gradients", "optimizer"], ["weights", "gradients", "optimizer"]]
     assert sum(state_bytes(empty, torch.bfloat16, 8, zero=3, offload=True).values()) == 0
+    (_, total) = count_parameters(empty)["language model"]
+    updates = [update_bytes(empty, torch.bfloat16, 8, zero=stage) for stage in (None, 1, 2, 3)]
+    assert updates == [0, *[total / 8 * (2 + 4)] * 3]
+    assert update_bytes(empty, torch.bfloat16, 1, zero=2, offload=True) == 0
+
+
+UPDATE = """
+import json, os, sys, threading, time
+import deepspeed, psutil, torch
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
+os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+deepspeed.init_distributed("gloo")
+resident, peak = psutil.Process().memory_info, 0
+def watch():
+    global peak
+    while True:
+        peak = max(peak, resident().rss)
+        time.sleep(0.0005)
+model = torch.nn.Sequential(*[torch.nn.Linear(4096, 4096, bias=False) for _ in range(4)])
+size = sum(parameter.numel() for parameter in model.parameters())
+config = json.load(open("ds_zero2_no_offload.json")) | {"gradient_clipping": 1.0, "bf16": {"enabled": True}}
+config |= {"train_micro_batch_size_per_gpu": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1}
+del config["fp16"]
+optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+for step in range(2):  # the moments are there from the second step on
+    engine.backward(engine(torch.randn(1, 4096, dtype=torch.bfloat16)).float().pow(2).mean())
+    before = peak = resident().rss
+    if step == 1:
+        threading.Thread(target=watch, daemon=True).start()
+    engine.step()
+    time.sleep(0.01)
+print((peak - before) / size)
+"""
+
+
+@pytest.mark.slow
+def test_an_update_takes_what_deepspeed_takes():
+    """On one rank: of a group's gradients, beside those that are there, a copy in a row and one in fp32."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", UPDATE, free_port()]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(2 + 4, rel=0.1)
 
 
 def test_a_picture_in_tiles_has_its_most_tokens(parts, tmp_path):

@@ -23,9 +23,11 @@ from transformers.utils import is_liger_kernel_available
 
 from train_llava.answers import LOGGED
 from train_llava.chat import IGNORE, Chat, Processor, form_of
+from train_llava.cli import device
 from train_llava.data import CheckedDataset
 from train_llava.lengths import estimate_lengths
-from train_llava.model import count_parameters, load_checkpoint
+from train_llava.memory import state_bytes, update_bytes, zero_of
+from train_llava.model import load_checkpoint
 from train_llava.pace import peak_memory
 from train_llava.packing import PackedDataset
 from train_llava.pictures import prepare_pictures
@@ -107,6 +109,12 @@ def preflight(trainer: LlavaTrainer) -> None:
         ValueError: the loss or a gradient is missing or not finite, or what is saved is not what is in memory.
     """
     if trainer.is_world_process_zero():
+        attention = trainer.model.config.text_config._attn_implementation
+        if trainer.data_collator.packing and device().type == "cuda" and "flash" not in attention:
+            print(
+                f"--packing: the attention {attention} goes over a packed row as a whole, which on a GPU was slower "
+                "than padding; --attn_implementation flash_attention_2, with the package flash-attn, does not"
+            )
         if is_deepspeed_zero3_enabled():
             print("preflight left out: under ZeRO-3 no rank holds the whole model")
         else:
@@ -160,9 +168,11 @@ def _try_once(trainer: LlavaTrainer) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
-    numbers = sum(trainable for trainable, _ in count_parameters(model).values())
-    # gradients, AdamW's two moments and, under DeepSpeed, fp32 weights; under ZeRO each rank holds its part of them
-    more = numbers * (14 / args.world_size if trainer.is_deepspeed_enabled else 12)
+    dtype, zero, offload = zero_of(args)
+    kept = state_bytes(model, dtype, args.world_size, zero, offload)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    update = weights + update_bytes(model, dtype, args.world_size, zero, offload)
+    more = kept["gradients"] + kept["optimizer"] + max(update - peak, 0)
     print(
         f"preflight: {what} forward and backward, saved, read back alike (loss {loss.item():.4f}); "
         f"{peak / 1e9:.1f} GB, and {more / 1e9:.1f} GB more a rank for gradients and optimizer"
