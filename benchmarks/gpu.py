@@ -18,10 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from datetime import date
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +27,7 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
-from speed import ON_GPU, make_model
+from speed import ON_GPU, make_apart
 from transformers.utils import is_flash_attn_2_available
 
 from train_llava.pace import read_pace
@@ -166,9 +164,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gpu-") as temporary:
         folder = Path(temporary)
         print(f"making a model of random weights, geometry {geometry}", flush=True)
-        data = make_data(folder / "data")
-        with ProcessPoolExecutor(1, get_context("spawn")) as another:  # here it would keep memory of the GPU
-            model = another.submit(make_model, geometry, folder).result()
+        data, model = make_data(folder / "data"), make_apart(geometry, folder)
         shutil.rmtree(folder / f"{geometry}-parts")
         train = ["bash", ROOT / "run_zero2.sh", "--model_name_or_path", model, "--data_path", data]
         train += ["--max_steps", STEPS, "--per_device_train_batch_size", BATCH[geometry], "--logging_steps", "1"]

@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -98,10 +99,8 @@ def configurations(tower: tuple[int, int], text: tuple[int, int], vocabulary: in
 
 
 def make_model(geometry: str, work_dir: Path) -> Path:
-    """A LLaVA of random weights, made once."""
+    """A LLaVA of random weights."""
     folder = work_dir / geometry
-    if folder.exists():
-        return folder
     vision, text = (CLIP, QWEN) if geometry == REAL else configurations(*GEOMETRIES[geometry])
     parts = work_dir / f"{geometry}-parts"
     dtype = torch.bfloat16 if geometry == REAL else torch.float32
@@ -118,6 +117,18 @@ def make_model(geometry: str, work_dir: Path) -> Path:
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the table
         build_model(str(parts / "clip"), str(parts / "qwen2"), str(folder), skip_checks=True)
     return folder
+
+
+def make_apart(geometry: str, work_dir: Path) -> Path:
+    """Lets a process of its own make the model, once: what that takes of a GPU goes with it."""
+    if (work_dir / geometry).exists():
+        return work_dir / geometry
+    process = get_context("spawn").Process(target=make_model, args=(geometry, work_dir), daemon=True)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"error: no model of the geometry {geometry}")
+    return work_dir / geometry
 
 
 def wait() -> None:
@@ -270,7 +281,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="Steps a turn; the first is not counted.")
     parser.add_argument("--contender", choices=CONTENDERS, help="Run this one alone, and print its figures.")
     arguments = parser.parse_args()
-    folder = make_model(arguments.geometry, arguments.work_dir)
+    folder = make_apart(arguments.geometry, arguments.work_dir)
     if arguments.contender is not None:
         print(json.dumps(run(arguments.contender, folder, arguments.work_dir / "output", arguments.steps)))
         return

@@ -55,6 +55,7 @@ def test_a_part_that_fails_or_hangs_is_a_row_and_the_others_go_on(gpu, monkeypat
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "is_flash_attn_2_available", lambda: False)
     monkeypatch.setattr(gpu, "PART_MINUTES", 5 / 60)
+    monkeypatch.setattr(gpu, "make_apart", lambda geometry, folder: (folder / f"{geometry}-parts").mkdir())
     parts = ["lora-zero2", "full-zero3", "projector-zero2", "lora-flash"]
     ask(monkeypatch, gpu, "--geometry", "tiny", "--output", tmp_path / "gpu.md", "--parts", *parts)
     found = table(tmp_path / "gpu.md")

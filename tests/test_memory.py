@@ -112,7 +112,7 @@ def test_what_zero_divides(llava):
     divided = [[name for name in alone if share[name] == alone[name] / 8] for share in shares]
     assert divided == [[], ["optimizer"], ["gradients", "optimizer"], ["weights", "gradients", "optimizer"]]
     assert sum(state_bytes(empty, torch.bfloat16, 8, zero=3, offload=True).values()) == 0
-    (_, total) = count_parameters(empty)["language model"]
+    total = sum(trained for trained, _ in count_parameters(empty).values())
     updates = [update_bytes(empty, torch.bfloat16, 8, zero=stage) for stage in (None, 1, 2, 3)]
     assert updates == [0, *[total / 8 * (2 + 4)] * 3]
     assert update_bytes(empty, torch.bfloat16, 1, zero=2, offload=True) == 0
@@ -184,7 +184,7 @@ def test_said_before_anything_is_loaded(llava, corpus, tmp_path, monkeypatch, ca
     assert "for 4 x 60 tokens, a picture in each" in out
     assert "this GPU" not in out
 
-    card = type("Card", (), {"total_memory": 2e5})
+    card = type("Card", (), {"total_memory": 1e6})
     monkeypatch.setattr(memory, "device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     with pytest.raises(LoadedError):
@@ -197,6 +197,24 @@ def test_said_before_anything_is_loaded(llava, corpus, tmp_path, monkeypatch, ca
     with pytest.raises(LoadedError):
         run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments)
     assert "this GPU" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("activations", "update", "said"),
+    [(6e9, 23e9, ["91.0 GB", "the first three the optimizer's update 23.0", "85.0 GB"]), (24e9, 23e9, ["92.0", "85"])],
+)
+def test_what_does_not_fit_is_told_with_what_would_help(llava, monkeypatch, capsys, activations, update, said):
+    sizes = {"weights": 8e9, "gradients": 9e9, "optimizer": 51e9, "activations": activations, "logits": 0}
+    card = type("Card", (), {"total_memory": 85e9})
+    monkeypatch.setattr(memory, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(memory, "estimate_memory", lambda *_: (sizes, update, "1 x 640 tokens"))
+    arguments = train.TrainArguments(output_dir="run", train_type="full", learning_rate=1e-5, report_to="none")
+    memory.print_estimate(str(llava), LORA, arguments, None, False, 2048)
+    out = capsys.readouterr().out
+    assert all(words in out for words in said)
+    assert "--train_type lora; --deepspeed ds_zero3_offload.json" in out
+    assert not any(word in out for word in ("checkpointing", "smaller"))  # the update alone is too large
 
 
 def test_no_estimate_costs_no_run(llava, monkeypatch, capsys):

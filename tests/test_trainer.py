@@ -338,14 +338,6 @@ def test_preflight_changes_nothing(llava, corpus, tmp_path, monkeypatch, capsys,
     assert with_it == without
 
 
-@pytest.mark.parametrize(("packing", "there"), [("true", "cuda"), ("true", "cpu"), ("false", "cuda")])
-def test_preflight_says_where_packing_was_slower(llava, corpus, tmp_path, monkeypatch, capsys, packing, there):
-    monkeypatch.setattr(checks, "device", lambda: torch.device(there))
-    run_train(monkeypatch, llava, corpus, tmp_path / "run", *FAST, "--max_steps", "1", "--packing", packing)
-    told = "--packing: the attention sdpa goes over a packed row as a whole" in capsys.readouterr().out
-    assert told == (packing == "true" and there == "cuda")
-
-
 def test_an_empty_tensor_in_a_saved_model_is_noticed(llava, corpus, tmp_path, monkeypatch):
     save = LlavaForConditionalGeneration.save_pretrained
 

@@ -23,7 +23,6 @@ from transformers.utils import is_liger_kernel_available
 
 from train_llava.answers import LOGGED
 from train_llava.chat import IGNORE, Chat, Processor, form_of
-from train_llava.cli import device
 from train_llava.data import CheckedDataset
 from train_llava.lengths import estimate_lengths
 from train_llava.memory import state_bytes, update_bytes, zero_of
@@ -109,12 +108,6 @@ def preflight(trainer: LlavaTrainer) -> None:
         ValueError: the loss or a gradient is missing or not finite, or what is saved is not what is in memory.
     """
     if trainer.is_world_process_zero():
-        attention = trainer.model.config.text_config._attn_implementation
-        if trainer.data_collator.packing and device().type == "cuda" and "flash" not in attention:
-            print(
-                f"--packing: the attention {attention} goes over a packed row as a whole, which on a GPU was slower "
-                "than padding; --attn_implementation flash_attention_2, with the package flash-attn, does not"
-            )
         if is_deepspeed_zero3_enabled():
             print("preflight left out: under ZeRO-3 no rank holds the whole model")
         else:

@@ -282,7 +282,8 @@ def _run(main: Callable[[], Any]) -> str | int | None:
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
-        needs_less = "a smaller batch needs less, and so do --activation_checkpointing true and --bits 4 in training"
+        needs_less = "a smaller batch needs less, and so do --activation_checkpointing true and --bits 4 in training; "
+        needs_less += "where the optimizer does not fit, so do --train_type lora, more GPUs and ds_zero3_offload.json"
         return _once(f"error: {str(error).partition('. ')[0]}: {needs_less}")
     except KeyboardInterrupt:
         return _once("stopped")

@@ -28,7 +28,8 @@ from train_llava.model import Llava, LoraArguments, count_parameters, load_confi
 
 TEXT, ANSWER = 64, 32  # tokens that a row is taken to have beside its picture, and how many of them are learnt
 DIVIDED = {"optimizer": 1, "gradients": 2, "weights": 3}  # from which stage of ZeRO on the ranks share it
-SUB_GROUP = 10**9  # numbers of a rank that ZeRO-3 updates at once, where its configuration says nothing else
+STATE = ("weights", "gradients", "optimizer")  # what is there all the time
+SUB_GROUP = 10**9  # so many numbers ZeRO-3 updates at once: DeepSpeed's default
 
 
 class FusedKernels(TorchFunctionMode):
@@ -234,16 +235,16 @@ def update_bytes(
 ) -> float:
     """What the optimizer takes for a moment, when the activations are gone, in bytes; arguments as in `state_bytes`.
 
-    DeepSpeed updates one group of parameters after the other (here the language model's is the largest): it puts a
-    rank's gradients in a row, and then into fp32. So measured with DeepSpeed 0.19.8 on one rank and on two, and why
-    `full` with 4.25 billion parameters, 68 GB at rest, runs out of an 80 GB GPU's memory.
+    DeepSpeed updates one group of parameters after the other: it puts a rank's gradients in a row, and that in fp32.
+    All that trains is taken for one group, which it nearly is where the language model trains in full; with several
+    it is less. On one GPU `full` with 4.25 billion parameters, 68 GB at rest, so runs out of 80 GB.
     """
     if not zero or offload:
         return 0
-    largest = max(trained for trained, _ in count_parameters(model).values()) / world_size
+    numbers = sum(trained for trained, _ in count_parameters(model).values()) / world_size
     if zero == 3:
-        largest = min(largest, SUB_GROUP)
-    return largest * (dtype.itemsize + (4 if dtype.itemsize < 4 else 0))
+        numbers = min(numbers, SUB_GROUP)
+    return numbers * (dtype.itemsize + (4 if dtype.itemsize < 4 else 0))
 
 
 def zero_of(args: TrainingArguments) -> tuple[torch.dtype, int | None, bool]:
@@ -262,10 +263,10 @@ def estimate_memory(
     bits: int | None = None,
     packing: bool = False,
     max_length: int | None = None,
-) -> tuple[dict[str, float], str]:
-    """What a run takes on each GPU at most, in bytes by kind, and for what batch: each record with one picture of as
-    many tokens as it can have, and `TEXT` tokens beside it, `ANSWER` of them learnt; a row of `tokens_per_batch` is
-    full of such records. Of the pass, forward and backward, and the update behind it, the larger one is told."""
+) -> tuple[dict[str, float], float, str]:
+    """What a pass, forward and backward, takes on each GPU, in bytes by kind; what the update behind it takes beside
+    the `STATE`; and for what batch: each record with one picture of as many tokens as it can have, and `TEXT` tokens
+    beside it, `ANSWER` of them learnt; a row of `tokens_per_batch` is full of such records."""
     dtype, zero, offload = zero_of(args)
     with whole_models(args):
         llava, model = empty_model(config, args.train_type, lora_arguments, dtype)
@@ -277,13 +278,14 @@ def estimate_memory(
         width, batch = args.tokens_per_batch, max(1, args.tokens_per_batch // tokens)
         note = f"a row of {width:,} tokens, {batch} pictures in it"
     sizes = state_bytes(model, dtype, args.world_size, zero, offload, bits)
-    update = {"update": update_bytes(model, dtype, args.world_size, zero, offload)}
-    a_pass = activation_bytes(llava, rows, width, batch, batch * ANSWER, args.activation_checkpointing)
-    sizes |= max(a_pass, update, key=lambda kinds: sum(kinds.values()))
+    update = update_bytes(model, dtype, args.world_size, zero, offload)
+    sizes |= activation_bytes(llava, rows, width, batch, batch * ANSWER, args.activation_checkpointing)
+    if zero == 2 and not offload and args.gradient_accumulation_steps > 1:
+        sizes |= {"gradients of the batches before": sizes["gradients"]}
     divided = [name for name, stage in DIVIDED.items() if zero and zero >= stage]
     if divided and args.world_size > 1:
         note += f"; ZeRO-{zero} divides {', '.join(divided)} by {args.world_size}"
-    return sizes, note + "; what is offloaded is not counted" * offload
+    return sizes, update, note + "; what is offloaded is not counted" * offload
 
 
 def print_estimate(
@@ -302,19 +304,22 @@ def print_estimate(
     """
     config = load_config(model_name_or_path)
     try:
-        sizes, note = estimate_memory(config, lora_arguments, args, bits, packing, max_length)
+        sizes, update, note = estimate_memory(config, lora_arguments, args, bits, packing, max_length)
     except Exception as error:  # models raise anything where numbers are missing
         print(f"memory: no estimate for a {config.text_config.model_type} ({' '.join(str(error).split())[:100]})")
         return
-    total = sum(sizes.values())
+    updated = sum(sizes[name] for name in STATE) + update
+    total = max(sum(sizes.values()), updated)
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in sizes.items())
+    if total == updated:
+        parts += f"; beside the first three the optimizer's update {update / 1e9:.1f}"
     print(f"memory: about {total / 1e9:.1f} GB a rank ({parts}) for {note}")
     if device().type == "cuda" and total > (there := torch.cuda.get_device_properties(args.device).total_memory):
-        print(f"memory: this GPU has {there / 1e9:.1f} GB. {remedy(args, bits, 'update' not in sizes)}")
+        print(f"memory: this GPU has {there / 1e9:.1f} GB. {remedy(args, bits, updated <= there)}")
 
 
 def remedy(args: TrainingArguments, bits: int | None, activations: bool) -> str:
-    """What would make a run smaller, of what it does not use yet; `activations` are what it takes the most for."""
+    """What would make a run smaller, of what it does not use yet; `activations`: fewer of them can be enough."""
     ways = {
         "--activation_checkpointing true": activations and not args.activation_checkpointing,
         "a smaller --per_device_train_batch_size with more --gradient_accumulation_steps": (
