@@ -362,7 +362,7 @@ def test_an_option_that_cannot_be_is_said_before_data_is_read(
 def test_true_may_be_written_as_python_writes_it(tmp_path, word, capsys):
     args = TrainArguments(output_dir=str(tmp_path), resume_from_checkpoint=word)
     assert starting_point(args) is None
-    assert "resuming from the start: no checkpoint was finished" in capsys.readouterr().out
+    assert "no checkpoint was finished: training from the start" in capsys.readouterr().out
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()
     (folder / "trainer_state.json").write_text("{}")

@@ -107,7 +107,7 @@ def test_a_run_resumes_without_deepspeed(llava, corpus, tmp_path, monkeypatch):
 def test_a_killed_run_without_a_checkpoint_starts_anew(llava, corpus, tmp_path, monkeypatch, capsys):
     arguments = [*FAST, "--train_type", "projector", "--max_steps", "2", "--resume_from_checkpoint", "true"]
     assert len(run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments)) == 2
-    assert "resuming from the start: no checkpoint was finished" in capsys.readouterr().out
+    assert "no checkpoint was finished: training from the start" in capsys.readouterr().out
 
 
 def test_sigterm_ends_a_run_with_a_checkpoint(llava, corpus, tmp_path):

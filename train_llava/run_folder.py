@@ -82,7 +82,8 @@ def starting_point(args: TrainingArguments) -> str | None:
     if resume:
         checkpoint = finished_checkpoint(args.output_dir) if resume is True else resume
         if args.process_index == 0:
-            print(f"resuming from {checkpoint or 'the start: no checkpoint was finished'}")
+            start = "no checkpoint was finished: training from the start"
+            print(f"resuming from {checkpoint}" if checkpoint else start)
     if checkpoint is not None:
         check_resumable(Path(checkpoint), args.world_size)
     return checkpoint
