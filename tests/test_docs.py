@@ -138,6 +138,14 @@ def test_links_lead_somewhere(name):
         assert not heading or heading in anchors(page.parent / target if target else page), link
 
 
+@pytest.mark.parametrize("name", CHINESE)
+def test_a_chinese_reader_is_told_what_is_in_english(name):
+    """Links to pages with no Chinese beside them; the one on top leads to the same page in English."""
+    text = (ROOT / name).read_text(encoding="utf-8").replace("[English](", "")
+    links = re.findall(r"\]\((?!http)([^)#\s]+\.md)(?:#[^)]*)?\)(.{0,4})", text)
+    assert not [link for link, behind in links if not link.endswith("_zh.md") and not behind.startswith("（英文")]
+
+
 def rows(text: str) -> list[list[str]]:
     """The numbers of each table row behind its first cell, where it has any."""
     found = [re.findall(r"\d[\d.,]*", line.split("|", 2)[2]) for line in text.splitlines() if line.startswith("| ")]
