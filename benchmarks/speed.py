@@ -98,11 +98,10 @@ def configurations(tower: tuple[int, int], text: tuple[int, int], vocabulary: in
     )
 
 
-def make_model(geometry: str, work_dir: Path) -> Path:
-    """A LLaVA of random weights."""
-    folder = work_dir / geometry
+def make_model(geometry: str, folder: Path) -> None:
+    """Writes a LLaVA of random weights, and its parts beside it."""
     vision, text = (CLIP, QWEN) if geometry == REAL else configurations(*GEOMETRIES[geometry])
-    parts = work_dir / f"{geometry}-parts"
+    parts = folder.with_name(f"{geometry}-parts")
     dtype = torch.bfloat16 if geometry == REAL else torch.float32
     torch.set_default_dtype(dtype)
     with device():  # a GPU draws billions of numbers in a second
@@ -116,19 +115,18 @@ def make_model(geometry: str, work_dir: Path) -> Path:
     tokenizer.save_pretrained(parts / "qwen2")
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the table
         build_model(str(parts / "clip"), str(parts / "qwen2"), str(folder), skip_checks=True)
-    return folder
 
 
 def make_apart(geometry: str, work_dir: Path) -> Path:
     """Lets a process of its own make the model, once: what that takes of a GPU goes with it."""
-    if (work_dir / geometry).exists():
-        return work_dir / geometry
-    process = get_context("spawn").Process(target=make_model, args=(geometry, work_dir), daemon=True)
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(f"error: no model of the geometry {geometry}")
-    return work_dir / geometry
+    folder = work_dir / geometry
+    if not folder.exists():
+        process = get_context("spawn").Process(target=make_model, args=(geometry, folder), daemon=True)
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"error: no model of the geometry {geometry}")
+    return folder
 
 
 def wait() -> None:

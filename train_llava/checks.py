@@ -25,7 +25,7 @@ from train_llava.answers import LOGGED
 from train_llava.chat import IGNORE, Chat, Processor, form_of
 from train_llava.data import CheckedDataset
 from train_llava.lengths import estimate_lengths
-from train_llava.memory import state_bytes, update_bytes, zero_of
+from train_llava.memory import precision, state_bytes, update_bytes, zero_of
 from train_llava.model import load_checkpoint
 from train_llava.pace import peak_memory
 from train_llava.packing import PackedDataset
@@ -161,7 +161,7 @@ def _try_once(trainer: LlavaTrainer) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
-    dtype, zero, offload = zero_of(args)
+    dtype, (zero, offload) = precision(args), zero_of(args)
     kept = state_bytes(model, dtype, args.world_size, zero, offload)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     update = weights + update_bytes(model, dtype, args.world_size, zero, offload)

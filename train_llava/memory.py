@@ -247,13 +247,17 @@ def update_bytes(
     return numbers * (dtype.itemsize + (4 if dtype.itemsize < 4 else 0))
 
 
-def zero_of(args: TrainingArguments) -> tuple[torch.dtype, int | None, bool]:
-    """The precision of a run, and of its DeepSpeed configuration the stage and whether it offloads; without: None."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+def precision(args: TrainingArguments) -> torch.dtype:
+    """What a run computes in."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def zero_of(args: TrainingArguments) -> tuple[int | None, bool]:
+    """The stage of a run's DeepSpeed configuration, None without one, and whether it offloads."""
     if args.deepspeed is None:
-        return dtype, None, False
+        return None, False
     deepspeed = args.hf_deepspeed_config
-    return dtype, deepspeed.get_value("zero_optimization.stage", 0), deepspeed.is_offload()
+    return deepspeed.get_value("zero_optimization.stage", 0), deepspeed.is_offload()
 
 
 def estimate_memory(
@@ -267,7 +271,7 @@ def estimate_memory(
     """What a pass, forward and backward, takes on each GPU, in bytes by kind; what the update behind it takes beside
     the `STATE`; and for what batch: each record with one picture of as many tokens as it can have, and `TEXT` tokens
     beside it, `ANSWER` of them learnt; a row of `tokens_per_batch` is full of such records."""
-    dtype, zero, offload = zero_of(args)
+    dtype, (zero, offload) = precision(args), zero_of(args)
     with whole_models(args):
         llava, model = empty_model(config, args.train_type, lora_arguments, dtype)
     batch, tokens = args.per_device_train_batch_size, len(picture_features(llava, 1)) + TEXT
@@ -320,14 +324,14 @@ def print_estimate(
 
 def remedy(args: TrainingArguments, bits: int | None, activations: bool) -> str:
     """What would make a run smaller, of what it does not use yet; `activations`: fewer of them can be enough."""
-    ways = {
-        "--activation_checkpointing true": activations and not args.activation_checkpointing,
+    fewer = {
+        "--activation_checkpointing true": not args.activation_checkpointing,
         "a smaller --per_device_train_batch_size with more --gradient_accumulation_steps": (
-            activations and args.per_device_train_batch_size > 1
+            args.per_device_train_batch_size > 1
         ),
-        "a smaller --tokens_per_batch with more --gradient_accumulation_steps": (
-            activations and args.tokens_per_batch is not None
-        ),
+        "a smaller --tokens_per_batch with more --gradient_accumulation_steps": args.tokens_per_batch is not None,
+    }
+    ways = (fewer if activations else {}) | {
         "--train_type lora": args.train_type in ("freeze_vision", "full"),
         "--bits 4": args.train_type == "lora" and not bits,
         "--deepspeed ds_zero3_offload.json": not bits,

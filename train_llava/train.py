@@ -21,7 +21,7 @@ from train_llava.chat import Chat
 from train_llava.checks import check_claims, check_options, check_together, preflight
 from train_llava.cli import BITS_HELP, device, parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
-from train_llava.memory import print_estimate
+from train_llava.memory import precision, print_estimate
 from train_llava.model import TRAIN_TYPES, LoraArguments, count_parameters, load_checkpoint, set_trainable
 from train_llava.pace import describe_pace
 from train_llava.packing import PackedDataset
@@ -183,9 +183,8 @@ def main() -> None:
         from deepspeed import init_distributed  # here, since it takes seconds and complains where it is not needed
 
         init_distributed(verbose=False)
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model, processor = load_checkpoint(
-        model_arguments.model_name_or_path, dtype, model_arguments.attn_implementation, model_arguments.bits
+        model_arguments.model_name_or_path, precision(args), model_arguments.attn_implementation, model_arguments.bits
     )
     check_options(args, model, data_arguments.eval_answers)
     check_claims(model, processor, data_arguments.packing)

@@ -33,6 +33,7 @@ from train_llava.answers import score_answers
 from train_llava.chat import IGNORE
 from train_llava.data import LlavaCollator
 from train_llava.lengths import estimate_lengths
+from train_llava.memory import precision
 from train_llava.model import load_checkpoint, part_of
 from train_llava.pace import Pace
 from train_llava.run_folder import check_base, read_back, save_base_fingerprint, unfinished
@@ -66,8 +67,7 @@ class LlavaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.data_collator = partial(with_ids, collator=self.data_collator)
         self.learning_rates, self.write_card, self.eval_answers = learning_rates, write_card, eval_answers
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-        self.pace = Pace(self.args.device, dtype, self.args.world_size)
+        self.pace = Pace(self.args.device, precision(self.args), self.args.world_size)
         self.add_callback(StopOnSignal())
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
