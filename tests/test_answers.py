@@ -203,6 +203,8 @@ def test_language_kept_is_the_loss_of_the_text_by_hand(llava, parts, corpus, tmp
         (["--text_path", "{tmp}/nowhere.txt"], "nowhere.txt"),
         (["--text_path", "{tmp}/gbk.txt"], "gbk.txt cannot be opened"),
         (["--text_path", "{tmp}/empty.txt"], "empty.txt is empty"),
+        (["--text_path", "{tmp}/letter.txt"], "a text of one token"),
+        (["--text_path", "{tmp}/picture.txt"], "picture.txt has <image> in it"),
         (["--base", "{llava}"], "--base goes with --text_path"),
         (["--text_path", "{tmp}/text.txt", "--base", "{tmp}"], "config.json"),
         (["--text_path", "{tmp}/text.txt", "--base", "{tmp}/other"], "splits the text into other tokens"),
@@ -211,10 +213,13 @@ def test_language_kept_is_the_loss_of_the_text_by_hand(llava, parts, corpus, tmp
 def test_a_text_that_cannot_be_read_is_named(llava, parts, corpus, tmp_path, monkeypatch, arguments, message):
     (tmp_path / "gbk.txt").write_bytes("红色的方块".encode("gbk"))
     (tmp_path / "empty.txt").write_text(" ")
+    (tmp_path / "letter.txt").write_text("a")
+    (tmp_path / "picture.txt").write_text("<image> stands for a picture")
     (tmp_path / "text.txt").write_text("What is this?")
     shutil.copytree(parts["qwen2"], tmp_path / "other")
     make_tokenizer(tmp_path / "other", ("<|endoftext|>", "<|im_end|>"), None, "<|im_end|>", None, size=290)
     words = [word.format(tmp=tmp_path, llava=llava) for word in arguments]
+    monkeypatch.setattr(evaluate, "predict", lambda *_, **__: pytest.fail("asked before the text was looked at"))
     with pytest.raises((OSError, ValueError), match=message):
         evaluated(llava, corpus, tmp_path / "out", monkeypatch, *words, "--max_new_tokens", "1")
     assert not (tmp_path / "out").exists()

@@ -31,7 +31,7 @@ from transformers import (
     pipeline,
 )
 
-from train_llava.build_model import build_model
+from train_llava.build_model import build_model, load_projector
 from train_llava.checks import reference_outputs
 from train_llava.data import LlavaCollator
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
@@ -450,7 +450,7 @@ def published_layout(projector: dict[str, torch.Tensor], path: Path) -> None:
 
 
 @pytest.mark.parametrize("ratio", ["crop", "anyres"])
-def test_a_trained_projector_is_put_in_in_either_layout(parts, corpus, tmp_path, monkeypatch, ratio):
+def test_a_trained_projector_is_put_in_in_either_layout(parts, corpus, tmp_path, monkeypatch, capsys, ratio):
     """What stage 1 has trained, alone, and what it has written whole are one model once more."""
     options = {"image_aspect_ratio": ratio}
     build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "llava"), **options)
@@ -474,10 +474,30 @@ def test_a_trained_projector_is_put_in_in_either_layout(parts, corpus, tmp_path,
     layers = {name.removeprefix("multi_modal_projector."): t for name, t in trained.items() if "projector" in name}
     published_layout(layers, tmp_path / "mm_projector.bin")
     build_model(
-        str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "theirs"), projector=str(tmp_path / "mm_projector.bin")
+        str(parts["clip"]),
+        str(parts["qwen2"]),
+        str(tmp_path / "theirs"),
+        projector=str(tmp_path / "mm_projector.bin"),
+        **options,
     )
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     assert all(torch.equal(theirs[f"multi_modal_projector.{name}"], tensor) for name, tensor in layers.items())
+    # LLaVA's authors publish no newline of tiles: who starts from their projector is told that it is random
+    assert ("It has no image_newline" in capsys.readouterr().err) == (ratio == "anyres")
+    assert ("It has no image_newline" in (tmp_path / "theirs" / "README.md").read_text()) == (ratio == "anyres")
+
+
+def test_a_projector_is_known_by_what_it_holds(tmp_path):
+    """Not by the ending of its name, nor by the prefix of its layers; a run's folder stands for its projector."""
+    layers = {f"linear_{i}.{kind}": torch.rand(2) for i in (1, 2) for kind in ("weight", "bias")}
+    for prefix in ("", "multi_modal_projector.", "model.multi_modal_projector.", "mm_projector."):
+        for name, save in (("safe.bin", save_file), ("torch.safetensors", torch.save)):
+            save({f"{prefix}{layer}": tensor for layer, tensor in layers.items()}, tmp_path / name)
+            read = load_projector(str(tmp_path / name))
+            assert read.keys() == layers.keys()
+            assert all(torch.equal(read[layer], tensor) for layer, tensor in layers.items())
+    save_file(layers, tmp_path / "projector.safetensors")
+    assert load_projector(str(tmp_path)).keys() == layers.keys()
 
 
 @pytest.mark.parametrize(
@@ -502,7 +522,22 @@ def test_a_projector_that_does_not_fit_is_refused_by_name(parts, tmp_path, fault
             str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "out"), projector=str(tmp_path / "p.safetensors")
         )
     assert not (tmp_path / "out").exists()
-    for name, content in (("torn.safetensors", b"{"), ("torn.bin", b"no pickle")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name} cannot be opened"):
-            build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "out"), projector=str(tmp_path / name))
+
+
+def test_a_file_that_is_no_projector_is_refused_in_a_line(tmp_path):
+    (tmp_path / "torn.safetensors").write_bytes(b"{")
+    (tmp_path / "torn.bin").write_bytes(b"no pickle")
+    torch.save([torch.zeros(2)], tmp_path / "list.bin")
+    torch.save({f"linear_{i}.{kind}": 1 for i in (1, 2) for kind in ("weight", "bias")}, tmp_path / "numbers.bin")
+    torch.save(Path("code.bin"), tmp_path / "code.bin")
+    for name, reason in (
+        ("torn.safetensors", "neither safetensors nor"),
+        ("torn.bin", "neither safetensors nor"),
+        ("code.bin", "neither safetensors nor"),
+        ("list.bin", "no dictionary of tensors"),
+        ("numbers.bin", "no dictionary of tensors"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} cannot be opened: it is {reason}"):
+            load_projector(str(tmp_path / name))
+    with pytest.raises(OSError, match=r"projector\.safetensors"):
+        load_projector(str(tmp_path))

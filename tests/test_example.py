@@ -3,11 +3,15 @@
 import json
 import re
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from examples.openmoji.compare_modes import Comparison, compare
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.name for path in ROOT.glob("code*.ipynb"))
@@ -37,6 +41,41 @@ def test_an_example_keeps_what_an_earlier_start_has_finished(tmp_path):
     done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     kept = "finished is there from an earlier start and is kept; to make it anew, remove it and what was made of it"
     assert done.stdout.splitlines() == ["finished is trained", kept, kept, "make nothing"]
+
+
+def test_a_comparison_keeps_what_it_has_and_begins_nothing_behind_a_failure(tmp_path, monkeypatch):
+    compared = Comparison(
+        tmp_path, ["train"], "heldout", {name: [] for name in "abc"}, 1, 1, [], ["--text_path", "text"]
+    )
+    measured, results = [], tmp_path / "new" / "modes.json"
+
+    def measure(mode, seed, folder):
+        measured.append((mode, seed))
+        if (mode, seed) == ("b", 0):
+            raise SystemExit("train failed")
+        time.sleep(0.01)
+        return {"mode": mode, "seed": seed}
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["compare_modes", *map(str, words)])
+        return compare("", compared, measure, [0, 1], tmp_path / "committed.json")
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("llava", "train", "heldout", "text"):
+        with pytest.raises(SystemExit, match=rf"no \S*{name}, which this starts from"):
+            command("--results", results)
+        (tmp_path / name).mkdir()
+    (tmp_path / "committed.json").write_text('[{"mode": "a", "seed": 7}]')
+    assert command() == [{"mode": "a", "seed": 7}]
+    assert not measured
+    assert [result["seed"] for result in command("--results", results, "--modes", "c", "a", "--seeds", "1")] == [1, 1]
+    with pytest.raises(SystemExit, match="train failed"):
+        command("--results", results, "--seeds", 0, *range(2, 40))
+    assert len(measured) < 40
+    assert {("a", 1), ("c", 1)} <= {(run["mode"], run["seed"]) for run in json.loads(results.read_text())}
+    (tmp_path / "other.json").write_text('[{"mode": "z", "seed": 0}]')
+    with pytest.raises(SystemExit, match=r"other\.json has z"):
+        command("--results", "other.json")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ processor, chat template and generation config.
 """
 
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +70,7 @@ if __name__ == "__main__":
     parse_first(BuildArguments)  # before the imports that take seconds
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -95,6 +97,7 @@ from train_llava.parts import (
 from train_llava.pictures import is_anyres
 from train_llava.records import IMAGE_TOKEN
 from train_llava.reports import write_card
+from train_llava.run_folder import PROJECTOR
 from train_llava.template import complete_generation_config
 
 
@@ -149,11 +152,19 @@ def assemble(
 def load_projector(path: str) -> dict[str, torch.Tensor]:
     """A trained projector's tensors by the names that they have in a LLaVA, and `image_newline` where it has one.
 
+    Args:
+        path: a file of safetensors or of torch's, or the folder of a run that has trained the projector alone.
+
     Raises:
-        ValueError: it cannot be opened, or is no projector of two linear layers.
+        OSError, ValueError: it cannot be opened, or is no projector of two linear layers.
     """
+    if Path(path).is_dir():
+        path = str(Path(path) / PROJECTOR)
     with opening(path):
-        saved = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+        try:
+            saved = load_file(path)
+        except SafetensorError:
+            saved = torch_tensors(path)
         names = {}
         for name, tensor in saved.items():
             # the authors of LLaVA count the projector's layers: 0, an activation, 2
@@ -161,8 +172,24 @@ def load_projector(path: str) -> dict[str, torch.Tensor]:
             names[re.sub(r"^([02])\.", lambda m: f"linear_{int(m[1]) // 2 + 1}.", short)] = tensor
         layers = {f"linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
         if names.keys() - {"image_newline"} != layers:
-            raise ValueError(f"it holds {', '.join(sorted(names)[:5])}, and no projector of two linear layers")
+            raise ValueError(f"it holds {', '.join(sorted(saved)[:5])}, and no projector of two linear layers")
     return names
+
+
+def torch_tensors(path: str) -> dict[str, torch.Tensor]:
+    """What `torch.save` has written of a dictionary of tensors.
+
+    Raises:
+        ValueError: it is something else. torch's own words would advise to let the file run code.
+    """
+    try:
+        with open(path, "rb") as file:  # by its name alone torch would take it for safetensors
+            saved = torch.load(file, "cpu", weights_only=True)
+    except Exception as error:  # of any type
+        raise ValueError("it is neither safetensors nor torch's file of tensors") from error
+    if not (isinstance(saved, dict) and all(isinstance(tensor, torch.Tensor) for tensor in saved.values())):
+        raise ValueError("it is no dictionary of tensors")
+    return saved
 
 
 def put_projector(model: Llava, projector: dict[str, torch.Tensor], path: str) -> None:
@@ -243,6 +270,10 @@ def build_model(*arguments: Any, **named: Any) -> None:
         note = "Put together and not trained yet: the projector is random."
         if projector is not None:
             note = "Put together with a trained projector."
+            if given.image_aspect_ratio == "anyres" and "image_newline" not in projector:
+                untrained = "It has no image_newline, which ends a row of tiles: that is random, and wants training."
+                note += f" {untrained}"
+                print(f"--projector {given.projector}: {untrained}", file=sys.stderr)
         write_card(folder, Path(given.output_dir).name, parts, [], [note])
         sizes = [(part, f"{total:,} parameters") for part, (_, total) in count_parameters(model).items()]
         del model, vision_tower, language_model  # the checks load the saved model: never two in memory

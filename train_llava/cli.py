@@ -398,6 +398,18 @@ def written_whole(output_dir: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a file beside `path` that takes its place when the block ends without an error: `path` is never half."""
+    path = path.resolve()  # a link stays one
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     """The process's umask, which Python can only read by setting it."""
     mask = os.umask(0)

@@ -96,6 +96,7 @@ from train_llava.metrics import (
 from train_llava.model import load_checkpoint
 from train_llava.parts import load_language_model
 from train_llava.readers import read_jsonl
+from train_llava.records import IMAGE_TOKEN
 from train_llava.reports import cell, draw, draw_sheet, markdown
 
 WINDOW = 1024  # tokens of a text read at once
@@ -208,9 +209,11 @@ def language_kept(model: PreTrainedModel | PeftModel, tokenizer: Any, text: str,
     """How well the model predicts a text, and how well what it was made of does: `base`, or it without its adapter.
 
     Raises:
-        ValueError: the base cannot be opened, or splits the text into other tokens.
+        ValueError: the base cannot be opened, or splits the text into other tokens; or there is nothing to predict.
     """
     input_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(input_ids) < 2:
+        raise ValueError("--text_path has a text of one token: there is no next one to predict")
     kept = {"loss": text_loss(model, input_ids), "tokens": len(input_ids)}
     if base is not None:
         with opening(base):
@@ -236,8 +239,11 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
             text = Path(arguments.text_path).read_text(encoding="utf-8")
         if not text.strip():
             raise ValueError(f"--text_path {arguments.text_path} is empty")
+        if IMAGE_TOKEN in text:
+            raise ValueError(f"--text_path {arguments.text_path} has {IMAGE_TOKEN} in it, where a picture would stand")
     dataset = LlavaDataset(arguments.data_path, arguments.image_dir)
     model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
+    kept = None if text is None else language_kept(model, processor.tokenizer, text, arguments.base)
     settings = (dataset, arguments.batch_size, arguments.max_new_tokens)
     predictions, bad = predict(model, processor, *settings)
     if not predictions:
@@ -246,8 +252,8 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
     if arguments.blank_control:
         controls["blank_pictures"] = predict(model, processor, *settings, blank=True)[0]
     metrics = by_language(predictions, score_group) | {"bad": bad}
-    if text is not None:
-        metrics["text"] = language_kept(model, processor.tokenizer, text, arguments.base)
+    if kept is not None:
+        metrics["text"] = kept
     metrics["controls"] = {name: by_language(control, score_exact) for name, control in controls.items()}
     if folder is None:
         return metrics

@@ -7,14 +7,13 @@ A conversation that ends with a question may stand under `messages` instead of `
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train_llava.cli import ADDRESSES
+from train_llava.cli import ADDRESSES, replacing
 from train_llava.readers import BadRecordError, read_jsonl
 from train_llava.records import IMAGE_TOKEN, Record, pictures_of, text_of, to_messages
 
@@ -131,9 +130,7 @@ def unanswered(questions: list[Question], answers: Path, digest: str) -> list[Qu
     if len(kept) < len(lines):
         print(f"{len(lines) - len(kept)} lines of {answers} answer what was asked before: left out", file=sys.stderr)
     if b"".join(kept) != answers.read_bytes():
-        answers = answers.resolve()
-        whole = answers.with_name(f".{answers.name}.new")
-        whole.write_bytes(b"".join(kept))
-        shutil.copymode(answers, whole)
-        os.replace(whole, answers)
+        with replacing(answers) as file:
+            file.write_bytes(b"".join(kept))
+            shutil.copymode(answers, file)
     return [asked for asked in questions if any(asked is other for other in waiting[str(asked.id)])]

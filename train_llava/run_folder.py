@@ -1,7 +1,6 @@
 """What is on disk of a run: what is finished, what it can go on from, and whether what was saved is whole."""
 
 import json
-import os
 import shutil
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import cached_file
 
-from train_llava.cli import ROOT, given_arguments
+from train_llava.cli import ROOT, given_arguments, replacing
 from train_llava.model import count_parameters, part_of
 
 FINGERPRINT = "base_fingerprint.json"  # of the model that an adapter was trained on, in the adapter's folder
@@ -113,8 +112,8 @@ def write_recipe(*arguments: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / RECIPE).exists() and (folder / RECIPE).read_text(encoding="utf-8") != text:
         shutil.copy(folder / RECIPE, folder / f"recipe-{len(list(folder.glob('recipe-*.yaml'))) + 1}.yaml")
-    (folder / ".recipe").write_text(text, encoding="utf-8")
-    os.replace(folder / ".recipe", folder / RECIPE)
+    with replacing(folder / RECIPE) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def check_resumable(checkpoint: Path, ranks: int) -> None:
@@ -179,7 +178,8 @@ def save_projector(folder: Path) -> None:
     for path in folder.glob("model*.safetensors"):
         with safe_open(path, framework="pt") as file:
             held |= {name: file.get_tensor(name) for name in file.keys() if part_of(name) == "projector"}  # noqa: SIM118
-    save_file(held, folder / PROJECTOR)
+    with replacing(folder / PROJECTOR) as file:
+        save_file(held, file)
 
 
 def first_numbers(model: nn.Module) -> dict[str, list[float]]:

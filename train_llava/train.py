@@ -236,9 +236,9 @@ def main() -> None:
     write_recipe(model_arguments, lora_arguments, data_arguments, args)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    trainer.save_state()
     if args.train_type == "projector" and args.process_index == 0:
         save_projector(Path(args.output_dir))
+    trainer.save_state()  # by which a run is told to be done
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         print(describe_pace(trainer.state.log_history))

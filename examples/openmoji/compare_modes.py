@@ -6,9 +6,9 @@
 
 It starts from what `bash run_zero2.sh` left in output/openmoji: the assembled model and the data. Each run is one
 process of one thread, two at a time. A mode is one stage or two; where it is two, the first trains the projector alone
-and takes a quarter of the steps. What was measured goes into `--results`, by default modes.json beside this file, as
-each run ends: exact match on the held-out pictures with the interval it lies in, the minutes and the memory training
-took, and the loss curve. A run that the file holds already is not made again. The table at the end is the READMEs'.
+and takes a quarter of the steps. What was measured goes into the file as each run ends: exact match on the held-out
+pictures with the interval it lies in, the minutes and the memory training took, and the loss curve. A run that the
+file holds already is not made again. The table at the end is that of docs/speed.md.
 """
 
 import argparse
@@ -139,17 +139,13 @@ def by_mode(modes: dict, results: list[dict]) -> dict[str, list[dict]]:
     return runs
 
 
-def runs_by_mode(results: list[dict]) -> dict[str, list[dict]]:
-    return by_mode(MODES, results)
-
-
 def table(results: list[dict]) -> str:
     """The Markdown table of what was measured."""
     lines = [
         "| mode | seeds | English, median | range | 95 % of that run | Chinese | minutes | peak GB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for mode, runs in runs_by_mode(results).items():
+    for mode, runs in by_mode(MODES, results).items():
         middle = runs[len(runs) // 2]
         scores = " to ".join(f"{r['exact_match']:.1%}" for r in (runs[0], runs[-1]))
         interval = " to ".join(f"{bound:.1%}" for bound in middle["interval"])
@@ -164,25 +160,43 @@ def table(results: list[dict]) -> str:
 def compare(
     doc: str, compared: Comparison, measure: Callable[[str, int, Path], dict], seeds: list[int], file: Path
 ) -> list[dict]:
-    """Measures what the file of results does not hold yet, two runs at a time; returns all that it holds then."""
+    """The results in `file`; with `--results` those in that file, where the runs that it lacks are made, two at once.
+
+    Raises:
+        SystemExit: what the runs start from is not there, or a run fails; those that wait are not begun.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--modes", nargs="+", default=list(compared.modes), choices=compared.modes, help="Default: all."
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
-    parser.add_argument("--results", type=Path, default=file, help="The file to write.")
+    parser.add_argument("--results", type=Path, help="The file of what is measured, or was.")
     args = parser.parse_args()
+    if args.results is None:
+        return json.loads(file.read_text())
+    needed = [compared.folder / name for name in ("llava", *compared.train, compared.heldout)]
+    needed += [Path(word) for word in compared.evaluation if not word.startswith("--")]
+    for path in needed:
+        if not path.exists():
+            raise SystemExit(f"compare_modes: no {path}, which this starts from: let the example's run end first")
+    args.results.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.results.read_text()) if args.results.exists() else []
     done = {(result["mode"], result["seed"]) for result in results}
+    if other := {mode for mode, _ in done} - compared.modes.keys():
+        raise SystemExit(f"compare_modes: {args.results} has {other.pop()}, no mode of this: choose another file")
     left = [(mode, seed) for seed in args.seeds for mode in args.modes if (mode, seed) not in done]
-    if left and not (compared.folder / "llava").is_dir():
-        raise SystemExit(f"compare_modes: no {compared.folder}/llava: run the example first")
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(max_workers=2) as pool:
         running = [pool.submit(measure, mode, seed, Path(work) / f"{i}") for i, (mode, seed) in enumerate(left)]
-        for finished in tqdm(as_completed(running), total=len(left), desc="runs", disable=not left):
-            results.append(finished.result())
-            results.sort(key=lambda result: (list(compared.modes).index(result["mode"]), result["seed"]))
-            args.results.write_text(json.dumps(results, indent=1) + "\n")
+        try:
+            for finished in tqdm(as_completed(running), total=len(left), desc="runs", disable=not left):
+                results.append(finished.result())
+                results.sort(key=lambda result: (list(compared.modes).index(result["mode"]), result["seed"]))
+                beside = args.results.with_name(f".{args.results.name}.new")
+                beside.write_text(json.dumps(results, indent=1) + "\n")
+                os.replace(beside, args.results)
+        except BaseException:  # Ctrl-C is one: what waits would still be trained, for hours
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return results
 
 

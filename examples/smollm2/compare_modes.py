@@ -3,10 +3,10 @@
     python -m examples.smollm2.compare_modes                 the table of what modes.json holds
     python -m examples.smollm2.compare_modes --results output/smollm2/modes.json   measured anew, in hours
 
-It starts from what examples/smollm2/run.sh left in output/smollm2: the assembled model and the data. Runs go two at a
-time, of one thread each, and what was measured is kept as each ends, so that it may take several sittings. Beside the
-held-out pictures it scores how well a text that every Python has is still predicted (the loss of SmolLM2 itself is the
-measure), and how far follow-up questions are answered as SmolLM2 answers them to the caption in words.
+It starts from what examples/smollm2/run.sh left in output/smollm2: the assembled model, the data and the text. Runs go
+two at a time, of one thread each, and what was measured is kept as each ends, so that it may take several sittings.
+Beside the held-out pictures it scores how well the text is still predicted (the measure is SmolLM2's own loss), and
+how far follow-up questions are answered as SmolLM2 answers them to the caption in words.
 """
 
 import json

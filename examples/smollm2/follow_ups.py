@@ -14,7 +14,7 @@ What was fixed before anything was scored:
   same reference. A projector that made of every picture what the caption says would come to about that.
 - The conversations that are drawn: the first five pictures of each kind.
 
-Writes follow_ups.json, answers.jsonl and conversations.png.
+Writes follow_ups.json, answers.jsonl and conversations.png; and, among the data, the references for next time.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from tqdm import tqdm
 from examples.openmoji.make_data import emoji_of, tones
 from examples.smollm2.make_data import SYSTEM
 from train_llava.adapter import load_model
-from train_llava.cli import run_command, written_whole
-from train_llava.infer import generate, question, reply
+from train_llava.cli import replacing, run_command, written_whole
+from train_llava.infer import generate, question, reply, weights_digest
 from train_llava.metrics import bootstrap, token_f1
 
 EXAMPLE = Path("output/smollm2")
@@ -76,21 +76,25 @@ def by_picture(answers: list[str]) -> list[list[str]]:
     return [answers[i : i + len(QUESTIONS)] for i in range(0, len(answers), len(QUESTIONS))]
 
 
-def references(pictures: list[dict[str, Any]], language_model: Path, file: Path) -> list[list[list[str]]]:
+def references(pictures: list[dict[str, Any]], untrained: Path, file: Path) -> list[list[list[str]]]:
     """What the model says to each caption before training, under its own system turn and under `SYSTEM`.
 
-    Both are lists for each picture; they are kept in `file` for next time.
+    Both are lists for each picture; they are kept in `file` for next time, with what was asked of which model.
     """
-    if not file.exists():
-        model, processor = load_model(str(language_model))
-        asked = [[question(f"{p['caption']}\n{text}", 0)] for p in pictures for text in QUESTIONS]
+    model, processor = load_model(str(untrained))
+    texts = [f"{p['caption']}\n{text}" for p in pictures for text in QUESTIONS]
+    asked = {"model": weights_digest(model), "system": SYSTEM, "new_tokens": NEW_TOKENS, "texts": texts}
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"asked": None}
+    if kept["asked"] != asked:
         system = {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
         answers = [
-            answer(model, processor, [([*turn, *messages], []) for messages in asked], name)
+            answer(model, processor, [([*turn, question(text, 0)], []) for text in texts], name)
             for name, turn in (("captions in words", []), ("under another system turn", [system]))
         ]
-        file.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
-    return list(map(by_picture, json.loads(file.read_text(encoding="utf-8"))))
+        kept = {"asked": asked, "answers": answers}
+        with replacing(file) as beside:
+            beside.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return list(map(by_picture, kept["answers"]))
 
 
 def agreement(answers: list[list[str]], right: list[list[str]]) -> list[float]:
@@ -176,7 +180,7 @@ def main() -> None:
     args = parser.parse_args()
     with written_whole(args.output_dir) as folder:
         pictures = load_pictures(args.data)
-        right, reworded = references(pictures, args.untrained, args.data / "follow_up_answers.json")
+        right, reworded = references(pictures, args.untrained, args.data / "references.json")
         model, processor = load_model(args.model_name_or_path, args.adapter_name_or_path)
         asked = [([question(text, 1)], [Image.open(p["file"])]) for p in pictures for text in QUESTIONS]
         white = Image.new("RGB", Image.open(pictures[0]["file"]).size, "white")

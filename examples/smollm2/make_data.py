@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from train_llava.cli import run_command
 from train_llava.metrics import words
 
 HERE = Path(__file__).parent
@@ -96,7 +97,8 @@ def main() -> None:
         write(talk_about(english(train), args.talk), TALK)
         return
     drawing = HERE.parent / "openmoji" / "make_data.py"
-    subprocess.run([sys.executable, str(drawing), "--output_dir", str(args.output_dir)], check=True)
+    if subprocess.run([sys.executable, str(drawing), "--output_dir", str(args.output_dir)]).returncode != 0:
+        sys.exit(1)  # it has said why
     captions = [(r["image"], *(turn["value"] for turn in r["conversations"])) for r in english(train)]
     write([record(*caption) for caption in captions], train / "captions.json")
     talk = json.loads(TALK.read_text(encoding="utf-8"))
@@ -106,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

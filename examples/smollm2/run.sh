@@ -35,8 +35,8 @@ stage "4/8 stage 1: train the projector alone"
 train $out/stage1 recipes/smollm2-stage1.yaml ${precision[@]+"${precision[@]}"}
 stage "5/8 stage 2: train LoRA adapters and the projector"
 train $out/stage2 recipes/smollm2-stage2.yaml ${precision[@]+"${precision[@]}"}
-# English that every Python has: does the model still predict it as before?
-python3 -c 'from pydoc_data.topics import topics
+# English that every Python has, a little other in each version: does the model still predict it as before?
+python3 -X utf8 -c 'from pydoc_data.topics import topics
 print(*(topics[name] for name in ("attribute-access", "naming", "objects", "strings")), sep="\n")' >$out/text.txt
 for run in stage1 stage2; do
   stage "6/8 ask about held-out pictures, $run"
