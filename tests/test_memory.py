@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +156,13 @@ def test_an_update_takes_what_deepspeed_takes():
     command = [sys.executable, "-c", UPDATE, free_port()]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert float(done.stdout.splitlines()[-1]) == pytest.approx(2 + 4, rel=0.1)
+
+
+@pytest.mark.parametrize(("stage", "batches", "earlier"), [(2, 4, 100), (2, 1, 0), (1, 4, 0), (None, 4, 0)])
+def test_gradients_of_earlier_batches_are_kept_beside_the_next(monkeypatch, stage, batches, earlier):
+    """As ZeRO-2 does, which shares them out at once; elsewhere the next ones are added where they lie."""
+    monkeypatch.setattr(memory, "zero_of", lambda _: (stage, False))
+    assert memory.earlier_bytes(SimpleNamespace(gradient_accumulation_steps=batches), 100) == earlier
 
 
 def test_a_picture_in_tiles_has_its_most_tokens(parts, tmp_path):

@@ -25,7 +25,7 @@ from train_llava.answers import LOGGED
 from train_llava.chat import IGNORE, Chat, Processor, form_of
 from train_llava.data import CheckedDataset
 from train_llava.lengths import estimate_lengths
-from train_llava.memory import precision, state_bytes, update_bytes, zero_of
+from train_llava.memory import earlier_bytes, precision, state_bytes, update_bytes, zero_of
 from train_llava.model import load_checkpoint
 from train_llava.pace import peak_memory
 from train_llava.packing import PackedDataset
@@ -165,7 +165,8 @@ def _try_once(trainer: LlavaTrainer) -> None:
     kept = state_bytes(model, dtype, args.world_size, zero, offload)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     update = weights + update_bytes(model, dtype, args.world_size, zero, offload)
-    more = kept["gradients"] + kept["optimizer"] + max(update - peak, 0)
+    gradients = kept["gradients"] + earlier_bytes(args, kept["gradients"])
+    more = gradients + kept["optimizer"] + max(update - peak, 0)
     print(
         f"preflight: {what} forward and backward, saved, read back alike (loss {loss.item():.4f}); "
         f"{peak / 1e9:.1f} GB, and {more / 1e9:.1f} GB more a rank for gradients and optimizer"

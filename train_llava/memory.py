@@ -260,6 +260,12 @@ def zero_of(args: TrainingArguments) -> tuple[int | None, bool]:
     return deepspeed.get_value("zero_optimization.stage", 0), deepspeed.is_offload()
 
 
+def earlier_bytes(args: TrainingArguments, gradients: float) -> float:
+    """What ZeRO-2 keeps of the batches before in a step of several, where the gradients of one take so many bytes."""
+    zero, offload = zero_of(args)
+    return gradients if zero == 2 and not offload and args.gradient_accumulation_steps > 1 else 0
+
+
 def estimate_memory(
     config: LlavaConfig | LlavaNextConfig,
     lora_arguments: LoraArguments,
@@ -284,8 +290,8 @@ def estimate_memory(
     sizes = state_bytes(model, dtype, args.world_size, zero, offload, bits)
     update = update_bytes(model, dtype, args.world_size, zero, offload)
     sizes |= activation_bytes(llava, rows, width, batch, batch * ANSWER, args.activation_checkpointing)
-    if zero == 2 and not offload and args.gradient_accumulation_steps > 1:
-        sizes |= {"gradients of the batches before": sizes["gradients"]}
+    if earlier := earlier_bytes(args, sizes["gradients"]):
+        sizes |= {"gradients of the batches before": earlier}
     divided = [name for name, stage in DIVIDED.items() if zero and zero >= stage]
     if divided and args.world_size > 1:
         note += f"; ZeRO-{zero} divides {', '.join(divided)} by {args.world_size}"
