@@ -31,9 +31,11 @@ from transformers import (
     pipeline,
 )
 
+from train_llava.adapter import load_model
 from train_llava.build_model import build_model, load_projector
 from train_llava.checks import reference_outputs
 from train_llava.data import LlavaCollator
+from train_llava.infer import generate, question, sampling
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.records import to_messages
 from train_llava.reports import describe_trainable
@@ -282,6 +284,23 @@ def test_settings_of_sampling_that_never_takes_place_can_be_saved(parts, tmp_pat
         build_model(str(parts["clip"]), str(folder), str(tmp_path / "llava" / folder.name))
     assert GenerationConfig.from_pretrained(tmp_path / "llava" / "greedy").temperature is None
     assert GenerationConfig.from_pretrained(tmp_path / "llava" / "drawn").to_diff_dict().items() >= sampling.items()
+
+
+def test_the_likeliest_answer_is_that_of_the_logits_whatever_the_language_model_asks_for(parts, tmp_path):
+    """Qwen's chat models penalise words that stand in the conversation already; others have rules of their own."""
+    rules = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 7, "suppress_tokens": [40, 41]}
+    build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "plain"))
+    with_rules = edited(parts["qwen2"], tmp_path / "lm", "generation_config.json", **rules, do_sample=True, min_p=0.9)
+    build_model(str(parts["clip"]), str(with_rules), str(tmp_path / "llava"))
+    saved = GenerationConfig.from_pretrained(tmp_path / "llava").to_diff_dict()
+    assert not rules.keys() & saved.keys()
+    asked = [question("red red red blue?", 0)]
+    (plain,), (llava,) = (generate(*load_model(str(tmp_path / name)), [asked], [], 12) for name in ("plain", "llava"))
+    assert llava == plain
+    model, processor = load_model(str(tmp_path / "llava"))
+    torch.manual_seed(0)
+    drawn = {generate(model, processor, [asked], [], 12, **sampling(3.0, 1.0))[0] for _ in range(4)}
+    assert len(drawn) > 2  # min_p 0.9 would leave the likeliest token alone
 
 
 def test_a_language_model_with_a_tower_of_its_own_gives_its_text_half(parts, tmp_path, capsys):

@@ -194,6 +194,16 @@ def test_an_end_that_takes_the_line_break_behind_it_is_learnt(tmp_path):
     check_everything(chat)
 
 
+def test_line_breaks_may_be_tokens_of_their_own(tmp_path):
+    """As Gemma's are: a question of several lines is no attempt to end a turn."""
+    template = roles("<u>user\\nCONTENT<e>\\n", "<a>model\\nCONTENT<e>\\n", "<a>model\\n")
+    chat = chat_of(tmp_path, template, lambda tokenizer: tokenizer.add_tokens(["\n", "\n\n"]))
+    assert marked(chat, "What?", "red") == "<u>user\n<image>\nWhat?<e>\n<a>model\n»red<e>«\n"
+    assert "<e>" in chat.control_tokens
+    assert not any(token.isspace() for token in chat.control_tokens)
+    check_everything(chat)
+
+
 def test_line_breaks_that_the_tokenizer_splits_before_an_answer_are_learnt(tmp_path, monkeypatch):
     monkeypatch.setattr("conftest.SENTENCES", ["a red square", "two line breaks\n\n"])  # one token, at an end
     chat = chat_of(tmp_path, roles("<u>CONTENT<e>", "<a>\\n\\nCONTENT<e>", "<a>\\n\\n"))

@@ -74,6 +74,21 @@ def test_a_folder_takes_the_place_of_an_empty_one_and_of_no_other(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_may_lie_behind_a_link_and_no_disk_is_replaced(tmp_path, there):
+    (tmp_path / "disk").mkdir()
+    if there:
+        (tmp_path / "disk" / "models").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "models")
+    with written_whole(str(tmp_path / "out")) as folder:
+        assert folder.parent == tmp_path / "disk"
+        (folder / "file").write_text("whole")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "models" / "file").read_text() == "whole"
+    with pytest.raises(ValueError, match="a disk of its own"), written_whole("/proc"):
+        pass
+
+
 # for this package alone: where other packages ask for these, they look at the system's name first
 ELSEWHERE = """
 import builtins, importlib, pkgutil

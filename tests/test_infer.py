@@ -106,8 +106,10 @@ def test_a_chat_survives_whatever_a_turn_raises(opened, monkeypatch, capsys):
 
 
 def test_a_chat_keeps_the_conversation_and_takes_pictures_on_the_way(merged, corpus, monkeypatch, capsys):
-    typed = iter(["What is this?", f"/image {corpus}/images_dl/1.png", "/image nothing.png", "And this?", ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    picture = f"/image {corpus}/images_dl/1.png"
+    taken_back = [picture, picture, "/image"]
+    typed = iter(["What is this?", *taken_back, picture, "/image nothing.png", b"\xe5", "And this?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: text.decode() if isinstance(text := next(typed), bytes) else text)
     asked = []
 
     def remember(model, processor, conversations, images, **options):
@@ -125,6 +127,7 @@ def test_a_chat_keeps_the_conversation_and_takes_pictures_on_the_way(merged, cor
     assert messages[2] == question("<image>", "And this?")[0]
     assert messages[1]["content"][0]["text"] in shown.out
     assert "nothing.png does not exist" in shown.err
+    assert "can't decode byte 0xe5" in shown.err
 
 
 def test_a_picture_may_come_from_the_network_or_standard_input(merged, corpus, monkeypatch):

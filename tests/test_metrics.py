@@ -140,6 +140,15 @@ def test_scores_by_language():
     assert "vqa_accuracy" not in scores
     constant = metrics.by_language(metrics.most_frequent_answer(predictions), metrics.score_group)["by_language"]
     assert (constant["en"]["exact_match"], constant["zh"]["exact_match"]) == (0.5, 2 / 3)
+    several = [said("", text, "a cat") for text in ("a", "b", "b")]  # "a cat" is right three times, "b" twice
+    assert metrics.score_exact(metrics.most_frequent_answer(several))["exact_match"] == 1
+
+
+def test_a_metric_that_one_language_has_leaves_the_other_empty():
+    predictions = [said("red", "red", language="en", answers=("red",) * 10), said("红", "红", language="zh")]
+    scores = metrics.by_language(predictions, metrics.score_group) | {"controls": {}}
+    (row,) = [line for line in evaluate.table(scores).splitlines() if "VQA accuracy" in line]
+    assert row == f"{'  VQA accuracy':<22}{'100.0%':>14}{'':>14}{'100.0%':>14}"
 
 
 def test_a_bootstrap_interval_holds_the_mean_and_narrows_with_more_questions():

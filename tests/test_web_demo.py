@@ -1,6 +1,7 @@
 """The chat page: it says what `infer` says, ends when told to, keeps people apart, and needs nobody's network."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -336,7 +337,8 @@ def served(*arguments: str | Path, code: str | None = None) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     words = command(*arguments, "--port", port, code=code)
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    nowhere = os.environ | {"http_proxy": "http://127.0.0.1:9"}  # the page asks itself, past any proxy
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=nowhere) as process:
         address = process.stdout.readline().strip()
         try:
             for _ in range(600):  # it is printed a moment before it is served

@@ -51,7 +51,9 @@ class Chat:
         # a JPEG may be decoded smaller, down to this; by its tiles a picture has as many tokens as its size says
         self.at_least = None if self.anyres else self.side
         written = "".join(self.pieces(TWO_TURNS))
-        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content in written}
+        added = (token.content for token in self.tokenizer.added_tokens_decoder.values())
+        # line breaks, which any text may have, are tokens of Gemma's
+        added = {content for content in added if content.strip() and content in written}
         self.control_tokens = (added | special_tokens(self.tokenizer)) - {processor.image_token}
 
     @lru_cache(maxsize=4096)  # noqa: B019 - there is one of these a process

@@ -137,6 +137,8 @@ def show_sample(dataset: LlavaDataset, chat: Chat) -> str:
 
 def main() -> None:
     (arguments,) = parse_arguments(CheckArguments)
+    if arguments.report is not None:
+        Path(arguments.report).absolute().parent.mkdir(parents=True, exist_ok=True)
     open_data(arguments)
     total = len(worker["dataset"])
     findings: dict[str, list] = {"faults": [], "tokens": [], "characters": [], "sides": []}

@@ -381,13 +381,15 @@ def written_whole(output_dir: str) -> Iterator[Path]:
     So a folder under its final name is always complete. The block reads back what it wrote before it ends.
 
     Raises:
-        ValueError: `output_dir` exists and is not an empty folder; nothing is overwritten.
+        ValueError: `output_dir` exists and is not an empty folder, or a disk is mounted there; nothing is overwritten.
     """
-    target = Path(output_dir)
+    target = Path(os.path.realpath(output_dir))  # behind a link, on the disk where it is to lie
+    if os.path.ismount(target):
+        raise ValueError(f"--output_dir {output_dir} is a disk of its own: name a folder in it")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"--output_dir {output_dir} exists already: remove it or choose another name")
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.absolute().parent))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp made it private to its owner

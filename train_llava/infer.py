@@ -42,7 +42,12 @@ class InferArguments:
         default_factory=list,
         metadata={"help": "One or more pictures the question is about: files, http(s) addresses, or - for stdin."},
     )
-    interactive: bool = field(default=False, metadata={"help": "Chat in the terminal; an empty line ends it."})
+    interactive: bool = field(
+        default=False,
+        metadata={
+            "help": "Chat in the terminal: /image FILE adds a picture, /image takes it back; an empty line ends it."
+        },
+    )
     questions: str | None = field(
         default=None, metadata={"help": "A .jsonl file of questions; pictures are named relative to it."}
     )
@@ -97,10 +102,13 @@ def this_process() -> PartialState:
 
 
 def sampling(temperature: float, top_p: float) -> dict[str, Any]:
-    """The arguments of `model.generate` for drawing an answer, or, at temperature 0, for the likeliest one."""
+    """The arguments of `model.generate` for drawing an answer, or, at temperature 0, for the likeliest one.
+
+    How a checkpoint would draw by itself gives way to them.
+    """
     if temperature == 0:
         return {"do_sample": False}
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0, "min_p": 0.0, "typical_p": 1.0}
 
 
 def _parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -262,18 +270,27 @@ def chat(
     images: list[Image.Image],
     **options: Any,
 ) -> None:
-    """Questions from the terminal, answers as they come; the whole conversation is kept."""
+    """Questions from the terminal, answers as they come; the whole conversation is kept.
+
+    "/image FILE" puts a picture before the next question, and "/image" alone takes back those that wait for it.
+    """
     messages, new = [], len(images)
     while True:
         try:
             text = input("> ").strip()
         except EOFError:
             text = ""
+        except UnicodeDecodeError as error:  # half of a character, as a terminal may leave of one that was deleted
+            print(f"error: {error}", file=sys.stderr)
+            continue
         if not text:
             return
         try:
+            if text == "/image":
+                images, new = images[: len(images) - new], 0
+                continue
             if text.startswith("/image "):
-                images.append(fetch_image(text.removeprefix("/image ").strip()))
+                images = [*images, fetch_image(text.removeprefix("/image ").strip())]
                 new += 1
                 continue
             asked = [*messages, question(text, new)]
@@ -353,6 +370,9 @@ def answer_file(
 
 def main() -> None:
     (arguments,) = parse_arguments(InferArguments)
+    this_process()  # before the model is opened: each process has a device of its own
+    if arguments.answers is not None:
+        Path(arguments.answers).absolute().parent.mkdir(parents=True, exist_ok=True)
     images = [fetch_image(name) for name in arguments.image]
     model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
     options = sampling(arguments.temperature, arguments.top_p) | {"max_new_tokens": arguments.max_new_tokens}

@@ -35,7 +35,9 @@ them up before sharing this model.
 
 
 def cell(scores: dict[str, Any], metric: str) -> str:
-    """A metric as people write it: in percent, but for CIDEr."""
+    """A metric as people write it: in percent, but for CIDEr; nothing where the questions do not have it."""
+    if metric not in scores:
+        return ""
     return f"{scores[metric]:.2f}" if metric == "cider" else f"{scores[metric]:.1%}"
 
 

@@ -14,6 +14,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from train_llava.records import IMAGE_TOKEN, text_of
 
+# of a generation config, what draws a token among the likely ones
+DRAWING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+
 MARK = "\ue000{}\ue001"  # characters of Unicode's private use stand in no template
 Form = tuple[tuple[str, tuple[str, ...]], ...]  # the roles of a conversation, and of what kinds a message's parts are
 QUESTION, ANSWER = ("user", ("text",)), ("assistant", ("text",))
@@ -137,14 +140,22 @@ def complete_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def complete_generation_config(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Has generation stop at every token that ends an answer, pad, and be greedy unless it was to sample, in place."""
+    """Has generation stop at every token that ends an answer, pad, and be greedy unless it was to sample, in place.
+
+    Of what the language model brings beside that, only how it draws is kept. A chat model's penalty on words that the
+    conversation has already would keep greedy generation from the likeliest answer, and penalise a caption's words.
+    """
+    for name, default in GenerationConfig().to_dict().items():
+        if name not in ("bos_token_id", "eos_token_id", "do_sample", *DRAWING):
+            setattr(config, name, default)
     stops = config.eos_token_id
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
     ends = tokenizer.convert_tokens_to_ids(end_of_turn_tokens(tokenizer))
     config.eos_token_id = [*(end for end in ends if end not in stops), *stops]
     config.pad_token_id = tokenizer.pad_token_id
     if not config.do_sample:  # settings of sampling that does not take place cannot be saved
-        config.temperature = config.top_p = config.top_k = config.min_p = config.typical_p = None
+        for name in DRAWING:
+            setattr(config, name, None)
 
 
 def _take_pictures(tokenizer: PreTrainedTokenizerBase) -> str:

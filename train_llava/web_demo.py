@@ -234,6 +234,7 @@ def make_page(
             placeholder=words("ask_here"),
             file_count="multiple",
             file_types=["image"],
+            max_plain_text_length=1 << 20,  # what is pasted beyond it would become a file, and be refused
             show_label=False,
             autofocus=True,
             elem_id="box",
@@ -307,6 +308,8 @@ def main() -> None:
     base = [short_name(arguments.model_name_or_path)] if arguments.adapter_name_or_path else []
     made_of = ancestors(name)[:-1] or base  # an adapter without a card has at least its base
     page, words = make_page(model, processor, short_name(name), arguments.max_new_tokens, examples, made_of)
+    for name in ("no_proxy", "NO_PROXY"):  # gradio asks its own page for an answer, which no proxy can give
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1", arguments.host]))
     print(f"http://{arguments.host}:{arguments.port}", flush=True)
     page.launch(
         server_name=arguments.host,
