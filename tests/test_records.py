@@ -722,12 +722,13 @@ def test_every_bad_record_is_refused_with_its_reason(dirty, processor):
         assert reason in refused[name], name
 
 
-def test_a_bad_record_gives_its_place_to_the_next_good_one_and_is_logged_once(dirty, processor, tmp_path):
+def test_a_bad_record_gives_its_place_to_a_good_one_and_is_logged_once(dirty, processor, tmp_path):
     root, reasons = dirty
     checked = CheckedDataset(LlavaDataset(str(root)), Chat(processor, 200), tmp_path / "bad.jsonl", "skip", 1.0)
-    for _ in range(2):
-        ids = [checked[i]["id"] for i in range(len(checked))]
-        assert ids == [f"good {(i + 1) // 2 % len(reasons)}" for i in range(2 * len(reasons))]
+    passes = [[checked[i]["id"] for i in range(len(checked))] for _ in range(2)]
+    assert passes[0] == passes[1]
+    assert passes[0][::2] == [f"good {i}" for i in range(len(reasons))]
+    assert all(name.startswith("good") for name in passes[0])
     log = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert {entry["id"] for entry in log} == reasons.keys()
     assert len(log) == len(reasons)
@@ -739,9 +740,9 @@ def test_too_many_bad_records_or_a_strict_run_stop(dirty, processor, tmp_path):
     with pytest.raises(BadRecordError, match=r"record 'truncated': truncated\.jpg"):
         strict[1]
     checked = CheckedDataset(dataset, chat, tmp_path / "bad.jsonl", max_bad_fraction=2.5 / len(dataset))
-    assert checked[1]["id"] == "good 1"
+    assert checked[0]["id"] == "good 0"
     with pytest.raises(ValueError, match=rf"3 of {len(dataset)} records are bad, more than --max_bad_fraction"):
-        [checked[i] for i in (3, 5)]
+        [checked[i] for i in (1, 3, 5)]
 
 
 @pytest.mark.parametrize("given", [{"id": "one"}, {}, {"id": "a\u2028b\u0085c"}])
@@ -791,6 +792,69 @@ def test_a_stream_shuffles_shards_too(tmp_path, processor, monkeypatch):
     ]
     assert not set(ranks[0]) & set(ranks[1])
     assert set(ranks[0]) | set(ranks[1]) == set(ids)
+
+
+def test_every_rank_has_its_part_of_every_source(tmp_path, processor):
+    for name, size in (("a", 40), ("b", 4)):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            rows = [{"id": f"{name}{i}{j}", "conversations": turns("?", "!")} for j in range(size // 4)]
+            datasets.Dataset.from_list(rows).to_parquet(tmp_path / name / f"{i}.parquet")
+    stream = stream_items([str(tmp_path / name) for name in "ab"], None, None, Chat(processor), tmp_path / "log")
+    ranks = [first(stream.shard(2, i), 22) for i in (0, 1)]
+    assert [sum(name[0] == "b" for name in ids) for ids in ranks] == [2, 2]
+    assert len({*ranks[0], *ranks[1]}) == 44
+
+
+def test_a_worker_reads_all_that_it_streams_from_the_hub(processor, tmp_path, monkeypatch):
+    """`datasets` would give a data-loading worker, which has its share already, a share of it."""
+
+    def load_dataset(*_, **__):
+        rows = [{"id": f"{i}", "prompt": "?", "completion": "!"} for i in range(40)]
+        return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=4)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    stream = stream_items(["a/b", "c/d"], None, None, Chat(processor), tmp_path / "log")
+    loader = DataLoader(stream, None, num_workers=2, multiprocessing_context="fork")
+    ids = [item["id"] for item in islice(loader, 80)]
+    assert sorted(ids) == sorted([f"{i}" for i in range(40)] * 2)
+
+
+def test_splits_side_by_side_are_not_read_as_one(tmp_path):
+    for name in ("train-00000-of-00001", "train-00001-of-00002"):
+        datasets.Dataset.from_list([{"conversations": turns("?", "!")}]).to_parquet(tmp_path / f"{name}.parquet")
+    assert len(LlavaDataset(str(tmp_path))) == 2
+    (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "test-00000-of-00001.parquet")
+    with pytest.raises(FileNotFoundError, match="has files of test and train side by side: name the files"):
+        LlavaDataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-8"])
+def test_names_in_an_archive_that_does_not_say_their_encoding(tmp_path, encoding):
+    """As Windows' and macOS' own packers write them."""
+    name = "红色 方块.png"
+    (tmp_path / "chat.json").write_text(json.dumps([{"image": name, "conversations": turns("<image>\n?", "!")}]))
+    stored = "x" * len(name.encode(encoding))
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr(f"pictures/{stored}", PICTURES[0])
+    content = (tmp_path / "images.zip").read_bytes()
+    assert content.count(stored.encode()) == 2
+    (tmp_path / "images.zip").write_bytes(content.replace(stored.encode(), name.encode(encoding)))
+    assert len(LlavaDataset(str(tmp_path))[0]["images"]) == 1
+
+
+def test_bad_records_in_a_row_have_a_stand_in_each(tmp_path, processor):
+    bad, good = [{"conversations": []}] * 30, [{"id": f"{i}", "conversations": turns("?", "!")} for i in range(30)]
+    (tmp_path / "chat.json").write_text(json.dumps(bad + good))
+    log = tmp_path / "log.jsonl"
+    checked = CheckedDataset(LlavaDataset(str(tmp_path)), Chat(processor), log, max_bad_fraction=1)
+    taken = [checked[i]["id"] for i in range(30)]
+    assert len(set(taken)) > 10
+    written = log.read_bytes()
+    again = CheckedDataset(LlavaDataset(str(tmp_path)), Chat(processor), log, max_bad_fraction=1)
+    assert [again[i]["id"] for i in range(30)] == taken
+    assert log.read_bytes() == written
+    assert len(written.splitlines()) == 30
 
 
 def test_a_stream_takes_as_much_of_each_source_as_its_weight_says(tmp_path, processor):

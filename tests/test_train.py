@@ -204,7 +204,12 @@ def test_grouping_by_length_opens_no_picture(llava, corpus, tmp_path, monkeypatc
         learning_rates={},
         write_card=print,
     )
-    order = list(trainer._get_train_sampler())
+    sampler = trainer._get_train_sampler()
+    order = list(sampler)
+    torch.manual_seed(5)  # what else a rank has drawn changes nothing
+    assert list(sampler) == order
+    trainer.state.epoch = 1.5
+    assert list(sampler) != order
     assert sorted(order) == list(range(128))
     lengths = np.array([len(collator.chat.encode(texts[i])[0]) for i in order])
     assert np.ptp(lengths.reshape(-1, 4), axis=1).mean() < 4  # 12 in random order
@@ -279,6 +284,16 @@ def test_streaming_trains_on_two_ranks(llava, shards, tmp_path):
     assert len(logged(tmp_path / "run")) == 10
     log = [json.loads(line)["id"] for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert sorted(log) == ["0-3", "1-3"]
+
+
+def test_bad_held_out_records_are_told_before_the_first_step(llava, corpus, tmp_path, monkeypatch):
+    records = json.loads((corpus / "chat.json").read_text())
+    records[3]["conversations"] = []
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    arguments = ["--eval_data_path", tmp_path, "--eval_image_dir", corpus / "images_dl", "--max_steps", "1"]
+    with pytest.raises(ValueError, match=r"1 of 16 records are bad, more than --max_bad_fraction: see .*bad_eval_"):
+        run_train(monkeypatch, llava, corpus, tmp_path / "run", "--train_type", "projector", *arguments)
+    assert not (tmp_path / "run" / "trainer_state.json").exists()
 
 
 def test_too_many_bad_records_stop_the_run_with_one_line(llava, corpus, tmp_path):

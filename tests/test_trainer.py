@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,8 @@ from train_llava import checks, pace
 from train_llava.build_model import build_model
 from train_llava.data import LlavaCollator, LlavaDataset
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
-from train_llava.run_folder import UNFINISHED, check_resumable, finished_checkpoint, is_finished
+from train_llava.run_folder import UNFINISHED, check_resumable, finished_checkpoint, is_finished, starting_point
+from train_llava.stopping import StopOnSignal
 from train_llava.train import TrainArguments
 from train_llava.trainer import LlavaTrainer
 
@@ -52,6 +54,27 @@ def test_only_a_finished_checkpoint_of_as_many_ranks_is_resumed_from(tmp_path):
     write_checkpoint(tmp_path / "checkpoint-12", ranks=0)
     with pytest.raises(ValueError, match="holds the model only"):
         check_resumable(tmp_path / "checkpoint-12", 2)
+    write_checkpoint(tmp_path / "checkpoint-13.bak")
+    assert finished_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-12")
+
+
+def test_no_other_model_is_written_over_and_no_branch_left_is_taken_up_again(tmp_path):
+    def begin(output, resume):
+        return starting_point(TrainArguments(output_dir=str(tmp_path / output), resume_from_checkpoint=str(resume)))
+
+    for run, step in (("one", 5), ("one", 10), ("other", 5)):
+        write_checkpoint(tmp_path / run / f"checkpoint-{step}")
+    five = tmp_path / "one" / "checkpoint-5"
+    assert begin("new", five) == str(five)
+    with pytest.raises(ValueError, match="other holds checkpoint-5: choose another"):
+        begin("other", five)
+    with pytest.raises(ValueError, match=r"checkpoint-5: .*checkpoint-10 is later; put it aside, or go on from it"):
+        begin("one", five)
+    assert begin("one", "true") == str(tmp_path / "one" / "checkpoint-10")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"holds model.safetensors: choose another, since no checkpoint is there"):
+        begin("done", "true")
 
 
 def start(command: list, environment: dict, output: Path, checkpoint: str) -> subprocess.Popen:
@@ -96,10 +119,13 @@ def test_a_killed_run_goes_on_to_the_same_losses(llava, corpus, tmp_path, train_
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
 
 
-def test_a_run_resumes_without_deepspeed(llava, corpus, tmp_path, monkeypatch):
-    arguments = [*FAST, "--train_type", "full", "--max_steps", "12", "--save_steps", "4"]
+@pytest.mark.parametrize("order", ["random", "group_by_length"])
+def test_a_run_resumes_without_deepspeed(llava, corpus, tmp_path, monkeypatch, order):
+    """In the middle of an epoch that is not the first, 8 steps each."""
+    arguments = [*FAST, "--train_type", "full", "--max_steps", "15", "--save_steps", "5"]
+    arguments += ["--train_sampling_strategy", order]
     whole = run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments)
-    shutil.rmtree(tmp_path / "run" / "checkpoint-12")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-15")
     again = run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments, "--resume_from_checkpoint", "true")
     assert again == whole
 
@@ -110,12 +136,28 @@ def test_a_killed_run_without_a_checkpoint_starts_anew(llava, corpus, tmp_path, 
     assert "no checkpoint was finished: training from the start" in capsys.readouterr().out
 
 
-def test_sigterm_ends_a_run_with_a_checkpoint(llava, corpus, tmp_path):
+def test_a_stopped_run_keeps_its_last_checkpoint_beside_the_best(llava, corpus, tmp_path, monkeypatch):
+    def stop_at_3(self, *args, **kwargs):
+        self.received = args[1].global_step == 3
+        return on_step_end(self, *args, **kwargs)
+
+    on_step_end = StopOnSignal.on_step_end
+    monkeypatch.setattr(StopOnSignal, "on_step_end", stop_at_3)
+    arguments = [*FAST, "--train_type", "projector", "--max_steps", "9", "--save_steps", "1", "--eval_steps", "1"]
+    arguments += ["--eval_strategy", "steps", "--eval_data_path", corpus, "--load_best_model_at_end", "true"]
+    arguments += ["--metric_for_best_model", "loss", "--greater_is_better", "true"]  # so that the first is the best
+    run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments, "--save_total_limit", "1")
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("everybody", [False, True])
+def test_sigterm_ends_a_run_with_a_checkpoint(llava, corpus, tmp_path, everybody):
+    """Also one that a scheduler sends to all processes of a job, those that load data among them."""
     arguments = [*FAST, "--train_type", "projector", "--max_steps", "100000", "--save_steps", "5"]
-    arguments += ["--save_total_limit", "2"]
+    arguments += ["--save_total_limit", "2", "--dataloader_num_workers", "1"]
     command, environment = zero2_command(llava, corpus, tmp_path / "run", *arguments)
     run = start(command, environment, tmp_path / "run", "checkpoint-5")
-    run.send_signal(signal.SIGTERM)
+    (os.killpg if everybody else os.kill)(run.pid, signal.SIGTERM)
     output = run.communicate(timeout=120)[0].decode()
     assert "SIGTERM: ending at step" in output, output[-3000:]
     step = int(output.split("SIGTERM: ending at step ")[1].split()[0])

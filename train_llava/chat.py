@@ -52,8 +52,7 @@ class Chat:
         self.at_least = None if self.anyres else self.side
         written = "".join(self.pieces(TWO_TURNS))
         added = (token.content for token in self.tokenizer.added_tokens_decoder.values())
-        # line breaks, which any text may have, are tokens of Gemma's
-        added = {content for content in added if content.strip() and content in written}
+        added = {content for content in added if content.strip() and content in written}  # Gemma's has line breaks
         self.control_tokens = (added | special_tokens(self.tokenizer)) - {processor.image_token}
 
     @lru_cache(maxsize=4096)  # noqa: B019 - there is one of these a process

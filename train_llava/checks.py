@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.optim import SGD
+from tqdm import tqdm
 from transformers import (
     AutoProcessor,
     GenerationConfig,
@@ -102,12 +103,17 @@ def longest_items(trainer: LlavaTrainer) -> list[dict[str, Any]]:
 def preflight(trainer: LlavaTrainer) -> None:
     """Tries forward, backward, saving and reading back on one rank, and says what memory the run will take.
 
-    The model's weights, and the random numbers that the run will draw, stay as they are.
+    The model's weights, and the random numbers that the run will draw, stay as they are. Held-out records are all
+    looked at, whose first evaluation may be hours away.
 
     Raises:
-        ValueError: the loss or a gradient is missing or not finite, or what is saved is not what is in memory.
+        ValueError: the loss or a gradient is missing or not finite, or what is saved is not what is in memory; or too
+            many held-out records are bad.
     """
     if trainer.is_world_process_zero():
+        held_out = trainer.eval_dataset
+        for i in tqdm(range(len(held_out or ())), "held-out records", disable=len(held_out or ()) < 1000):
+            held_out.good_item(i)
         if is_deepspeed_zero3_enabled():
             print("preflight left out: under ZeRO-3 no rank holds the whole model")
         else:

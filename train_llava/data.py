@@ -103,9 +103,8 @@ def weights_of(paths: list[str], data_weights: list[float] | None) -> list[float
 class CheckedDataset(torch.utils.data.Dataset):
     """A data set for training, in which a bad record never reaches the model.
 
-    A record that cannot be used (see `LlavaDataset` and `Chat.encode`) is written once, with its index, its id and the
-    reason, to the file `log`, and the next good one takes its place: batches keep their size, ranks stay in step, and
-    what is seen does not depend on the number of workers.
+    A record that cannot be used (see `LlavaDataset` and `Chat.encode`) is written once, with index, id and reason, to
+    `log`, and a good one takes its place: batches keep their size, ranks stay in step, workers change nothing.
 
     Raises:
         ValueError: at a bad record if `bad_samples` is `error`, or once they are more than `max_bad_fraction` of all.
@@ -121,9 +120,12 @@ class CheckedDataset(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        for i in range(index, index + len(self)):
-            if (item := self.good_item(i % len(self))) is not None:
-                return item | {"stand_in": i != index}
+        if (item := self.good_item(index)) is not None:
+            return item | {"stand_in": False}
+        # of bad ones in a row, each has another stand-in, which its index alone tells
+        for i in (*np.random.default_rng(index).integers(len(self), size=64).tolist(), *range(len(self))):
+            if (item := self.good_item(i)) is not None:
+                return item | {"stand_in": True}
         raise ValueError("no record is good")
 
     def good_item(self, index: int) -> dict[str, Any] | None:

@@ -1,15 +1,31 @@
 """About how long a data set's records are in tokens, to sort by: without tokenising each, and without its pictures."""
 
 import json
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from tqdm import tqdm
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from train_llava.chat import Chat
 from train_llava.data import LlavaDataset, to_item
 from train_llava.readers import BadRecordError
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """The order of transformers' sampler, told by a seed and the epoch alone: the same on every rank, whatever numbers
+    it has drawn, and in a run that goes on from a checkpoint."""
+
+    def __init__(self, batch_size: int, lengths: np.ndarray, seed: int, epoch: Callable[[], int]) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return super().__iter__()
 
 
 def estimate_lengths(dataset: LlavaDataset, chat: Chat) -> np.ndarray:

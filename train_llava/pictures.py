@@ -8,7 +8,7 @@ import reprlib
 import struct
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,7 +190,8 @@ def is_archive(image_dir: Path | None) -> bool:
 def zip_members(archive: Path) -> dict[str, Place | None]:
     """Where each file of an archive lies, by its name; None where several that differ have this name.
 
-    Some archives hold one folder with everything in it, which records do not name: names without it count, too.
+    Some archives hold one folder with everything in it, which records do not name: names without it count, too. So do
+    names as those meant them who wrote them in UTF-8 or Chinese Windows' code, and did not say so.
 
     Raises:
         ValueError: it is not a whole zip archive; the message names it.
@@ -205,11 +206,22 @@ def zip_members(archive: Path) -> dict[str, Place | None]:
     short: dict[str, Place | None] = {}
     for m in members:
         place = Place(path, m.filename, m.header_offset, m.compress_size, m.compress_type, m.file_size, m.CRC)
-        for names, name in ((full, m.filename), (short, m.filename.partition("/")[2])):
-            other = names.setdefault(name, place)
-            if other is None or other[-2:] != place[-2:]:  # another size or checksum
-                names[name] = None
+        for spelt in spellings(m):
+            for names, name in ((full, spelt), (short, spelt.partition("/")[2])):
+                other = names.setdefault(name, place)
+                if other is None or other[-2:] != place[-2:]:  # another size or checksum
+                    names[name] = None
     return short | full
+
+
+def spellings(member: zipfile.ZipInfo) -> list[str]:
+    """What a file of an archive is called: as `zipfile` reads it and, where that was a guess, as it may be meant."""
+    found = [member.filename]
+    if not member.flag_bits & 0x800 and not member.filename.isascii():  # not said to be UTF-8, read as cp437
+        for encoding in ("utf-8", "gb18030"):
+            with suppress(UnicodeError):
+                return [*found, member.filename.encode("cp437").decode(encoding)]
+    return found
 
 
 def locate_picture(picture: Any, members: dict[str, Place | None] | None = None) -> str | bytes:

@@ -207,6 +207,7 @@ def _split(name: str) -> tuple[str, str]:
     return os.path.join(folder, key), ending.lower()
 
 
+SPLITS = {"train", "val", "valid", "validation", "dev", "test"}  # as which files of a published data set begin
 READERS = {".json": read_json, ".jsonl": read_jsonl, ".parquet": read_parquet, ".tar": read_tar}
 
 
@@ -217,7 +218,12 @@ def raw_records(data_path: str, files: list[Path]) -> Iterator[Any]:
             yield from READERS[file.suffix](file)
     else:
         name, config, split = (*data_path.split(":"), "", "")[:3]
-        yield from datasets.load_dataset(name, config or None, split=split or "train", streaming=True).decode(False)
+        hub = datasets.load_dataset(name, config or None, split=split or "train", streaming=True).decode(False)
+        for batch in hub.iter(
+            batch_size=100
+        ):  # row by row, a data-loading worker would get its share of the rows alone
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
 
 
 def find_records(data_path: str, image_dir: str | None = None) -> tuple[list[Path], Path | None]:
@@ -238,6 +244,10 @@ def find_records(data_path: str, image_dir: str | None = None) -> tuple[list[Pat
     if path.is_dir():
         files = [path / "chat.json"] if (path / "chat.json").exists() else []
         files = files or sorted(path.glob("*.parquet")) or sorted(path.glob("*.tar"))
+        splits = {re.split("[^a-z]", file.name.lower())[0] for file in files} & SPLITS
+        if len(splits) > 1:
+            what = f"--data_path {data_path} has files of {' and '.join(sorted(splits))} side by side"
+            raise FileNotFoundError(f"{what}: name the files that are meant, or put them into a folder of their own")
         if not files:
             raise FileNotFoundError(f"--data_path {data_path} holds no chat.json, and no .parquet or .tar files")
     else:

@@ -1,6 +1,7 @@
 """What is on disk of a run: what is finished, what it can go on from, and whether what was saved is whole."""
 
 import json
+import re
 import shutil
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ RECIPE = "recipe.yaml"
 DERIVED = ("train_type", "learning_rate", "projector_learning_rate", "vision_learning_rate", "bf16", "seed")
 PROJECTOR = "projector.safetensors"  # of a run that trained it alone
 UNFINISHED = "unfinished"  # a file that a checkpoint holds while it is being written
+_known: dict[Path, tuple[int, set[int | str]]] = {}  # of each log of bad records, how much is read, and the records
 
 
 def is_finished(checkpoint: Path) -> bool:
@@ -61,8 +63,15 @@ def unfinished(checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
 
 def finished_checkpoint(output_dir: str) -> str | None:
     """The last checkpoint of a run that was written to its end; None if there is none."""
-    whole = [folder for folder in Path(output_dir).glob("checkpoint-*") if is_finished(folder)]
-    return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
+    whole = {number_of(folder): folder for folder in Path(output_dir).glob("checkpoint-*") if is_finished(folder)}
+    whole.pop(None, None)  # a copy that somebody has put aside
+    return str(whole[max(whole)]) if whole else None
+
+
+def number_of(checkpoint: Path) -> int | None:
+    """The step that a checkpoint was written at; None where its name tells none."""
+    found = re.fullmatch(r"checkpoint-(\d+)", checkpoint.absolute().name)
+    return int(found[1]) if found else None
 
 
 def starting_point(args: TrainingArguments) -> str | None:
@@ -77,14 +86,19 @@ def starting_point(args: TrainingArguments) -> str | None:
             resume = string_to_bool(resume)
         except ArgumentTypeError as error:
             raise ValueError(f"--resume_from_checkpoint {resume} is not true, and no folder") from error
-    check_output_dir(args.output_dir, bool(resume))
     if resume:
         checkpoint = finished_checkpoint(args.output_dir) if resume is True else resume
-        if args.process_index == 0:
-            start = "no checkpoint was finished: training from the start"
-            print(f"resuming from {checkpoint}" if checkpoint else start)
+    check_output_dir(args.output_dir, checkpoint, resume is True)
+    if resume and args.process_index == 0:
+        start = "no checkpoint was finished: training from the start"
+        print(f"resuming from {checkpoint}" if checkpoint else start)
     if checkpoint is not None:
         check_resumable(Path(checkpoint), args.world_size)
+    elif args.local_process_index == 0:
+        for earlier in Path(args.output_dir).glob(
+            "bad_*samples.jsonl"
+        ):  # another run's bad records are not this one's
+            earlier.unlink()
     return checkpoint
 
 
@@ -260,27 +274,41 @@ def differing_tensor(folder: Path, model: nn.Module) -> str | None:
     return next(iter(expected), None)
 
 
-def check_output_dir(output_dir: str, resume: bool) -> None:
-    """Refuses a folder that holds a model or checkpoints already, unless they are what the run resumes from."""
+def check_output_dir(output_dir: str, checkpoint: str | None, resume: bool) -> None:
+    """Refuses a folder that holds a model or checkpoints already, unless the run goes on from its last checkpoint.
+
+    Raises:
+        ValueError: it does; what was to go on and has not finished a checkpoint may begin anew where it had begun one.
+    """
     folder = Path(output_dir)
-    holds = [*folder.glob("checkpoint-*"), *folder.glob("*.safetensors")]
-    if holds and not resume:
-        raise ValueError(
-            f"--output_dir {output_dir} holds {holds[0].name}: choose another, or --resume_from_checkpoint true"
-        )
+    holds = [*folder.glob("*.safetensors"), *([] if resume else folder.glob("checkpoint-*"))]
+    if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
+        last = finished_checkpoint(output_dir) or checkpoint
+        if (number_of(Path(last)) or 0) > (number_of(Path(checkpoint)) or 0):
+            raise ValueError(f"--resume_from_checkpoint {checkpoint}: {last} is later; put it aside, or go on from it")
+    elif holds:
+        remedy = ", since no checkpoint is there" if resume else ", or --resume_from_checkpoint true"
+        raise ValueError(f"--output_dir {output_dir} holds {holds[0].name}: choose another{remedy}")
 
 
 def log_bad_sample(log: Path, record: int | str, record_id: str, reason: str) -> int:
     """Adds a bad record to a log that ranks and workers share, unless it is there; returns how many there are.
 
-    `record` is its place in the data, since ids may be missing or the same.
+    `record` is its place in the data, since ids may be missing or the same. A process reads what others have added
+    since it last looked, and nothing twice: there may be many, and each is met again in every pass.
     """
-    line = json.dumps({"record": record, "id": record_id, "reason": reason}, ensure_ascii=False) + "\n"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(log.with_suffix(".lock")), open(log, "a+", encoding="utf-8") as file:
-        file.seek(0)
-        lines = list(file)
-        if not any(known.startswith(line.partition(', "id": ')[0] + ",") for known in lines):
-            file.write(line)
-            lines.append(line)
-    return len(lines)
+    read, known = _known.get(log, (0, set()))
+    size = log.stat().st_size if log.exists() else 0
+    if size < read:  # another run's
+        read, known = 0, set()
+    if record not in known:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(log.with_suffix(".lock")), open(log, "ab+") as file:
+            file.seek(read)
+            known |= {json.loads(line)["record"] for line in file}
+            if record not in known:
+                line = json.dumps({"record": record, "id": record_id, "reason": reason}, ensure_ascii=False)
+                file.write(line.encode(errors="backslashreplace") + b"\n")
+                known.add(record)
+            _known[log] = file.tell(), known
+    return len(known)

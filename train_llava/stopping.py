@@ -1,10 +1,18 @@
 """Where a run may end before its last step: at a SIGTERM, or where a score rises no more; and nowhere else."""
 
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+def outlive_sigterm(worker: int, begin: Callable[[int], None] | None) -> None:
+    """How a data-loading worker begins: a SIGTERM that all processes of a job get does not end it before the run."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if begin is not None:
+        begin(worker)
 
 
 class StopOnSignal(TrainerCallback):

@@ -36,11 +36,14 @@ def stream_items(
     Raises:
         OSError, ValueError: a source is not there; while it is read, too many records are bad, or all.
     """
-    paths, shards = [data_path] if isinstance(data_path, str) else data_path, []
+    paths, placed = [data_path] if isinstance(data_path, str) else data_path, []
     for path, weight in zip(paths, weights_of(paths, data_weights), strict=True):
         files, pictures = find_records(path, image_dir)
         for part in [1.0] * int(weight) + [weight % 1] * (weight % 1 > 0):
-            shards += [(path, [file], pictures, part) for file in files] or [(path, [], None, part)]
+            shards = [(path, [file], pictures, part) for file in files] or [(path, [], None, part)]
+            placed += [((i + 0.5) / len(shards), shard) for i, shard in enumerate(shards)]
+    # ranks and workers get stretches of the list: each is to have its part of every source
+    shards = [shard for _, shard in sorted(placed, key=lambda entry: entry[0])]
     if not shards:
         raise ValueError(f"--data_weights take nothing of --data_path {' '.join(paths)}")
     settings = {"chat": chat, "log": log, "bad_samples": bad_samples, "max_bad_fraction": max_bad_fraction}
@@ -78,6 +81,10 @@ def good_items(
                     break
             else:
                 yield item
+        if not read:
+            raise ValueError(
+                f"{', '.join(sorted({path for path, *_ in shards}))} gave a rank or worker nothing to read"
+            )
         if bad == read:
             raise ValueError(f"no record of {', '.join(sorted({path for path, *_ in shards}))} is good: see {log}")
         if bad > max_bad_fraction * read:

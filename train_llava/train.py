@@ -133,14 +133,11 @@ class TrainArguments(TrainingArguments):
 
 
 def load_data(
-    data_arguments: DataArguments, args: TrainArguments, chat: Chat, anew: bool
+    data_arguments: DataArguments, args: TrainArguments, chat: Chat
 ) -> tuple[CheckedDataset | IterableDataset, CheckedDataset | None]:
     """The data to train on and, where there is any, the held-out data, both free of bad records."""
     folder, settings = Path(args.output_dir), (data_arguments.bad_samples, data_arguments.max_bad_fraction)
     log, eval_log = folder / "bad_samples.jsonl", folder / "bad_eval_samples.jsonl"
-    if anew and args.local_process_index == 0:
-        for earlier in (log, eval_log):  # another run's bad records are not this one's
-            earlier.unlink(missing_ok=True)
     held_out = None
     if data_arguments.eval_data_path is not None:
         dataset = LlavaDataset(data_arguments.eval_data_path, data_arguments.eval_image_dir, at_least=chat.at_least)
@@ -191,7 +188,7 @@ def main() -> None:
 
     # 4. The data
     collator = LlavaCollator(processor, data_arguments.max_length, data_arguments.packing)
-    train_dataset, eval_dataset = load_data(data_arguments, args, collator.chat, checkpoint is None)
+    train_dataset, eval_dataset = load_data(data_arguments, args, collator.chat)
 
     # 5. What trains
     language_model = model.model.language_model

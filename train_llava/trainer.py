@@ -24,20 +24,19 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from train_llava.answers import score_answers
 from train_llava.chat import IGNORE
 from train_llava.data import LlavaCollator
-from train_llava.lengths import estimate_lengths
+from train_llava.lengths import GroupedByLength, estimate_lengths
 from train_llava.memory import precision
 from train_llava.model import load_checkpoint, part_of
 from train_llava.pace import Pace
 from train_llava.run_folder import check_base, read_back, save_base_fingerprint, unfinished
-from train_llava.stopping import StopOnSignal
+from train_llava.stopping import StopOnSignal, outlive_sigterm
 
 
 def with_ids(items: list[dict[str, Any]], collator: LlavaCollator) -> dict[str, Any]:
@@ -67,6 +66,8 @@ class LlavaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.data_collator = partial(with_ids, collator=self.data_collator)
         self.learning_rates, self.write_card, self.eval_answers = learning_rates, write_card, eval_answers
+        # Trainer would remove older checkpoints too early, and of a run that was stopped its last one
+        self.limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.pace = Pace(self.args.device, precision(self.args), self.args.world_size)
         self.add_callback(StopOnSignal())
 
@@ -74,9 +75,14 @@ class LlavaTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(
-            batch, lengths=estimate_lengths(self.train_dataset.dataset, self.train_dataset.chat)
-        )
+        lengths = estimate_lengths(self.train_dataset.dataset, self.train_dataset.chat)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedByLength(batch, lengths, seed, epoch=lambda: int(self.state.epoch or 0))
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        loader.base_dataloader.worker_init_fn = partial(outlive_sigterm, begin=loader.worker_init_fn)
+        return loader
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         return SequentialSampler(eval_dataset)
@@ -167,11 +173,7 @@ class LlavaTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with unfinished(folder, self.accelerator), self.pace.pausing():
-                super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        with unfinished(folder, self.accelerator), self.pace.pausing():
+            super()._save_checkpoint(model, trial)
         if self.args.should_save:  # only now may an older one go
-            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(str(folder.parent), self.limit, self.state.best_model_checkpoint, use_mtime=True)
