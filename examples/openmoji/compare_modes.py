@@ -131,6 +131,13 @@ def measure(mode: str, seed: int, folder: Path) -> dict:
     return scores | {"exact_match_zh": chinese["exact_match"]}
 
 
+def keep(results: list[dict], file: Path) -> None:
+    """Writes what was measured so far; the file is never half."""
+    beside = file.with_name(f".{file.name}.new")
+    beside.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(beside, file)
+
+
 def by_mode(modes: dict, results: list[dict]) -> dict[str, list[dict]]:
     """The runs of each mode by rising exact match, so that the median run stands in the middle."""
     runs: dict[str, list[dict]] = {}
@@ -191,9 +198,7 @@ def compare(
             for finished in tqdm(as_completed(running), total=len(left), desc="runs", disable=not left):
                 results.append(finished.result())
                 results.sort(key=lambda result: (list(compared.modes).index(result["mode"]), result["seed"]))
-                beside = args.results.with_name(f".{args.results.name}.new")
-                beside.write_text(json.dumps(results, indent=1) + "\n")
-                os.replace(beside, args.results)
+                keep(results, args.results)
         except BaseException:  # Ctrl-C is one: what waits would still be trained, for hours
             pool.shutdown(wait=False, cancel_futures=True)
             raise

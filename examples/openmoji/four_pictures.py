@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from examples.openmoji.compare_modes import EXAMPLE, run
+from examples.openmoji.compare_modes import EXAMPLE, keep, run
 from train_llava.chat import Chat
 from train_llava.model import load_processor
 
@@ -138,7 +138,7 @@ def main() -> None:
                     steps = round(STEPS * slow / fast)
                 done[name, seed] = measure(name, seed, steps, work)
                 ordered = sorted(done.values(), key=lambda result: (RUNS.index(result["run"]), result["seed"]))
-                args.results.write_text(json.dumps(ordered, indent=1) + "\n")
+                keep(ordered, args.results)
                 bar.update()
 
         with ThreadPoolExecutor(max_workers=2) as pool:
