@@ -53,7 +53,7 @@ stop_ranks='import psutil, sys
 for launch in psutil.Process(int(sys.argv[1])).children():
     for rank in launch.children():
         rank.terminate()'
-trap 'python3 -c "$stop_ranks" $run' TERM
+trap 'python3 -c "$stop_ranks" $run 2>/dev/null || true' TERM # who signals everybody has ended the launcher, too
 trap 'kill -INT -- -$run' INT
 code=0
 while kill -0 $run 2>/dev/null; do
@@ -61,6 +61,7 @@ while kill -0 $run 2>/dev/null; do
   sleep 0.2 # of a launcher that somebody has paused, `wait` tells at once, over and over
 done
 wait $run && code=0 || code=$? # where it ended just then
+while kill -0 -- -$run 2>/dev/null; do sleep 0.2; done # its ranks may still be writing
 # CPU ranks leave the shared memory that they talk through, 64 MB each
 rm -rf "$ERROR_DIR" /dev/shm/deepspeed_allreduce_buffer_"$(id -u)"_*_"${MASTER_PORT:-29500}"_*
 if [ $code -gt 192 ]; then

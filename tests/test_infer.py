@@ -9,6 +9,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,7 @@ def test_a_chat_keeps_the_conversation_and_takes_pictures_on_the_way(merged, cor
     taken_back = [picture, picture, "/image"]
     typed = iter(["What is this?", *taken_back, picture, "/image nothing.png", b"\xe5", "And this?", ""])
     monkeypatch.setattr("builtins.input", lambda _: text.decode() if isinstance(text := next(typed), bytes) else text)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     asked = []
 
     def remember(model, processor, conversations, images, **options):

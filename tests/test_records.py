@@ -30,6 +30,7 @@ from train_llava.data import BadRecordError, CheckedDataset, LlavaCollator, Llav
 from train_llava.pictures import matches_processor, open_image, prepare_pictures
 from train_llava.readers import read_json
 from train_llava.records import load_records, table_row, text_of, to_messages
+from train_llava.run_folder import log_bad_sample
 from train_llava.stream import stream_items
 from train_llava.trainer import with_ids
 
@@ -804,6 +805,9 @@ def test_every_rank_has_its_part_of_every_source(tmp_path, processor):
     ranks = [first(stream.shard(2, i), 22) for i in (0, 1)]
     assert [sum(name[0] == "b" for name in ids) for ids in ranks] == [2, 2]
     assert len({*ranks[0], *ranks[1]}) == 44
+    workers = [item["id"] for item in islice(DataLoader(stream, None, num_workers=2), 44)]
+    assert len(set(workers)) == 44
+    assert [sum(name[0] == "b" for name in workers[i::2]) for i in (0, 1)] == [2, 2]
 
 
 def test_a_worker_reads_all_that_it_streams_from_the_hub(processor, tmp_path, monkeypatch):
@@ -855,6 +859,10 @@ def test_bad_records_in_a_row_have_a_stand_in_each(tmp_path, processor):
     assert [again[i]["id"] for i in range(30)] == taken
     assert log.read_bytes() == written
     assert len(written.splitlines()) == 30
+    torn = tmp_path / "torn.jsonl"
+    torn.write_bytes(written[:-9])
+    assert log_bad_sample(torn, 70, "70", "?") == 30
+    assert torn.read_bytes().endswith(b'\n{"record": 70, "id": "70", "reason": "?"}\n')
 
 
 def test_a_stream_takes_as_much_of_each_source_as_its_weight_says(tmp_path, processor):

@@ -296,13 +296,16 @@ def test_bad_held_out_records_are_told_before_the_first_step(llava, corpus, tmp_
     assert not (tmp_path / "run" / "trainer_state.json").exists()
 
 
-def test_too_many_bad_records_stop_the_run_with_one_line(llava, corpus, tmp_path):
+@pytest.mark.parametrize("preflight", ["true", "false"])
+def test_too_many_bad_records_stop_the_run_with_one_line(llava, corpus, tmp_path, preflight):
+    """Without the preflight a worker meets the record, and ends with the run."""
     records = json.loads((corpus / "chat.json").read_text())
     records[3]["conversations"] = []
     (tmp_path / "chat.json").write_text(json.dumps(records))
     command = [sys.executable, "-m", "train_llava.train", "--model_name_or_path", llava, "--data_path", tmp_path]
     command += ["--image_dir", corpus / "images_dl", "--output_dir", tmp_path / "out", "--dataloader_num_workers", "1"]
-    done = subprocess.run([*command, "--report_to", "none"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command += ["--report_to", "none", "--preflight", preflight]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "error: 1 of 16 records are bad, more than --max_bad_fraction" in done.stderr

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -68,12 +67,19 @@ def test_no_other_model_is_written_over_and_no_branch_left_is_taken_up_again(tmp
     assert begin("new", five) == str(five)
     with pytest.raises(ValueError, match="other holds checkpoint-5: choose another"):
         begin("other", five)
-    with pytest.raises(ValueError, match=r"checkpoint-5: .*checkpoint-10 is later; put it aside, or go on from it"):
+    with pytest.raises(ValueError, match=r"checkpoint-5: .*checkpoint-10 is later; move it away, or go on from it"):
         begin("one", five)
     assert begin("one", "true") == str(tmp_path / "one" / "checkpoint-10")
+    (tmp_path / "one" / "latest").symlink_to("checkpoint-10")
+    assert begin("one", tmp_path / "one" / "latest")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "checkpoint-10").symlink_to(tmp_path / "one" / "checkpoint-10")
+    assert begin("linked", tmp_path / "linked" / "checkpoint-10")
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "model.safetensors").touch()
-    with pytest.raises(ValueError, match=r"holds model.safetensors: choose another, since no checkpoint is there"):
+    with pytest.raises(
+        ValueError, match=r"holds model.safetensors: choose another, or remove it, since no checkpoint"
+    ):
         begin("done", "true")
 
 
@@ -157,12 +163,31 @@ def test_sigterm_ends_a_run_with_a_checkpoint(llava, corpus, tmp_path, everybody
     arguments += ["--save_total_limit", "2", "--dataloader_num_workers", "1"]
     command, environment = zero2_command(llava, corpus, tmp_path / "run", *arguments)
     run = start(command, environment, tmp_path / "run", "checkpoint-5")
-    (os.killpg if everybody else os.kill)(run.pid, signal.SIGTERM)
+    process = psutil.Process(run.pid)
+    for told in [process, *process.children(recursive=True)] if everybody else [process]:
+        told.send_signal(signal.SIGTERM)
     output = run.communicate(timeout=120)[0].decode()
     assert "SIGTERM: ending at step" in output, output[-3000:]
     step = int(output.split("SIGTERM: ending at step ")[1].split()[0])
     assert finished_checkpoint(str(tmp_path / "run")) == str(tmp_path / "run" / f"checkpoint-{step}")
     check_resumable(tmp_path / "run" / f"checkpoint-{step}", 2)
+
+
+FAILED = """
+import sys
+from functools import partial
+from torch.utils.data import DataLoader
+from train_llava import stopping
+batches = iter(DataLoader(range(9), num_workers=1, worker_init_fn=partial(stopping.outlive_sigterm, begin=None)))
+next(batches)
+sys.exit(3)
+"""
+
+
+def test_a_run_that_fails_does_not_wait_for_its_workers():
+    """They let a SIGTERM pass, by which Python would end them."""
+    done = subprocess.run([sys.executable, "-c", FAILED], cwd=ROOT, timeout=120, check=False)
+    assert done.returncode == 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(llava, corpus, tmp_path, monkeypatch):

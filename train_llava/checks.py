@@ -110,10 +110,11 @@ def preflight(trainer: LlavaTrainer) -> None:
         ValueError: the loss or a gradient is missing or not finite, or what is saved is not what is in memory; or too
             many held-out records are bad.
     """
+    args, held_out = trainer.args, trainer.eval_dataset
+    mine = range(args.process_index, len(held_out or ()), args.world_size)
+    for i in tqdm(mine, "held-out records", disable=len(mine) < 1000 or args.process_index > 0):
+        held_out.good_item(i)
     if trainer.is_world_process_zero():
-        held_out = trainer.eval_dataset
-        for i in tqdm(range(len(held_out or ())), "held-out records", disable=len(held_out or ()) < 1000):
-            held_out.good_item(i)
         if is_deepspeed_zero3_enabled():
             print("preflight left out: under ZeRO-3 no rank holds the whole model")
         else:

@@ -1,6 +1,7 @@
 """From records to the tensors the model is trained on: records → messages → token ids and labels → padded batch."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,11 @@ class CheckedDataset(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if (item := self.good_item(index)) is not None:
-            return item | {"stand_in": False}
-        # of bad ones in a row, each has another stand-in, which its index alone tells
-        for i in (*np.random.default_rng(index).integers(len(self), size=64).tolist(), *range(len(self))):
-            if (item := self.good_item(i)) is not None:
-                return item | {"stand_in": True}
+        # where it is bad: of bad ones in a row each has another stand-in, which its index alone tells
+        others = (i * 7919 + index * 104729 for i in range(1, 65))
+        for i in chain([index], others, range(len(self))):
+            if (item := self.good_item(i % len(self))) is not None:
+                return item | {"stand_in": i != index}
         raise ValueError("no record is good")
 
     def good_item(self, index: int) -> dict[str, Any] | None:

@@ -282,6 +282,8 @@ def chat(
             text = ""
         except UnicodeDecodeError as error:  # half of a character, as a terminal may leave of one that was deleted
             print(f"error: {error}", file=sys.stderr)
+            if not sys.stdin.isatty():  # a file gives the same again
+                return
             continue
         if not text:
             return

@@ -219,11 +219,8 @@ def raw_records(data_path: str, files: list[Path]) -> Iterator[Any]:
     else:
         name, config, split = (*data_path.split(":"), "", "")[:3]
         hub = datasets.load_dataset(name, config or None, split=split or "train", streaming=True).decode(False)
-        for batch in hub.iter(
-            batch_size=100
-        ):  # row by row, a data-loading worker would get its share of the rows alone
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(batch, values, strict=True))
+        for batch in hub.iter(batch_size=1):  # iterated as it is, it would give a loading worker a share of its rows
+            yield {name: value for name, (value,) in batch.items()}
 
 
 def find_records(data_path: str, image_dir: str | None = None) -> tuple[list[Path], Path | None]:

@@ -38,7 +38,7 @@ CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 UNSEEN = {"video", "videos", "audio", "audios"}  # what a record may hold that a LLaVA does not take in
 BATCH_BYTES = 64 << 20  # of pictures that are written at once: Arrow counts a batch in 31 bits
-LAYOUT = 6  # of the table and of the rules below; another number makes every data set be read anew
+LAYOUT = 7  # of the table and of the rules below; another number makes every data set be read anew
 
 FEATURES = datasets.Features(
     {

@@ -5,7 +5,7 @@ import re
 import shutil
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def starting_point(args: TrainingArguments) -> str | None:
         for earlier in Path(args.output_dir).glob(
             "bad_*samples.jsonl"
         ):  # another run's bad records are not this one's
-            earlier.unlink()
+            earlier.unlink(missing_ok=True)  # another node's first rank may have been faster
     return checkpoint
 
 
@@ -282,13 +282,13 @@ def check_output_dir(output_dir: str, checkpoint: str | None, resume: bool) -> N
     """
     folder = Path(output_dir)
     holds = [*folder.glob("*.safetensors"), *([] if resume else folder.glob("checkpoint-*"))]
-    if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
+    if checkpoint is not None and Path(checkpoint).absolute().parent.resolve() == folder.resolve():
         last = finished_checkpoint(output_dir) or checkpoint
-        if (number_of(Path(last)) or 0) > (number_of(Path(checkpoint)) or 0):
-            raise ValueError(f"--resume_from_checkpoint {checkpoint}: {last} is later; put it aside, or go on from it")
+        if (number_of(Path(last)) or 0) > (number_of(Path(checkpoint).resolve()) or 0):
+            raise ValueError(f"--resume_from_checkpoint {checkpoint}: {last} is later; move it away, or go on from it")
     elif holds:
-        remedy = ", since no checkpoint is there" if resume else ", or --resume_from_checkpoint true"
-        raise ValueError(f"--output_dir {output_dir} holds {holds[0].name}: choose another{remedy}")
+        remedy = "remove it, since no checkpoint is there" if resume else "--resume_from_checkpoint true"
+        raise ValueError(f"--output_dir {output_dir} holds {holds[0].name}: choose another, or {remedy}")
 
 
 def log_bad_sample(log: Path, record: int | str, record_id: str, reason: str) -> int:
@@ -305,10 +305,14 @@ def log_bad_sample(log: Path, record: int | str, record_id: str, reason: str) ->
         log.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(log.with_suffix(".lock")), open(log, "ab+") as file:
             file.seek(read)
-            known |= {json.loads(line)["record"] for line in file}
+            added = file.read()
+            for line in added.splitlines():
+                with suppress(ValueError):  # torn, by a full disk
+                    known.add(json.loads(line)["record"])
             if record not in known:
                 line = json.dumps({"record": record, "id": record_id, "reason": reason}, ensure_ascii=False)
-                file.write(line.encode(errors="backslashreplace") + b"\n")
+                torn = b"\n" if added and not added.endswith(b"\n") else b""
+                file.write(torn + line.encode(errors="backslashreplace") + b"\n")
                 known.add(record)
             _known[log] = file.tell(), known
     return len(known)

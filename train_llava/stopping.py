@@ -1,5 +1,7 @@
 """Where a run may end before its last step: at a SIGTERM, or where a score rises no more; and nowhere else."""
 
+import atexit
+import multiprocessing.util  # whose own function at exit runs after those that are registered later
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +15,16 @@ def outlive_sigterm(worker: int, begin: Callable[[int], None] | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if begin is not None:
         begin(worker)
+
+
+@atexit.register
+def end_workers() -> None:
+    """Ends the data-loading workers of a run that failed: Python would ask them by a SIGTERM, and wait for ever."""
+    workers = multiprocessing.active_children()
+    if workers and hasattr(signal, "SIGCHLD"):  # which Windows has not
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch would raise
+    for worker in workers:
+        worker.kill()
 
 
 class StopOnSignal(TrainerCallback):

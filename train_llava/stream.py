@@ -59,8 +59,9 @@ class Passes(ExamplesIterable):
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         return enumerate(self.generate_examples_fn(**self.kwargs))
 
-    def shard_data_sources(self, *args: Any, **kwargs: Any) -> "Passes":
-        return Passes(self.generate_examples_fn, super().shard_data_sources(*args, **kwargs).kwargs)
+    def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> "Passes":
+        # also among workers in stretches, which are mixed: every other shard could be one source's
+        return Passes(self.generate_examples_fn, super().shard_data_sources(num_shards, index, True).kwargs)
 
 
 def good_items(

@@ -53,7 +53,7 @@ class DataArguments:
     streaming: bool = field(default=False, metadata={"help": "Read shards as they come; takes --max_steps."})
     bad_samples: Literal["skip", "error"] = field(
         default="skip",
-        metadata={"help": "skip: log a bad record in bad_samples.jsonl and take the next; error: stop at the first."},
+        metadata={"help": "skip: log a bad record in bad_samples.jsonl and take another; error: stop at the first."},
     )
     max_bad_fraction: float = field(default=0.01, metadata={"help": "Stop once more of the records are bad."})
     eval_data_path: str | None = field(default=None, metadata={"help": "Held-out data, in the same form."})
