@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from threading import Lock
 
 from tqdm import tqdm
 
@@ -192,13 +193,20 @@ def compare(
     if other := {mode for mode, _ in done} - compared.modes.keys():
         raise SystemExit(f"compare_modes: {args.results} has {other.pop()}, no mode of this: choose another file")
     left = [(mode, seed) for seed in args.seeds for mode in args.modes if (mode, seed) not in done]
+    lock = Lock()
+
+    def measure_and_keep(mode: str, seed: int, folder: Path) -> None:
+        result = measure(mode, seed, folder)
+        with lock:
+            results.append(result)
+            results.sort(key=lambda result: (list(compared.modes).index(result["mode"]), result["seed"]))
+            keep(results, args.results)
+
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(max_workers=2) as pool:
-        running = [pool.submit(measure, mode, seed, Path(work) / f"{i}") for i, (mode, seed) in enumerate(left)]
+        running = [pool.submit(measure_and_keep, *each, Path(work) / f"{i}") for i, each in enumerate(left)]
         try:
             for finished in tqdm(as_completed(running), total=len(left), desc="runs", disable=not left):
-                results.append(finished.result())
-                results.sort(key=lambda result: (list(compared.modes).index(result["mode"]), result["seed"]))
-                keep(results, args.results)
+                finished.result()
         except BaseException:  # Ctrl-C is one: what waits would still be trained, for hours
             pool.shutdown(wait=False, cancel_futures=True)
             raise
