@@ -12,6 +12,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from examples.openmoji import compare_modes, four_pictures
+from examples.smollm2 import follow_ups
 from train_llava.build_model import BuildArguments
 from train_llava.check_data import CheckArguments
 from train_llava.cli import given_arguments
@@ -185,6 +186,11 @@ def test_figures_come_from_files(names):
     for written in tables:
         for row in rows(written):
             assert row in rows(page), row
+
+
+def test_the_follow_ups_are_those_of_the_file():
+    folder = ROOT / "examples/smollm2"
+    assert follow_ups.table(json.loads((folder / "follow_ups.json").read_text())) in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md"])

@@ -8,11 +8,17 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from train_llava.chat import Chat
 from train_llava.data import LlavaDataset, to_item
 from train_llava.readers import BadRecordError
+
+
+def order_seed(args: TrainingArguments) -> int:
+    """What a run's order of records is drawn by."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 class GroupedByLength(LengthGroupedSampler):

@@ -68,6 +68,7 @@ def good_items(
     shards: list[Shard], seed: int, chat: Chat, log: Path, bad_samples: str, max_bad_fraction: float
 ) -> Iterator[dict[str, Any]]:
     """The good records of shards, pass after pass; see `stream_items`."""
+    sources = ", ".join(sorted({path for path, *_ in shards}))
     for number in count():
         read = bad = 0
         for read, (place, row, pictures) in enumerate(shuffled_rows(shards, np.random.default_rng([seed, number])), 1):
@@ -83,11 +84,9 @@ def good_items(
             else:
                 yield item
         if not read:
-            raise ValueError(
-                f"{', '.join(sorted({path for path, *_ in shards}))} gave a rank or worker nothing to read"
-            )
+            raise ValueError(f"{sources} gave a rank or worker nothing to read")
         if bad == read:
-            raise ValueError(f"no record of {', '.join(sorted({path for path, *_ in shards}))} is good: see {log}")
+            raise ValueError(f"no record of {sources} is good: see {log}")
         if bad > max_bad_fraction * read:
             raise ValueError(f"{bad} of {read} records are bad, more than --max_bad_fraction: see {log}")
 

@@ -21,6 +21,7 @@ from train_llava.chat import Chat
 from train_llava.checks import check_claims, check_options, check_together, preflight
 from train_llava.cli import BITS_HELP, device, parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
+from train_llava.lengths import order_seed
 from train_llava.memory import precision, print_estimate
 from train_llava.model import TRAIN_TYPES, LoraArguments, count_parameters, load_checkpoint, set_trainable
 from train_llava.pace import describe_pace
@@ -144,8 +145,7 @@ def load_data(
         held_out = CheckedDataset(dataset, chat, eval_log, *settings)
     sources = (data_arguments.data_path, data_arguments.image_dir, data_arguments.data_weights)
     if data_arguments.streaming:
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return stream_items(*sources, chat, log, *settings, seed), held_out
+        return stream_items(*sources, chat, log, *settings, order_seed(args)), held_out
     dataset = LlavaDataset(*sources, chat.at_least)
     if args.process_index == 0:
         print(f"{len(dataset):,} records, {len(held_out or ()):,} held out")

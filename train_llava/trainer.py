@@ -31,7 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from train_llava.answers import score_answers
 from train_llava.chat import IGNORE
 from train_llava.data import LlavaCollator
-from train_llava.lengths import GroupedByLength, estimate_lengths
+from train_llava.lengths import GroupedByLength, estimate_lengths, order_seed
 from train_llava.memory import precision
 from train_llava.model import load_checkpoint, part_of
 from train_llava.pace import Pace
@@ -76,8 +76,7 @@ class LlavaTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         lengths = estimate_lengths(self.train_dataset.dataset, self.train_dataset.chat)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return GroupedByLength(batch, lengths, seed, epoch=lambda: int(self.state.epoch or 0))
+        return GroupedByLength(batch, lengths, order_seed(self.args), epoch=lambda: int(self.state.epoch or 0))
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader = super()._get_dataloader(*args, **kwargs)
