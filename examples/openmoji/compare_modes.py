@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from threading import Lock
 
+import torch
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -73,22 +74,18 @@ class Comparison:
 OPENMOJI = Comparison(EXAMPLE, ["data/train"], "data/heldout", MODES, STEPS, BATCH)
 
 
-def run(command: str, *arguments: str) -> float:
-    """Runs a command of the package, or a module, in one thread; returns its peak resident memory in GB."""
+def run(command: str, *arguments: str) -> None:
+    """Runs a command of the package, or a module, in one thread."""
     command = [sys.executable, "-m", command if "." in command else f"train_llava.{command}", *arguments]
-    with tempfile.TemporaryFile() as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status != 0:
-            log.seek(0)
-            raise SystemExit(f"{' '.join(command)} failed:\n{log.read().decode()[-2000:]}")
-    return usage.ru_maxrss * 1024 / 1e9
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout.decode()[-2000:]}")
 
 
 def train_and_score(compared: Comparison, mode: str, seed: int, folder: Path) -> tuple[dict, list[str]]:
     """Trains one mode with one seed; returns its scores on the held-out pictures, and the arguments that open it."""
-    base, adapter, seconds, memory, curve = compared.folder / "llava", [], 0.0, 0.0, []
+    base, adapter, seconds, memory, curve = compared.folder / "llava", [], 0.0, [], []
     stages = compared.modes[mode]
     for number, stage in enumerate(stages):
         share = 1.0 if len(stages) == 1 else (0.25, 0.75)[number]
@@ -98,8 +95,9 @@ def train_and_score(compared: Comparison, mode: str, seed: int, folder: Path) ->
         arguments += ["--output_dir", str(output), "--per_device_train_batch_size", str(compared.batch)]
         arguments += ["--seed", str(seed), "--max_steps", str(round(compared.steps * share))]
         arguments += ["--save_strategy", "no", "--preflight", "false"]
-        memory = max(memory, run("train", *arguments, "--disable_tqdm", "true"))
+        run("train", *arguments, "--disable_tqdm", "true")
         history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        memory += [entry["memory_gb"] for entry in history if "memory_gb" in entry]
         seconds += history[-1]["train_runtime"]
         before = curve[-1][0] if curve else 0
         curve += [[before + entry["step"], entry["loss"]] for entry in history if "loss" in entry]
@@ -118,8 +116,9 @@ def train_and_score(compared: Comparison, mode: str, seed: int, folder: Path) ->
         "exact_match": english["exact_match"],
         "interval": english["intervals"]["exact_match"],
         "n": english["n"],
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "minutes": seconds / 60,
-        "peak_gb": memory,
+        "peak_gb": max(memory),
         "loss": curve,
     }
     return scores, opened

@@ -4,7 +4,8 @@
     python -m examples.smollm2.compare_modes --results output/smollm2/modes.json   measured anew, in hours
 
 It starts from what examples/smollm2/run.sh left in output/smollm2: the assembled model, the data and the text. Runs go
-two at a time, of one thread each, and what was measured is kept as each ends, so that it may take several sittings.
+two at a time, of one thread each, on a GPU where there is one; what was measured is kept as each ends, so that it may
+take several sittings.
 Beside the held-out pictures it scores how well the text is still predicted (the measure is SmolLM2's own loss), and
 how far follow-up questions are answered as SmolLM2 answers them to the caption in words.
 """
@@ -60,16 +61,16 @@ def measure(mode: str, seed: int, folder: Path) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    """The Markdown table of what was measured: medians over the seeds."""
+    """The Markdown table of what was measured: medians over the seeds; time and memory of those on CPUs, if any."""
     lines = [
         "| mode | seeds | exact match | range | token F1 | text loss, before -> after | follow-ups | controls | "
         "minutes | peak GB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for mode, runs in by_mode(MODES, results).items():
-        exact, f1, minutes, memory = (
-            median(run[key] for run in runs) for key in ("exact_match", "token_f1", "minutes", "peak_gb")
-        )
+        exact, f1 = (median(run[key] for run in runs) for key in ("exact_match", "token_f1"))
+        timed = [run for run in runs if run["device"] == "CPU"] or runs
+        minutes, memory = (median(run[key] for run in timed) for key in ("minutes", "peak_gb"))
         before, after = (median(run["text_loss"][i] for run in runs) for i in (0, 1))
         agreed, *controls = (
             median(run["follow_ups"][name]["mean"] for run in runs)
