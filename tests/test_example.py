@@ -49,12 +49,12 @@ def test_a_comparison_keeps_what_it_has_and_begins_nothing_behind_a_failure(tmp_
     )
     measured, results = [], tmp_path / "new" / "modes.json"
 
-    def measure(mode, seed, folder):
+    def measure(compared, mode, seed, folder):
         measured.append((mode, seed))
         if (mode, seed) == ("b", 0):
             raise SystemExit("train failed")
         time.sleep(0.01)
-        return {"mode": mode, "seed": seed}
+        return {"mode": mode, "seed": seed, "steps": compared.steps}
 
     def command(*words):
         monkeypatch.setattr(sys, "argv", ["compare_modes", *map(str, words)])
@@ -68,7 +68,8 @@ def test_a_comparison_keeps_what_it_has_and_begins_nothing_behind_a_failure(tmp_
     (tmp_path / "committed.json").write_text('[{"mode": "a", "seed": 7}]')
     assert command() == [{"mode": "a", "seed": 7}]
     assert not measured
-    assert [result["seed"] for result in command("--results", results, "--modes", "c", "a", "--seeds", "1")] == [1, 1]
+    few = command("--results", results, "--modes", "c", "a", "--seeds", 1, "--steps", 7)
+    assert [(result["seed"], result["steps"]) for result in few] == [(1, 7), (1, 7)]
     with pytest.raises(SystemExit, match="train failed"):
         command("--results", results, "--seeds", 0, *range(2, 40))
     assert len(measured) < 40

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from threading import Lock
@@ -116,6 +116,7 @@ def train_and_score(compared: Comparison, mode: str, seed: int, folder: Path) ->
         "exact_match": english["exact_match"],
         "interval": english["intervals"]["exact_match"],
         "n": english["n"],
+        "steps": compared.steps,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "minutes": seconds / 60,
         "peak_gb": max(memory),
@@ -124,9 +125,9 @@ def train_and_score(compared: Comparison, mode: str, seed: int, folder: Path) ->
     return scores, opened
 
 
-def measure(mode: str, seed: int, folder: Path) -> dict:
+def measure(compared: Comparison, mode: str, seed: int, folder: Path) -> dict:
     """Trains and scores one mode with one seed."""
-    scores, _ = train_and_score(OPENMOJI, mode, seed, folder)
+    scores, _ = train_and_score(compared, mode, seed, folder)
     chinese = json.loads((folder / "scores/metrics.json").read_text())["by_language"]["zh"]
     return scores | {"exact_match_zh": chinese["exact_match"]}
 
@@ -165,7 +166,7 @@ def table(results: list[dict]) -> str:
 
 
 def compare(
-    doc: str, compared: Comparison, measure: Callable[[str, int, Path], dict], seeds: list[int], file: Path
+    doc: str, compared: Comparison, measure: Callable[[Comparison, str, int, Path], dict], seeds: list[int], file: Path
 ) -> list[dict]:
     """The results in `file`; with `--results` those in that file, where the runs that it lacks are made, two at once.
 
@@ -177,10 +178,14 @@ def compare(
         "--modes", nargs="+", default=list(compared.modes), choices=compared.modes, help="Default: all."
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
+    parser.add_argument(
+        "--steps", type=int, default=compared.steps, help=f"Default: {compared.steps}; few tell time and memory alone."
+    )
     parser.add_argument("--results", type=Path, help="The file of what is measured, or was.")
     args = parser.parse_args()
     if args.results is None:
         return json.loads(file.read_text())
+    compared = replace(compared, steps=args.steps)
     needed = [compared.folder / name for name in ("llava", *compared.train, compared.heldout)]
     needed += [Path(word) for word in compared.evaluation if not word.startswith("--")]
     for path in needed:
@@ -195,7 +200,7 @@ def compare(
     lock = Lock()
 
     def measure_and_keep(mode: str, seed: int, folder: Path) -> None:
-        result = measure(mode, seed, folder)
+        result = measure(compared, mode, seed, folder)
         with lock:
             results.append(result)
             results.sort(key=lambda result: (list(compared.modes).index(result["mode"]), result["seed"]))
