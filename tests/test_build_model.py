@@ -19,10 +19,12 @@ from transformers import (
     CLIPModel,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
     GenerationConfig,
     GptOssConfig,
     Lfm2Config,
     Mamba2Config,
+    PixtralImageProcessorPil,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3MoeConfig,
@@ -37,6 +39,7 @@ from train_llava.checks import reference_outputs
 from train_llava.data import LlavaCollator
 from train_llava.infer import generate, question, sampling
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
+from train_llava.parts import part_config
 from train_llava.records import to_messages
 from train_llava.reports import describe_trainable
 from train_llava.template import complete_template, end_of_turn_tokens
@@ -252,6 +255,7 @@ def edited(folder, copy, file, **settings):
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantised"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "transformers has no code for a own"),
         ({"model_type": "t5"}, "is a t5, which is no model of that kind"),
+        ({"model_type": "qwen2_5_vl"}, "is a qwen2_5_vl, whose text half transformers never opens alone"),
     ],
 )
 @pytest.mark.parametrize("trust", [False, True])
@@ -260,6 +264,42 @@ def test_a_language_model_that_a_llava_cannot_hold_is_refused(parts, tmp_path, s
     with pytest.raises(ValueError, match=f"edited .*{message}"):
         build_model(str(parts["clip"]), str(folder), str(tmp_path / "llava"), trust_remote_code=trust)
     assert not (tmp_path / "llava").exists()
+
+
+def test_a_quantization_of_null_is_none(parts, tmp_path):
+    folder = edited(parts["qwen2"], tmp_path / "lm", "config.json", quantization_config=None)
+    assert part_config(str(folder)).model_type == "qwen2"
+
+
+def test_a_tokenizer_with_a_picture_token_of_its_own_gets_this_one(parts, tmp_path):
+    """As Gemma 3's, in its sizes without a tower, too."""
+    shutil.copytree(parts["qwen2"], tmp_path / "lm")
+    named = {"extra_special_tokens": {"image_token": "<image_soft_token>"}}
+    AutoTokenizer.from_pretrained(parts["qwen2"], **named).save_pretrained(tmp_path / "lm")
+    assert AutoTokenizer.from_pretrained(tmp_path / "lm").image_token == "<image_soft_token>"
+    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+    processor = AutoProcessor.from_pretrained(tmp_path / "llava")
+    assert processor.image_token == processor.tokenizer.image_token == "<image>"
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [(Gemma3ImageProcessorPil(size={"height": 28, "width": 28}), "gives num_crops with a picture"),
+     (PixtralImageProcessorPil(patch_size=7, size={"longest_edge": 64}), "makes pictures of any size")],
+    ids=["more than pixels", "any size"],
+)  # fmt: skip
+def test_an_image_processor_that_a_llava_cannot_use_is_refused(parts, tmp_path, pictures, message):
+    shutil.copytree(parts["clip"], tmp_path / "tower")
+    (tmp_path / "tower" / "preprocessor_config.json").unlink(missing_ok=True)
+    pictures.save_pretrained(tmp_path / "tower")
+    with pytest.raises(ValueError, match=message):
+        build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "llava"), image_aspect_ratio="crop")
+
+
+def test_a_processor_of_another_kind_is_named(llava, tmp_path):
+    folder = edited(llava, tmp_path / "copy", "processor_config.json", processor_class="CLIPProcessor")
+    with pytest.raises(ValueError, match="copy cannot be opened: its processor is a CLIPProcessor and no LLaVA's"):
+        load_checkpoint(str(folder))
 
 
 def test_an_architecture_that_does_not_run_as_one_is_refused(parts, tmp_path):

@@ -211,6 +211,19 @@ def test_line_breaks_that_the_tokenizer_splits_before_an_answer_are_learnt(tmp_p
     check_everything(chat)
 
 
+def test_spaces_are_learnt_where_the_tokenizer_places_them_at_their_end(tmp_path):
+    """As GPT-NeoX's does, whose offsets leave spaces out."""
+
+    def trim(tokenizer):
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+
+    for before in ("", " "):  # the space is left to the model, which has to say it
+        template = roles("<u>CONTENT<e>", f"<a>{before}CONTENT<e>", f"<a>{before}")
+        chat = chat_of(tmp_path / f"{len(before)}", template, trim)
+        expected = f"<u><image>\nWhat?<e><a>»{before}\n    red  or\n  blue  <e>«"
+        assert marked(chat, "What?", "\n    red  or\n  blue  ") == expected
+
+
 def test_a_text_begins_as_the_tokenizer_begins_it(tmp_path):
     def begin(tokenizer):
         ids = [("<s>", tokenizer.convert_tokens_to_ids("<s>"))]

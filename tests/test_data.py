@@ -11,7 +11,8 @@ from transformers import AutoProcessor
 
 from train_llava.chat import Chat
 from train_llava.data import LlavaCollator, LlavaDataset
-from train_llava.pictures import open_image
+from train_llava.model import load_processor
+from train_llava.pictures import open_image, upright_rgb
 from train_llava.records import text_of, to_messages
 
 RED = Image.new("RGB", (40, 40), "red")
@@ -125,6 +126,12 @@ def test_too_long_a_conversation_is_refused_by_name(processor):
         LlavaCollator(processor, max_length=length - 1)([ITEMS["one turn"]])
 
 
+def test_a_conversation_beyond_the_context_is_refused_whatever_max_length_says(llava):
+    chat = Chat(load_processor(str(llava))[1], max_length=4096)
+    with pytest.raises(ValueError, match=r"\d+ tokens, the model reads 512"):
+        chat.encode(to_messages({"conversations": turns("What is this?", "z" * 600)}))
+
+
 def test_dataset_reads_the_llava_layout(corpus):
     dataset = LlavaDataset(str(corpus))
     assert len(dataset) == 16
@@ -195,6 +202,9 @@ def test_pictures_become_upright_rgb(tmp_path):
     assert open_image(tmp_path / "palette.png").getpixel((0, 0)) == (255, 255, 255)
     Image.fromarray(np.full((4, 4), 32896, np.uint16)).save(tmp_path / "deep.png")
     assert open_image(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
+    # signed, as of computed tomography, where air is below 0
+    signed = upright_rgb(Image.fromarray(np.array([[-1000, 0], [32896, 65535]], np.int32)))
+    assert [value for value, _, _ in signed.getdata()] == [0, 0, 128, 255]
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)

@@ -11,7 +11,9 @@ import pytest
 import yaml
 from transformers import HfArgumentParser
 
-from examples.openmoji import compare_modes, four_pictures
+from examples.openmoji import compare_modes as openmoji_modes
+from examples.openmoji import four_pictures
+from examples.smollm2 import compare_modes as smollm2_modes
 from examples.smollm2 import follow_ups
 from train_llava.build_model import BuildArguments
 from train_llava.check_data import CheckArguments
@@ -176,10 +178,13 @@ def test_figures_come_from_files(names):
     page = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in names)
     for example, run in (("openmoji", "docs/run.txt"), ("smollm2", "examples/smollm2/run.txt")):
         assert (ROOT / run).read_text() in (ROOT / f"examples/{example}/README.md").read_text()
-    measured = {"modes": compare_modes, "four_pictures": four_pictures}
+    measured = {
+        "openmoji/modes": openmoji_modes,
+        "openmoji/four_pictures": four_pictures,
+        "smollm2/modes": smollm2_modes,
+    }
     tables = [
-        script.table(json.loads((ROOT / f"examples/openmoji/{name}.json").read_text()))
-        for name, script in measured.items()
+        script.table(json.loads((ROOT / f"examples/{name}.json").read_text())) for name, script in measured.items()
     ]
     tables += [(ROOT / "benchmarks/results" / name).read_text() for name in RESULTS]
     tables.append((ROOT / "benchmarks/results/pairs.md").read_text().partition("| refused | why")[0])

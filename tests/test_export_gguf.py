@@ -34,6 +34,7 @@ from train_llava.export_gguf import (
     modelfile,
     prepared_otherwise,
     writes_bos,
+    writes_date,
 )
 from train_llava.model import load_checkpoint
 from train_llava.template import complete_template, render
@@ -267,6 +268,13 @@ def test_ollama_hands_over_what_the_chat_template_does(tmp_path, name):
         # Ollama writes the first token in front
         assert (tokenizer.bos_token or "") * writes_bos(tokenizer) + go(template, messages) == expected
     assert writes_bos(tokenizer) == (tokenizer.bos_token is not None)
+
+
+def test_a_date_in_a_template_is_told(tmp_path):
+    tokenizer = tokenizer_of("quotes and braces", tmp_path)
+    assert not writes_date(tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%d %B') }}" + tokenizer.chat_template
+    assert writes_date(tokenizer)
 
 
 def test_a_template_that_ollama_cannot_write_leaves_nothing_behind(llava, tmp_path):

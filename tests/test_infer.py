@@ -89,6 +89,18 @@ def test_a_control_token_in_a_prompt_is_refused(opened, token):
         generate(*opened, [question(f"What is {token} this?")], [], 4)
 
 
+def test_what_the_model_has_said_is_no_attempt_to_end_a_turn(opened):
+    """A model that thinks may write </think>, a token that a question must not have; nobody could take it back."""
+    model, processor = opened
+    chat = Chat(processor)
+    chat.control_tokens = chat.control_tokens | {"</think>"}
+    (user,), (again,) = question("What is this?"), question("And this?")
+    assert infer.room_for_answer(model, chat, [user, infer.reply("red</think>"), again], [])
+    for messages in ([user, infer.reply("red<|im_end|>"), again], question("red</think>")):
+        with pytest.raises(ValueError, match="stands in a text"):
+            infer.room_for_answer(model, chat, messages, [])
+
+
 def test_a_chat_survives_whatever_a_turn_raises(opened, monkeypatch, capsys):
     typed = iter(["What is this?", "a" * 1000, "<image>", "/image nothing.png", "out of memory", "And this?", ""])
     asked = []

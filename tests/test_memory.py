@@ -225,6 +225,19 @@ def test_what_does_not_fit_is_told_with_what_would_help(llava, monkeypatch, caps
     assert not any(word in out for word in ("checkpointing", "smaller"))  # the update alone is too large
 
 
+@pytest.mark.parametrize(
+    ("zero", "offload", "bits", "said"),
+    [(None, False, 4, "a smaller language model"), (3, True, None, "a smaller language model"),
+     (3, False, None, "--deepspeed ds_zero3_offload.json"),
+     (2, False, None, "--bits 4; --deepspeed ds_zero3_offload.json")],
+)  # fmt: skip
+def test_what_would_help_is_what_a_run_does_not_do_and_may(zero, offload, bits, said, monkeypatch):
+    given = train.TrainArguments(output_dir="run", report_to="none", per_device_train_batch_size=1)
+    given.activation_checkpointing = True
+    monkeypatch.setattr(memory, "zero_of", lambda _: (zero, offload))
+    assert memory.remedy(given, bits, activations=True) == f"Less takes: {said}"
+
+
 def test_no_estimate_costs_no_run(llava, monkeypatch, capsys):
     def fail(*_):
         raise NotImplementedError("no numbers")

@@ -189,3 +189,7 @@ def test_runs_are_compared_question_by_question(runs):
 def test_runs_over_different_questions_are_not_compared(runs):
     with pytest.raises(ValueError, match="were asked different questions"):
         evaluate.compare([runs / "first", runs / "other"], runs)
+    predictions = runs / "second" / "predictions.jsonl"  # records without ids, in another order
+    predictions.write_text(predictions.read_text().replace('"reference": "yes"', '"reference": "no"', 1))
+    with pytest.raises(ValueError, match="or of other right answers"):
+        evaluate.compare([runs / "first", runs / "second"], runs)

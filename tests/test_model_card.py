@@ -47,6 +47,25 @@ def test_a_card_says_what_a_model_was_made_of_and_how(llava, parts, corpus, adap
     assert merged.data.library_name == "transformers"
     assert "LoRA adapter" not in merged.text
     assert (tmp_path / "merged" / "loss.png").exists()
+    checkpoint = max(adapter.glob("checkpoint-*"))  # PEFT has written a card of its own there
+    assert "made_of" not in ModelCard.load(checkpoint / "README.md").data
+    merge_lora(str(llava), str(checkpoint), str(tmp_path / "of checkpoint"))
+    merged = ModelCard.load(tmp_path / "of checkpoint" / "README.md")
+    assert merged.data.made_of == [*made_of, llava.name]
+    assert (merged.data.library_name, "More Information" in merged.text) == ("transformers", False)
+
+
+def test_a_card_tells_how_far_a_run_came_and_the_scores_of_what_is_kept(llava, corpus, tmp_path, monkeypatch):
+    judged = ["--eval_data_path", corpus, "--eval_strategy", "steps", "--eval_steps", "1", "--eval_answers", "0"]
+    best = ["--load_best_model_at_end", "true", "--save_strategy", "best", "--metric_for_best_model", "loss"]
+    best += ["--greater_is_better", "true"]  # the loss falls, and so the first step is the one that is kept
+    run_train(monkeypatch, llava, corpus, tmp_path / "run", *SHORT[2:], *judged, *best, "--max_steps", "3")
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    first, *later = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert first > max(later)
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert f"| held-out loss, of the step that is kept | {first:.4f} |" in text
+    assert "| length | 3 of 3 steps, 1.5 epochs |" in text
 
 
 def test_names_of_the_hub_are_linked(tmp_path):
@@ -55,6 +74,10 @@ def test_names_of_the_hub_are_linked(tmp_path):
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.base_model == [made_of[0], made_of[2]]
     assert data.datasets == ["liuhaotian/LLaVA-CC3M-Pretrain-595K"]
+    write_card(tmp_path, "m", [], ["HuggingFaceM4/the_cauldron:vqav2", "HuggingFaceM4/the_cauldron:ai2d:train"], [])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.datasets == ["HuggingFaceM4/the_cauldron"]
+    assert "- `HuggingFaceM4/the_cauldron:ai2d:train`" in card.text
     write_card(tmp_path, "m", made_of, [], [], adapter_of="me/llava")
     assert ModelCard.load(tmp_path / "README.md").data.base_model == ["me/llava"]
 
@@ -97,7 +120,9 @@ def test_a_card_keeps_what_people_wrote(adapter, tmp_path):
     card.save(folder / "README.md")
     model_card.add_evaluation(folder, evaluation)
     once = (folder / "README.md").read_text()
-    (folder / "README.md").write_text(once.replace("(captions.png)\n", "(captions.png)\nBelow the sheet.\n"))
+    theirs = "(captions.png)\n\n| benchmark | mine |\n|---|---|\n| MMBench | 61 |\n\nBelow the sheet.\n"
+    text = once.replace("(captions.png)\n", theirs).replace(model_card.INTERVAL, f"Between.\n\n{model_card.INTERVAL}")
+    (folder / "README.md").write_text(text)
     (evaluation / "metrics.json").write_text(json.dumps(scores | {"exact_match": 0.5}))
     (evaluation / "captions.png").unlink()  # it could not be drawn
     model_card.add_evaluation(folder, evaluation)
@@ -107,6 +132,9 @@ def test_a_card_keeps_what_people_wrote(adapter, tmp_path):
         "answers by hand\n\n| a |\n|---|",
         "To you.",
         "Below the sheet.",
+        "| MMBench | 61 |",
+        "Between.",
+        model_card.INTERVAL,
         "| exact match | 50.0% |",
     ):
         assert text.count(written) == 1, written

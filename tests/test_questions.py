@@ -69,6 +69,10 @@ def test_every_question_has_its_answer_and_no_other(opened, corpus, tmp_path):
     second = ask_file(opened, questions, answers, *changed, {"id": "a", "prompt": "hi"})
     assert [line["prompt"] for line in second] == ["And London?", "What is this?", "hi"]
     assert second[1]["asked"] != first[0]["asked"]
+    earlier = [json.loads(line) for line in (tmp_path / "a.earlier.jsonl").read_text().splitlines()]
+    assert earlier == [first[1], first[2], first[0]]  # what was asked before is not lost
+    picture.unlink()  # a disk that is away for a moment costs no answers
+    assert ask_file(opened, questions, answers, *changed, {"id": "a", "prompt": "hi"}) == second
     # what other questions were answered in this file stays
     assert len(ask_file(opened, questions, answers, {"id": "b", "prompt": "hi"})) == 4
     assert not list(tmp_path.glob(".*"))

@@ -109,8 +109,8 @@ class Chat:
         `sizes` are the pictures' widths and heights, which a model without tiles does not need.
 
         The text is tokenised once, with one `<image>` for each picture, and labelled by the tokens' own positions in
-        it: a token belongs to the span that it begins in. Then each `<image>` is repeated for the features it stands
-        for.
+        it: a token belongs to the span that it begins in (one of spaces, which some tokenizers place at its end, to
+        what it ends in). Then each `<image>` is repeated for the features it stands for.
 
         Raises:
             ValueError: it is longer than `max_length`, has nothing to learn, does not come out as it should, or a
@@ -125,7 +125,7 @@ class Chat:
         token_ids, (starts, stops) = np.array(encoding["input_ids"]), np.array(encoding["offset_mapping"]).T
         learnt = np.zeros(len(token_ids), dtype=bool)
         for span, end in zip(spans, ends, strict=True):
-            inside = (span.start <= starts) & (starts < span.stop) & (starts < stops)
+            inside = (span.start <= starts) & (starts < span.stop) & ((starts < stops) | (span.start < starts))
             if not inside.any() or token_ids[inside][-1] != self.tokenizer.convert_tokens_to_ids(end):
                 raise ValueError(f"an answer whose tokens do not end with {end}")
             if ((starts < span.start) & (span.start < stops)).any():
@@ -133,10 +133,11 @@ class Chat:
             learnt |= inside
         is_image, repeats = token_ids == self.processor.image_token_id, np.ones_like(token_ids)
         repeats[is_image] = self.count_image_tokens(sizes, is_image.sum())
-        input_ids = np.repeat(token_ids, repeats)
-        labels = np.repeat(np.where(learnt, token_ids, IGNORE), repeats)
+        input_ids, labels = (np.repeat(ids, repeats) for ids in (token_ids, np.where(learnt, token_ids, IGNORE)))
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise ValueError(f"{len(input_ids)} tokens, --max_length is {self.max_length}")
+        if len(input_ids) > self.tokenizer.model_max_length:
+            raise ValueError(f"{len(input_ids)} tokens, the model reads {self.tokenizer.model_max_length}")
         if not learnt.any():
             raise ValueError("no token to learn")
         return input_ids, labels

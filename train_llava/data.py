@@ -158,8 +158,7 @@ class LlavaCollator:
     """
 
     def __init__(self, processor: Processor, max_length: int | None = None, packing: bool = False):
-        self.processor, self.packing = processor, packing
-        self.chat = Chat(processor, max_length)
+        self.processor, self.packing, self.chat = processor, packing, Chat(processor, max_length)
         if packing:
             use_conversation_lengths()
 

@@ -141,6 +141,11 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return metrics, predictions
 
 
+def asked(prediction: dict[str, Any]) -> dict[str, Any]:
+    """What a prediction answers, and what is right."""
+    return {key: value for key, value in prediction.items() if key != "prediction"}
+
+
 def compare(folders: list[Path], output_dir: Path) -> str:
     """Writes `comparison.md` and `comparison.png` into `output_dir` and gives back the table.
 
@@ -157,8 +162,8 @@ def compare(folders: list[Path], output_dir: Path) -> str:
     texts = all("text" in scores for scores, _ in runs.values())
     rows = [[*head, *["text loss"] * texts]]
     for name, (scores, predictions) in runs.items():
-        if [(p["id"], p["prompt"]) for p in predictions] != [(p["id"], p["prompt"]) for p in ours]:
-            raise ValueError(f"{name} and {first} were asked different questions")
+        if list(map(asked, predictions)) != list(map(asked, ours)):
+            raise ValueError(f"{name} and {first} were asked different questions, or of other right answers")
         more, (low, high) = difference(predictions, ours)
         beside = "" if name == first else f"{more:+.1%} ({low:+.1%} to {high:+.1%})"
         kept = [f"{scores['text']['loss']:.4f}"] if texts else []
@@ -271,7 +276,8 @@ def main() -> None:
     (arguments,) = parse_arguments(EvaluateArguments)
     state = this_process()
     if not state.is_main_process:
-        evaluate(arguments, None)
+        if not arguments.compare:
+            evaluate(arguments, None)
         return
     with written_whole(arguments.output_dir) as folder:
         if arguments.compare:

@@ -290,6 +290,15 @@ def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token is not None and before.startswith(tokenizer.bos_token)
 
 
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template asks for the date: then it breaks without the function that tells it."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, strftime_now=None)
+    except Exception:  # a template is a program
+        return True
+    return False
+
+
 def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
     """Ollama's description of the model. Its template is Go's, put together from what the chat template writes.
 
@@ -354,6 +363,10 @@ def export_gguf(*arguments: Any, **named: Any) -> None:
         check_exportable(model.config)
         for kind in prepared_otherwise(processor.image_processor, model.config.vision_config.image_size):
             print(f"llama.cpp prepares {kind} otherwise than this model's image processor: answers to them may differ")
+        if writes_date(processor.tokenizer):
+            print(
+                "the chat template writes the date: the Modelfile goes on with today's, llama.cpp with the day's own"
+            )
         (folder / "Modelfile").write_text(modelfile(processor.tokenizer), encoding="utf-8", newline="\n")
         export_text(model, processor, folder / "model-f16.gguf")
         export_pictures(model, processor, given.class_token, folder / "mmproj-f16.gguf")

@@ -90,6 +90,7 @@ from train_llava.pictures import open_image
 from train_llava.questions import read_questions, unanswered
 from train_llava.records import IMAGE_TOKEN
 from train_llava.run_folder import first_numbers
+from train_llava.template import special_tokens
 
 MAX_BYTES = 50 << 20  # of a picture from the network
 WINDOW = 4  # batches of questions that are sorted by length, and whose long answers go on together
@@ -126,10 +127,13 @@ def room_for_answer(
         ValueError: the context is full already, the chat template refuses the conversation, or a text in it holds a
             control token, which would end a turn, begin one, or stand for a picture.
     """
-    for part in _parts(messages):
-        for token in (chat.processor.image_token, *sorted(chat.control_tokens)):
-            if token in part.get("text", ""):
-                raise ValueError(f"the control token {token} stands in a text: leave it out")
+    special = special_tokens(chat.tokenizer)
+    for message in messages:
+        # what is no special token, as </think>, a model may have written in its own answer
+        tokens = special if message["role"] == "assistant" else special | chat.control_tokens
+        for part in _parts([message]):
+            if found := min((token for token in tokens if token in part.get("text", "")), default=None):
+                raise ValueError(f"the control token {found} stands in a text: leave it out")
     length = chat.prompts([messages], images, prepare=False)["input_ids"].shape[1]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
     if length >= limit:

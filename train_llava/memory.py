@@ -337,9 +337,10 @@ def remedy(args: TrainingArguments, bits: int | None, activations: bool) -> str:
         ),
         "a smaller --tokens_per_batch with more --gradient_accumulation_steps": args.tokens_per_batch is not None,
     }
+    zero, offload = zero_of(args)
     ways = (fewer if activations else {}) | {
         "--train_type lora": args.train_type in ("freeze_vision", "full"),
-        "--bits 4": args.train_type == "lora" and not bits,
-        "--deepspeed ds_zero3_offload.json": not bits,
+        "--bits 4": args.train_type == "lora" and not bits and zero != 3,
+        "--deepspeed ds_zero3_offload.json": not bits and not (zero == 3 and offload),
     }
-    return f"Less takes: {'; '.join(way for way, helps in ways.items() if helps)}"
+    return f"Less takes: {'; '.join(way for way, helps in ways.items() if helps) or 'a smaller language model'}"

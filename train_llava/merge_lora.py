@@ -42,7 +42,7 @@ def merge_lora(*arguments: Any, **named: Any) -> None:
         merged = model.merge_and_unload()
         merged.save_pretrained(folder)
         processor.save_pretrained(folder)
-        carry_card(Path(given.adapter_name_or_path), folder)
+        carry_card(given.adapter_name_or_path, given.model_name_or_path, folder, Path(given.output_dir).name)
         saved, _ = load_checkpoint(str(folder))
         for (name, ours), theirs in zip(saved.named_parameters(), merged.parameters(), strict=True):
             if not torch.equal(ours, theirs.to("cpu")):

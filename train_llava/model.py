@@ -90,8 +90,10 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig | LlavaNextConf
     config = load_config(model_name_or_path)
     with opening(model_name_or_path):
         processor = AutoProcessor.from_pretrained(model_name_or_path)
-    tokenizer = processor.tokenizer
-    derived = []
+        if not isinstance(processor, Processor):
+            raise ValueError(f"its processor is a {type(processor).__name__} and no LLaVA's: see the README's FAQ")
+    tokenizer, derived = processor.tokenizer, []
+    tokenizer.model_max_length = getattr(config.text_config, "max_position_embeddings", sys.maxsize)
     side = image_side(processor)
     written = None if processor.patch_size is None else image_tokens(processor, side, (side, side))
     processor.patch_size = config.vision_config.patch_size

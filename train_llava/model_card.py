@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from train_llava.cli import parse_arguments, parse_first, run_command
+from train_llava.cli import parse_arguments, parse_first, replacing, run_command
 
 
 @dataclass
@@ -28,8 +28,9 @@ from huggingface_hub import EvalResult
 from train_llava.metrics import METRICS, read_metrics
 from train_llava.reports import FILE, LICENCE, cell, markdown, read_card
 
-# How the lines of the section begin that this command writes
+# How what this command writes begins: the section, and in it the table and two lines
 HELD_OUT = "## Held-out answers"
+TABLE = "|  | all |"
 INTERVAL = "The exact match of all"
 SHEET = "![Held-out pictures, references and answers]"
 
@@ -42,8 +43,8 @@ def add_evaluation(folder: Path, evaluation_dir: Path) -> None:
     """
     if not (folder / FILE).exists():
         raise ValueError(f"--model_name_or_path {folder} holds no {FILE}: name a folder that training wrote")
-    card, metrics = read_card(folder), read_metrics(evaluation_dir)
-    columns = {"all": metrics} | metrics.get("by_language", {})
+    card, metrics = read_card(folder / FILE), read_metrics(evaluation_dir)
+    columns = {"all": metrics} | metrics.get("by_language", {})  # as `TABLE` begins
     rows = [["", *columns]]
     for metric, name in METRICS.items():
         if metric in metrics:
@@ -63,18 +64,21 @@ def add_evaluation(folder: Path, evaluation_dir: Path) -> None:
         for metric, name in METRICS.items()
         if metric in metrics
     ]
-    card.save(folder / FILE)
+    with replacing(folder / FILE) as file:
+        card.save(file)
 
 
 def put_section(text: str, section: str) -> str:
     """Puts the section into a card's text, in place of an earlier one; without one, in front of the licence.
 
-    An earlier section is what stands under its heading as this command writes it, so that whatever people have
-    written, before, after or between, stays.
+    Of an earlier section what this command writes is replaced; what people have written, there or elsewhere, stays.
     """
-    lines = "|".join(map(re.escape, ("|", INTERVAL, SHEET)))
-    if earlier := re.search(rf"^{re.escape(HELD_OUT)}[ \t\r]*$(\s*\n(?:{lines}).*)*", text, re.MULTILINE):
-        return text[: earlier.start()] + section + text[earlier.end() :]
+    if heading := re.search(rf"^{re.escape(HELD_OUT)}[ \t\r]*$", text, re.MULTILINE):
+        theirs, later = re.split(r"^(?=##? )|\Z", text[heading.end() :], maxsplit=1, flags=re.MULTILINE)
+        for ours in (rf"{re.escape(TABLE)}.*\n(\|.*\n?)*", rf"({re.escape(INTERVAL)}|{re.escape(SHEET)}).*\n?"):
+            theirs = re.sub(rf"^{ours}", "", theirs, flags=re.MULTILINE)
+        theirs = re.sub(r"\n{3,}", "\n\n", theirs).strip()
+        return text[: heading.start()] + "\n\n".join([section, *[theirs] * bool(theirs), later])
     licence = LICENCE.splitlines()[0]
     before, rest, after = text.partition(f"{licence}\n")
     return f"{before.rstrip()}\n\n{section}\n\n{rest}{after}"

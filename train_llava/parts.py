@@ -52,7 +52,7 @@ def part_config(name_or_path: str) -> PreTrainedConfig:
         settings, _ = PreTrainedConfig.get_config_dict(name_or_path)
         if (model_type := settings.get("model_type")) not in CONFIG_MAPPING:
             raise ValueError(f"transformers has no code for a {model_type}, and a LLaVA cannot bring its own")
-        if "quantization_config" in settings:
+        if settings.get("quantization_config"):
             raise ValueError("its weights are quantised: take the model that they were made from")
         return AutoConfig.from_pretrained(name_or_path)
 
@@ -71,6 +71,12 @@ def load_part(auto_class: Any, name_or_path: str, dtype: Any) -> tuple[PreTraine
         raise ValueError(
             f"{name_or_path} is a {config.model_type}, which is no model of that kind: no {opener} has it"
         )
+    if auto_class is AutoModelForImageTextToText:
+        half = config.get_text_config(decoder=True)
+        if type(half) not in AutoModelForCausalLM._model_mapping:
+            raise ValueError(
+                f"{name_or_path} is a {config.model_type}, whose text half transformers never opens alone"
+            )
     with opening(name_or_path):
         model, loading = auto_class.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
     return model.eval(), set(loading["missing_keys"])
@@ -176,10 +182,17 @@ def load_image_processor(
     """
     with opening(name_or_path):
         image_processor = AutoImageProcessor.from_pretrained(name_or_path)
-        pixel_values = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
-        if pixel_values.ndim != 4 or pixel_values.shape[-1] != pixel_values.shape[-2]:
-            raise ValueError("it cuts pictures of any size (as NaFlex does): take a tower of one square picture size")
+        square, wide = (image_processor(Image.new("RGB", size), return_tensors="pt") for size in ((64, 64), (128, 64)))
+        pixel_values = square["pixel_values"]
+        if (
+            pixel_values.ndim != 4
+            or pixel_values.shape[-1] != pixel_values.shape[-2]
+            or pixel_values.shape != wide["pixel_values"].shape
+        ):
+            raise ValueError("it makes pictures of any size (as NaFlex does): take a tower of one square picture size")
     if image_aspect_ratio == "crop":
+        if more := square.keys() - {"pixel_values"}:
+            raise ValueError(f"{name_or_path} gives {min(more)} with a picture, and no LLaVA takes it: have it padded")
         return image_processor
     # here, since they warn of a missing torchvision when imported
     from transformers import LlavaImageProcessor, LlavaNextImageProcessor
@@ -236,9 +249,13 @@ def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool = F
         ValueError: it has no chat template, so the model is not a chat model.
     """
     with opening(language_model_name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, trust_remote_code=trust_remote_code)
+        # Mistral's own format, where its package is installed, has no chat template
+        settings = {"trust_remote_code": trust_remote_code, "mistral_format": False}
+        tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, **settings)
         complete_template(tokenizer)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    if hasattr(tokenizer, "image_token"):  # another, of a family that sees, which the processor would take
+        tokenizer.image_token = IMAGE_TOKEN
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or end_of_turn_tokens(tokenizer)[0]
     return tokenizer

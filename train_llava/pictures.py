@@ -52,7 +52,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(gray: np.ndarray) -> np.ndarray:
     """Gray of 16 or 32 bits, integers or floats, in 8 bits; white is the end of the range that its values lie in."""
     ranges = (1, 255, 65535) if gray.dtype.kind == "f" else (65535,)
-    if gray.dtype == np.int32:  # Pillow keeps unsigned numbers so, too
+    if gray.dtype == np.int32 and gray.min() < -32768:  # Pillow keeps unsigned numbers of 32 bits so, too
         gray = gray.view(np.uint32)
     gray = np.nan_to_num(gray.astype(np.float64)).clip(0)
     white = next((end for end in ranges if gray.max() <= end), gray.max())
@@ -101,7 +101,7 @@ def picture_size(source: Path | str | bytes, name: str) -> tuple[int, int]:
 
 def is_anyres(image_processor: BaseImageProcessor) -> bool:
     """Whether pictures are cut into tiles by their sizes, as LLaVA-NeXT does (`--image_aspect_ratio anyres`)."""
-    return "image_sizes" in image_processor.model_input_names
+    return hasattr(image_processor, "image_grid_pinpoints")
 
 
 def prepare_pictures(image_processor: BaseImageProcessor, images: list[Image.Image]) -> dict[str, torch.Tensor]:

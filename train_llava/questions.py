@@ -26,11 +26,13 @@ class Question(NamedTuple):
     messages: list[dict[str, Any]]
     pictures: list[str]  # paths, addresses, data URIs
 
-    def fingerprint(self) -> str:
-        """What is asked, about which pictures: by their content, where they are files."""
+    def fingerprint(self) -> str | None:
+        """What is asked, about which pictures: by their content, where they are files; None where one is not there."""
         digest = hashlib.sha256(json.dumps(self.messages).encode())
         for name in self.pictures:
-            is_file = not name.startswith(ADDRESSES) and Path(name).is_file()
+            is_file = not name.startswith(ADDRESSES)
+            if is_file and not Path(name).is_file():
+                return None
             digest.update(hashlib.sha256(Path(name).read_bytes() if is_file else name.encode()).digest())
         return digest.hexdigest()[:16]
 
@@ -102,8 +104,8 @@ def read_answers(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 def unanswered(questions: list[Question], answers: Path, digest: str) -> list[Question]:
     """The questions that a file of answers lacks, which are asked of the model of that `weights_digest`.
 
-    A line that a kill has torn is cut off it, and so are answers to what is asked otherwise now, or about another
-    picture; all else stays as it is.
+    A line that a kill has torn is cut off it. Answers to what is asked otherwise now, or about another picture, are
+    moved to a file beside it; all else stays as it is, answers about a picture that is not there now included.
 
     Raises:
         OSError, ValueError: see `read_answers`; or another model gave the answers.
@@ -116,19 +118,22 @@ def unanswered(questions: list[Question], answers: Path, digest: str) -> list[Qu
     waiting = defaultdict(list)
     for asked in questions:
         waiting[str(asked.id)].append(asked)
-    ids, kept = set(waiting), []
+    ids, kept, moved = set(waiting), [], []
     for line, content in lines:
         same = [
             asked
             for asked in waiting[str(content["id"])]
-            if asked.prompt == content["prompt"] and content.get("asked") in (None, asked.fingerprint())
+            if asked.prompt == content["prompt"]
+            and (None in (told := content.get("asked"), now := asked.fingerprint()) or told == now)
         ]
         if same:
             waiting[str(content["id"])].remove(same[0])
-        if same or str(content["id"]) not in ids:
-            kept.append(line)
-    if len(kept) < len(lines):
-        print(f"{len(lines) - len(kept)} lines of {answers} answer what was asked before: left out", file=sys.stderr)
+        (kept if same or str(content["id"]) not in ids else moved).append(line)
+    if moved:
+        earlier = answers.with_name(f"{answers.stem}.earlier.jsonl")
+        with open(earlier, "ab") as file:
+            file.write(b"".join(moved))
+        print(f"{len(moved)} lines of {answers} answer what was asked before: moved to {earlier}", file=sys.stderr)
     if b"".join(kept) != answers.read_bytes():
         with replacing(answers) as file:
             file.write_bytes(b"".join(kept))

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager, get_font
 from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
+from transformers.utils import cached_file
 from yaml import YAMLError
 
 from train_llava.metrics import METRICS, is_exact
@@ -134,11 +135,11 @@ def write_run_card(
     args: TrainingArguments,
     records: int | None,
     learning_rates: dict[str, float],
-    log_history: list[dict[str, Any]],
+    state: TrainerState,
 ) -> None:
-    """Writes the loss curve and the model card: what was trained on what, by which settings, and the losses."""
+    """Writes the loss curve and the model card: what was trained on what, how and how far, and the losses."""
     folder, lora = Path(args.output_dir), args.train_type == "lora"
-    plot_loss(log_history, folder / "loss.png")
+    plot_loss(state.log_history, folder / "loss.png")
     size, unit = args.tokens_per_batch or args.train_batch_size, " tokens" * bool(args.tokens_per_batch)
     batch = size * args.gradient_accumulation_steps * args.world_size
     settings = {
@@ -147,7 +148,7 @@ def write_run_card(
         "schedule": f"{args.lr_scheduler_type}, warm-up {args.warmup_steps:g}, weight decay {args.weight_decay:g}",
         "records": "streamed" if records is None else f"{records:,}",
         "batch": f"{batch}{unit} ({size} x {args.gradient_accumulation_steps} x {args.world_size} ranks)",
-        "length": f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
+        "length": f"{state.global_step:,} of {state.max_steps:,} steps, {state.epoch or 0:.3g} epochs",
         "longest conversation": f"{data_arguments.max_length} tokens",
         "optimizer": args.optim,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
@@ -156,49 +157,69 @@ def write_run_card(
     if lora:
         given = vars(lora_arguments) | {"bits": model_arguments.bits}
         settings["LoRA"] = ", ".join(f"{name} {value}" for name, value in given.items())
-    losses = {"loss": "training loss, last", "train_loss": "training loss, mean", "eval_loss": "held-out loss, last"}
+    judged, which = state.log_history, "last"
+    if args.load_best_model_at_end and state.best_model_checkpoint is not None:  # these weights are in the folder
+        judged, which = (
+            [entry for entry in judged if entry["step"] == state.best_global_step],
+            "of the step that is kept",
+        )
+    losses = {
+        "loss": "training loss, last",
+        "train_loss": "training loss, mean",
+        "eval_loss": f"held-out loss, {which}",
+    }
     for key, name in losses.items():
-        values = [entry[key] for entry in log_history if key in entry]
+        entries = judged if key == "eval_loss" else state.log_history
+        values = [entry[key] for entry in entries if key in entry]
         if values:
             settings[name] = f"{values[-1]:.4f}"
     for metric, name in METRICS.items():
-        values = [entry for entry in log_history if f"eval_{metric}" in entry]
+        values = [entry for entry in judged if f"eval_{metric}" in entry]
         if values:
-            settings[f"held-out {name}, last"] = cell({metric: values[-1][f"eval_{metric}"]}, metric)
+            settings[f"held-out {name}, {which}"] = cell({metric: values[-1][f"eval_{metric}"]}, metric)
     sections = [f"## Training\n\n{markdown([('', ''), *settings.items()])}\n\n![Loss](loss.png)"]
     base, data = model_arguments.model_name_or_path, data_arguments.data_path
     write_card(folder, folder.absolute().name, ancestors(base), data, sections, adapter_of=base if lora else None)
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a model or a data set was named by its place on the hub."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+def hub_ids(names: list[str]) -> list[str]:
+    """The models or data sets that were named by their place on the hub, without a data set's configuration."""
+    places = {name: name.partition(":")[0] for name in names if not Path(name).exists()}
+    return list(dict.fromkeys(place for place in places.values() if re.fullmatch(r"[\w.-]+/[\w.-]+", place)))
 
 
 def shown(name: str) -> str:
-    """A name as strangers may see it: a hub id, or the last part of a path on this machine."""
-    return name if is_hub_id(name) else Path(name).absolute().name
+    """A name as strangers may see it: one of the hub, or the last part of a path on this machine."""
+    return name if hub_ids([name]) else Path(name).absolute().name
 
 
 def ancestors(model_name_or_path: str) -> list[str]:
     """What a model was made of, by its card, the oldest first; itself at the end."""
-    try:
-        known = read_card(Path(model_name_or_path)).data.get("made_of", [])
-    except (OSError, ValueError):  # there is none, or one that somebody else has written
-        known = []
-    return [*known, model_name_or_path]
+    card = find_card(model_name_or_path)
+    with suppress(ValueError):  # somebody else has written it
+        return [*(read_card(card).data.get("made_of", []) if card else []), model_name_or_path]
+    return [model_name_or_path]
 
 
-def read_card(folder: Path) -> ModelCard:
-    """The card in a model's folder.
+def find_card(model_name_or_path: str) -> Path | None:
+    """The file of a model's card, in its folder or from the hub; None where it has none."""
+    with suppress(OSError):  # there is no such model, or no hub
+        settings = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        found = cached_file(model_name_or_path, FILE, **settings)
+        return found and Path(found)
+    return None
+
+
+def read_card(path: Path) -> ModelCard:
+    """A model's card.
 
     Raises:
-        OSError, ValueError: there is none, or its head cannot be read.
+        OSError, ValueError: it is not there, or its head cannot be read.
     """
     try:
-        return ModelCard.load(folder / FILE)
+        return ModelCard.load(path)
     except (YAMLError, ValueError) as error:
-        raise ValueError(f"{folder / FILE} has a head that cannot be read: {error}") from error
+        raise ValueError(f"{path} has a head that cannot be read: {error}") from error
 
 
 def write_card(
@@ -215,8 +236,8 @@ def write_card(
         library_name="peft" if adapter_of else "transformers",
         pipeline_tag="image-text-to-text",
         tags=["llava"],
-        base_model=[name for name in bases if is_hub_id(name)] or None,
-        datasets=[name for name in data if is_hub_id(name)] or None,
+        base_model=hub_ids(bases) or None,
+        datasets=hub_ids(data) or None,
         made_of=made_of_shown,
     )
     lists = {"Made of": made_of_shown, "Trained on": data_shown}
@@ -227,15 +248,21 @@ def write_card(
     ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}").save(folder / FILE)
 
 
-def carry_card(adapter: Path, merged: Path) -> None:
-    """Gives a merged model the card that its adapter has, if it has one."""
-    if (adapter / FILE).exists():
-        card = read_card(adapter)
-        card.data.library_name = "transformers"
-        card.text = card.text.replace(ADAPTER, "")
-        card.save(merged / FILE)
-        for picture in adapter.glob("*.png"):
-            shutil.copy(picture, merged)
+def carry_card(adapter: str, base: str, merged: Path, name: str) -> None:
+    """Gives a merged model of that name its adapter's card; a card of its own, where that has none of training's.
+
+    PEFT writes one of another kind into each checkpoint.
+    """
+    path = find_card(adapter)
+    card = path and read_card(path)
+    if card is None or "made_of" not in card.data:
+        write_card(merged, name, ancestors(base), [], [])
+        return
+    card.data.library_name = "transformers"
+    card.text = card.text.replace(ADAPTER, "")
+    card.save(merged / FILE)
+    for picture in path.parent.glob("*.png"):
+        shutil.copy(picture, merged)
 
 
 def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> str:

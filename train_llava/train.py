@@ -138,8 +138,7 @@ def load_data(
 ) -> tuple[CheckedDataset | IterableDataset, CheckedDataset | None]:
     """The data to train on and, where there is any, the held-out data, both free of bad records."""
     folder, settings = Path(args.output_dir), (data_arguments.bad_samples, data_arguments.max_bad_fraction)
-    log, eval_log = folder / "bad_samples.jsonl", folder / "bad_eval_samples.jsonl"
-    held_out = None
+    log, eval_log, held_out = folder / "bad_samples.jsonl", folder / "bad_eval_samples.jsonl", None
     if data_arguments.eval_data_path is not None:
         dataset = LlavaDataset(data_arguments.eval_data_path, data_arguments.eval_image_dir, at_least=chat.at_least)
         held_out = CheckedDataset(dataset, chat, eval_log, *settings)

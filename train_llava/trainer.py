@@ -25,7 +25,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from train_llava.answers import score_answers
@@ -52,14 +52,14 @@ def with_ids(items: list[dict[str, Any]], collator: LlavaCollator) -> dict[str, 
 class LlavaTrainer(Trainer):
     """See the head of this file. `learning_rates`: one for each part of the model, as `part_of` names it.
 
-    `write_card` writes the model card, given what was logged. `eval_answers`: how many questions an evaluation asks.
+    `write_card` writes the model card, given the run's state. `eval_answers`: how many questions an evaluation asks.
     """
 
     def __init__(
         self,
         *args: Any,
         learning_rates: dict[str, float],
-        write_card: Callable[[list], None],
+        write_card: Callable[[TrainerState], None],
         eval_answers: int = 0,
         **kwargs: Any,
     ):
@@ -168,7 +168,7 @@ class LlavaTrainer(Trainer):
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         if self.is_world_process_zero():
-            self.write_card(self.state.log_history)
+            self.write_card(self.state)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

@@ -61,18 +61,18 @@ def measure(compared: Comparison, mode: str, seed: int, folder: Path) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    """The Markdown table of what was measured: medians over the seeds. Time and memory are those of runs on CPUs, also
-    of runs of fewer steps; where there are none, of all."""
+    """The Markdown table of what was measured: medians over the seeds. Scores are those of the runs of most steps,
+    time and memory those of all on CPUs, if any."""
     lines = [
         "| mode | seeds | exact match | range | token F1 | text loss, before -> after | follow-ups | controls | "
-        "s a step | peak GB |",
+        "s a step, CPU | peak GB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for mode, runs in by_mode(MODES, results).items():
         timed = [run for run in runs if run["device"] == "CPU"] or runs
         seconds = median(60 * run["minutes"] / run["steps"] for run in timed)
         memory = median(run["peak_gb"] for run in timed)
-        runs = [run for run in runs if run["steps"] == STEPS]
+        runs = [run for run in runs if run["steps"] == max(run["steps"] for run in runs)]
         exact, f1 = (median(run[key] for run in runs) for key in ("exact_match", "token_f1"))
         before, after = (median(run["text_loss"][i] for run in runs) for i in (0, 1))
         agreed, *controls = (
