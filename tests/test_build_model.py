@@ -285,7 +285,7 @@ def test_a_tokenizer_with_a_picture_token_of_its_own_gets_this_one(parts, tmp_pa
 @pytest.mark.parametrize(
     ("pictures", "message"),
     [(Gemma3ImageProcessorPil(size={"height": 28, "width": 28}), "gives num_crops with a picture"),
-     (PixtralImageProcessorPil(patch_size=7, size={"longest_edge": 64}), "makes pictures of any size")],
+     (PixtralImageProcessorPil(patch_size=7, size={"longest_edge": 64}), "makes no square of a wide picture")],
     ids=["more than pixels", "any size"],
 )  # fmt: skip
 def test_an_image_processor_that_a_llava_cannot_use_is_refused(parts, tmp_path, pictures, message):

@@ -5,12 +5,12 @@ import pytest
 from conftest import make_tokenizer
 from PIL import Image
 from tokenizers import AddedToken, processors
-from transformers import CLIPImageProcessorPil, GenerationConfig, LlavaProcessor
+from transformers import CLIPImageProcessorPil, GenerationConfig, LlavaProcessor, Qwen2Config
 
 from train_llava.chat import IGNORE, Chat
 from train_llava.checks import check_conversations, conversation
 from train_llava.records import text_of
-from train_llava.template import complete_generation_config, complete_template
+from train_llava.template import complete_generation_config, complete_template, context_length
 
 TOKENS = ("<s>", "</s>", "<u>", "<a>", "<e>")
 
@@ -222,6 +222,17 @@ def test_spaces_are_learnt_where_the_tokenizer_places_them_at_their_end(tmp_path
         chat = chat_of(tmp_path / f"{len(before)}", template, trim)
         expected = f"<u><image>\nWhat?<e><a>»{before}\n    red  or\n  blue  <e>«"
         assert marked(chat, "What?", "\n    red  or\n  blue  ") == expected
+
+
+@pytest.mark.parametrize(
+    ("rope", "tokens"),
+    [({"rope_type": "default"}, 4096), ({"rope_type": "linear", "factor": 4.0}, 16384),
+     ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 1024}, 8192),
+     ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024}, 4096)],
+)  # fmt: skip
+def test_a_model_reads_as_far_as_its_rotations_are_stretched(rope, tokens):
+    config = Qwen2Config(max_position_embeddings=4096, rope_parameters=rope | {"rope_theta": 1e4})
+    assert context_length(config) == tokens
 
 
 def test_a_text_begins_as_the_tokenizer_begins_it(tmp_path):

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from examples.openmoji.compare_modes import Comparison, compare
+from examples.openmoji.compare_modes import Comparison, by_mode, compare
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.name for path in ROOT.glob("code*.ipynb"))
@@ -45,7 +45,7 @@ def test_an_example_keeps_what_an_earlier_start_has_finished(tmp_path):
 
 def test_a_comparison_keeps_what_it_has_and_begins_nothing_behind_a_failure(tmp_path, monkeypatch):
     compared = Comparison(
-        tmp_path, ["train"], "heldout", {name: [] for name in "abc"}, 1, 1, [], ["--text_path", "text"]
+        tmp_path, ["train"], "heldout", {name: [] for name in "abc"}, 600, 1, [], ["--text_path", "text"]
     )
     measured, results = [], tmp_path / "new" / "modes.json"
 
@@ -68,14 +68,24 @@ def test_a_comparison_keeps_what_it_has_and_begins_nothing_behind_a_failure(tmp_
     (tmp_path / "committed.json").write_text('[{"mode": "a", "seed": 7}]')
     assert command() == [{"mode": "a", "seed": 7}]
     assert not measured
-    few = command("--results", results, "--modes", "c", "a", "--seeds", 1, "--steps", 7)
-    assert [(result["seed"], result["steps"]) for result in few] == [(1, 7), (1, 7)]
+    with pytest.raises(SystemExit, match="--steps 39: take 40 or more"):
+        command("--results", results, "--steps", 39)
+    few = command("--results", results, "--modes", "c", "a", "--seeds", 1, "--steps", 40)
+    assert [(result["seed"], result["steps"]) for result in few] == [(1, 40), (1, 40)]
+    assert [r["steps"] for r in command("--results", results, "--modes", "a", "--seeds", 1)] == [40, 600, 40]
+    assert {
+        mode: [r["steps"] for r in found]
+        for mode, found in by_mode(
+            dict.fromkeys("abc"),
+            [{"mode": "a", "steps": 40, "exact_match": 1}, {"mode": "a", "steps": 600, "exact_match": 0}],
+        ).items()
+    } == {"a": [600]}
     with pytest.raises(SystemExit, match="train failed"):
         command("--results", results, "--seeds", 0, *range(2, 40))
     assert len(measured) < 40
     kept = {(run["mode"], run["seed"]) for run in json.loads(results.read_text())}
     assert kept == set(measured) - {("b", 0)}  # also what was being measured when the other failed
-    (tmp_path / "other.json").write_text('[{"mode": "z", "seed": 0}]')
+    (tmp_path / "other.json").write_text('[{"mode": "z", "seed": 0, "steps": 600}]')
     with pytest.raises(SystemExit, match=r"other\.json has z"):
         command("--results", "other.json")
 

@@ -109,8 +109,8 @@ class Chat:
         `sizes` are the pictures' widths and heights, which a model without tiles does not need.
 
         The text is tokenised once, with one `<image>` for each picture, and labelled by the tokens' own positions in
-        it: a token belongs to the span that it begins in (one of spaces, which some tokenizers place at its end, to
-        what it ends in). Then each `<image>` is repeated for the features it stands for.
+        it: a token belongs to the span that it begins in. Then each `<image>` is repeated for the features it stands
+        for.
 
         Raises:
             ValueError: it is longer than `max_length`, has nothing to learn, does not come out as it should, or a
@@ -123,9 +123,11 @@ class Chat:
         text, spans, ends = self.answer_spans(messages)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         token_ids, (starts, stops) = np.array(encoding["input_ids"]), np.array(encoding["offset_mapping"]).T
+        # a token of spaces, which some tokenizers place where it ends, begins where the one before it ended
+        starts[1:] = np.where(starts[1:] < stops[1:], starts[1:], stops[:-1])
         learnt = np.zeros(len(token_ids), dtype=bool)
         for span, end in zip(spans, ends, strict=True):
-            inside = (span.start <= starts) & (starts < span.stop) & ((starts < stops) | (span.start < starts))
+            inside = (span.start <= starts) & (starts < span.stop) & (starts < stops)
             if not inside.any() or token_ids[inside][-1] != self.tokenizer.convert_tokens_to_ids(end):
                 raise ValueError(f"an answer whose tokens do not end with {end}")
             if ((starts < span.start) & (span.start < stops)).any():

@@ -364,9 +364,7 @@ def export_gguf(*arguments: Any, **named: Any) -> None:
         for kind in prepared_otherwise(processor.image_processor, model.config.vision_config.image_size):
             print(f"llama.cpp prepares {kind} otherwise than this model's image processor: answers to them may differ")
         if writes_date(processor.tokenizer):
-            print(
-                "the chat template writes the date: the Modelfile goes on with today's, llama.cpp with the day's own"
-            )
+            print("the chat template writes the date: the Modelfile keeps today's for good, llama.cpp does not")
         (folder / "Modelfile").write_text(modelfile(processor.tokenizer), encoding="utf-8", newline="\n")
         export_text(model, processor, folder / "model-f16.gguf")
         export_pictures(model, processor, given.class_token, folder / "mmproj-f16.gguf")

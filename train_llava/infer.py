@@ -127,7 +127,7 @@ def room_for_answer(
         ValueError: the context is full already, the chat template refuses the conversation, or a text in it holds a
             control token, which would end a turn, begin one, or stand for a picture.
     """
-    special = special_tokens(chat.tokenizer)
+    special = special_tokens(chat.tokenizer) | {chat.processor.image_token}
     for message in messages:
         # what is no special token, as </think>, a model may have written in its own answer
         tokens = special if message["role"] == "assistant" else special | chat.control_tokens
@@ -135,7 +135,7 @@ def room_for_answer(
             if found := min((token for token in tokens if token in part.get("text", "")), default=None):
                 raise ValueError(f"the control token {found} stands in a text: leave it out")
     length = chat.prompts([messages], images, prepare=False)["input_ids"].shape[1]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    limit = chat.tokenizer.model_max_length
     if length >= limit:
         raise ValueError(f"the conversation has {length} tokens, pictures included, and the model reads {limit}")
     return limit - length

@@ -24,7 +24,7 @@ from transformers import (
 from train_llava.chat import Processor, image_side, image_tokens
 from train_llava.cli import device, opening
 from train_llava.quantization import quantization
-from train_llava.template import complete_generation_config, complete_template
+from train_llava.template import complete_generation_config, complete_template, context_length
 
 if device().type == "cpu":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is imported, complains on standard output
@@ -44,9 +44,7 @@ TRAIN_TYPES = {
 @dataclass
 class LoraArguments:
     lora_r: int = field(default=128, metadata={"help": "LoRA's rank."})
-    lora_alpha: int = field(
-        default=256, metadata={"help": "LoRA's scale; the update counts lora_alpha / lora_r times."}
-    )
+    lora_alpha: int = field(default=256, metadata={"help": "LoRA's scale: updates count lora_alpha / lora_r times."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices."})
     use_dora: bool = field(default=False, metadata={"help": "DoRA (Liu et al., 2024): directions and lengths apart."})
     use_rslora: bool = field(default=False, metadata={"help": "rsLoRA: lora_alpha / sqrt(lora_r) times instead."})
@@ -93,7 +91,7 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig | LlavaNextConf
         if not isinstance(processor, Processor):
             raise ValueError(f"its processor is a {type(processor).__name__} and no LLaVA's: see the README's FAQ")
     tokenizer, derived = processor.tokenizer, []
-    tokenizer.model_max_length = getattr(config.text_config, "max_position_embeddings", sys.maxsize)
+    tokenizer.model_max_length = context_length(config.text_config)
     side = image_side(processor)
     written = None if processor.patch_size is None else image_tokens(processor, side, (side, side))
     processor.patch_size = config.vision_config.patch_size

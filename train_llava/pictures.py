@@ -52,7 +52,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(gray: np.ndarray) -> np.ndarray:
     """Gray of 16 or 32 bits, integers or floats, in 8 bits; white is the end of the range that its values lie in."""
     ranges = (1, 255, 65535) if gray.dtype.kind == "f" else (65535,)
-    if gray.dtype == np.int32 and gray.min() < -32768:  # Pillow keeps unsigned numbers of 32 bits so, too
+    # Pillow keeps unsigned numbers of 32 bits as signed ones: seen where they exceed 16 bits, or are black and white
+    if gray.dtype == np.int32 and (gray.min() < -32768 or (gray.min(), gray.max()) == (-1, 0)):
         gray = gray.view(np.uint32)
     gray = np.nan_to_num(gray.astype(np.float64)).clip(0)
     white = next((end for end in ranges if gray.max() <= end), gray.max())

@@ -195,17 +195,17 @@ def shown(name: str) -> str:
 
 def ancestors(model_name_or_path: str) -> list[str]:
     """What a model was made of, by its card, the oldest first; itself at the end."""
-    card = find_card(model_name_or_path)
+    card = find_file(model_name_or_path, FILE)
     with suppress(ValueError):  # somebody else has written it
         return [*(read_card(card).data.get("made_of", []) if card else []), model_name_or_path]
     return [model_name_or_path]
 
 
-def find_card(model_name_or_path: str) -> Path | None:
-    """The file of a model's card, in its folder or from the hub; None where it has none."""
+def find_file(model_name_or_path: str, name: str) -> Path | None:
+    """A file of a model's, in its folder or from the hub; None where it has none."""
     with suppress(OSError):  # there is no such model, or no hub
         settings = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        found = cached_file(model_name_or_path, FILE, **settings)
+        found = cached_file(model_name_or_path, name, **settings)
         return found and Path(found)
     return None
 
@@ -253,16 +253,18 @@ def carry_card(adapter: str, base: str, merged: Path, name: str) -> None:
 
     PEFT writes one of another kind into each checkpoint.
     """
-    path = find_card(adapter)
-    card = path and read_card(path)
+    path, card = find_file(adapter, FILE), None
+    with suppress(ValueError):  # somebody else has written it
+        card = path and read_card(path)
     if card is None or "made_of" not in card.data:
         write_card(merged, name, ancestors(base), [], [])
         return
     card.data.library_name = "transformers"
     card.text = card.text.replace(ADAPTER, "")
     card.save(merged / FILE)
-    for picture in path.parent.glob("*.png"):
-        shutil.copy(picture, merged)
+    for picture in ("loss.png", "captions.png"):
+        if found := find_file(adapter, picture):
+            shutil.copy(found, merged)
 
 
 def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> str:

@@ -6,11 +6,12 @@ the marks is what it writes around a text (see `pieces_of`).
 
 import json
 import re
+import sys
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from train_llava.records import IMAGE_TOKEN, text_of
 
@@ -137,6 +138,14 @@ def complete_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     except ValueError as error:
         raise ValueError(f"{name} cannot be used: {error}") from error
     return lacked
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """How many tokens a language model reads: as its configuration says, or as far as its rotations are stretched."""
+    positions, rope = getattr(config, "max_position_embeddings", sys.maxsize), getattr(config, "rope_parameters", None)
+    stretched = [p for p in (rope, *(rope or {}).values()) if isinstance(p, dict) and p.get("factor")]
+    begins = [p.get("original_max_position_embeddings") or positions for p in stretched]
+    return max([positions, *(int(p["factor"] * begin) for p, begin in zip(stretched, begins, strict=True))])
 
 
 def complete_generation_config(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:

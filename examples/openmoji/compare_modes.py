@@ -140,11 +140,11 @@ def keep(results: list[dict], file: Path) -> None:
 
 
 def by_mode(modes: dict, results: list[dict]) -> dict[str, list[dict]]:
-    """The runs of each mode by rising exact match, so that the median run stands in the middle."""
+    """Of each mode the runs of most steps by rising exact match, so that the median run stands in the middle."""
     runs: dict[str, list[dict]] = {}
     for result in sorted(results, key=lambda r: (list(modes).index(r["mode"]), r["exact_match"])):
         runs.setdefault(result["mode"], []).append(result)
-    return runs
+    return {mode: [r for r in found if r["steps"] == max(r["steps"] for r in found)] for mode, found in runs.items()}
 
 
 def table(results: list[dict]) -> str:
@@ -179,12 +179,14 @@ def compare(
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
     parser.add_argument(
-        "--steps", type=int, default=compared.steps, help=f"Default: {compared.steps}; few tell time and memory alone."
+        "--steps", type=int, default=compared.steps, help="40 or more, which tell time and memory; default: all."
     )
     parser.add_argument("--results", type=Path, help="The file of what is measured, or was.")
     args = parser.parse_args()
     if args.results is None:
         return json.loads(file.read_text())
+    if args.steps < 40:
+        raise SystemExit(f"compare_modes: --steps {args.steps}: take 40 or more, of which a first stage has a quarter")
     compared = replace(compared, steps=args.steps)
     needed = [compared.folder / name for name in ("llava", *compared.train, compared.heldout)]
     needed += [Path(word) for word in compared.evaluation if not word.startswith("--")]
@@ -193,10 +195,10 @@ def compare(
             raise SystemExit(f"compare_modes: no {path}, which this starts from: let the example's run end first")
     args.results.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.results.read_text()) if args.results.exists() else []
-    done = {(result["mode"], result["seed"]) for result in results}
-    if other := {mode for mode, _ in done} - compared.modes.keys():
+    done = {(result["mode"], result["seed"], result["steps"]) for result in results}
+    if other := {mode for mode, *_ in done} - compared.modes.keys():
         raise SystemExit(f"compare_modes: {args.results} has {other.pop()}, no mode of this: choose another file")
-    left = [(mode, seed) for seed in args.seeds for mode in args.modes if (mode, seed) not in done]
+    left = [(mode, seed) for seed in args.seeds for mode in args.modes if (mode, seed, args.steps) not in done]
     lock = Lock()
 
     def measure_and_keep(mode: str, seed: int, folder: Path) -> None:

@@ -69,10 +69,9 @@ def table(results: list[dict]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for mode, runs in by_mode(MODES, results).items():
-        timed = [run for run in runs if run["device"] == "CPU"] or runs
+        timed = [run for run in results if (run["mode"], run["device"]) == (mode, "CPU")] or runs
         seconds = median(60 * run["minutes"] / run["steps"] for run in timed)
         memory = median(run["peak_gb"] for run in timed)
-        runs = [run for run in runs if run["steps"] == max(run["steps"] for run in runs)]
         exact, f1 = (median(run[key] for run in runs) for key in ("exact_match", "token_f1"))
         before, after = (median(run["text_loss"][i] for run in runs) for i in (0, 1))
         agreed, *controls = (
