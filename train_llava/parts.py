@@ -185,7 +185,7 @@ def load_image_processor(
         square, wide = (image_processor(Image.new("RGB", size), return_tensors="pt") for size in ((64, 64), (128, 64)))
         pixel_values = square["pixel_values"]
         if pixel_values.ndim != 4 or pixel_values.shape[-1] != pixel_values.shape[-2]:
-            raise ValueError("it makes pictures of any size (as NaFlex does): take a tower of one square picture size")
+            raise ValueError("it cuts pictures of any size (as NaFlex does): take a tower of one square picture size")
     if image_aspect_ratio == "crop":
         if pixel_values.shape != wide["pixel_values"].shape:
             raise ValueError(f"{name_or_path} makes no square of a wide picture: take --image_aspect_ratio pad")
