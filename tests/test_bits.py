@@ -31,9 +31,9 @@ def test_the_language_model_alone_is_held_in_few_bits(llava, processor, corpus, 
 
 
 def test_lora_trains_on_a_model_in_4_bits(llava, corpus, tmp_path, monkeypatch, capsys):
-    arguments = ["--train_type", "lora", "--bits", "4", "--max_steps", "30", "--learning_rate", "3e-2"]
+    arguments = ["--train_type", "lora", "--bits", "4", "--max_steps", "30", "--learning_rate", "1e-2"]
     losses = run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments)
-    assert losses[-1] < losses[0] - 0.05  # the tiny embedding lets it fall no further
+    assert losses[-1] < losses[0] - 0.1  # the tiny embedding lets it fall no further
     assert "read back alike" in capsys.readouterr().out
     saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in saved.values())
@@ -42,7 +42,7 @@ def test_lora_trains_on_a_model_in_4_bits(llava, corpus, tmp_path, monkeypatch, 
     dataset = LlavaDataset(str(corpus))
     batch = LlavaCollator(processor)([dataset[i] for i in range(8)])
     with torch.no_grad():
-        assert adapted(**batch).loss < base(**batch).loss - 0.05
+        assert adapted(**batch).loss < base(**batch).loss - 0.1
 
 
 def test_what_few_bits_cannot_do_is_said_in_one_line(llava, corpus, tmp_path, monkeypatch):

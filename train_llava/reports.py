@@ -17,12 +17,12 @@ from matplotlib.font_manager import findfont, fontManager, get_font
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerState, TrainingArguments
-from transformers.utils import cached_file
 from yaml import YAMLError
 
 from train_llava.metrics import METRICS, is_exact
 from train_llava.model import LoraArguments, count_parameters
 from train_llava.records import IMAGE_TOKEN
+from train_llava.run_folder import find_file
 
 FILE = "README.md"
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"]
@@ -195,19 +195,10 @@ def shown(name: str) -> str:
 
 def ancestors(model_name_or_path: str) -> list[str]:
     """What a model was made of, by its card, the oldest first; itself at the end."""
-    card = find_file(model_name_or_path, FILE)
-    with suppress(ValueError):  # somebody else has written it
+    with suppress(OSError, ValueError):  # there is no such model, or somebody else has written its card
+        card = find_file(model_name_or_path, FILE)
         return [*(read_card(card).data.get("made_of", []) if card else []), model_name_or_path]
     return [model_name_or_path]
-
-
-def find_file(model_name_or_path: str, name: str) -> Path | None:
-    """A file of a model's, in its folder or from the hub; None where it has none."""
-    with suppress(OSError):  # there is no such model, or no hub
-        settings = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        found = cached_file(model_name_or_path, name, **settings)
-        return found and Path(found)
-    return None
 
 
 def read_card(path: Path) -> ModelCard:

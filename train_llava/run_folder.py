@@ -227,6 +227,17 @@ def save_base_fingerprint(model: nn.Module, folder: Path) -> None:
     (folder / FINGERPRINT).write_text(json.dumps(base_fingerprint(model)))
 
 
+def find_file(model_name_or_path: str, name: str) -> Path | None:
+    """A file of a model's, in its folder or from the hub; None where it has none, or the hub is not reached.
+
+    Raises:
+        OSError: there is no such model.
+    """
+    settings = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = cached_file(model_name_or_path, name, **settings)
+    return found and Path(found)
+
+
 def check_base(adapter_name_or_path: str, model: nn.Module, model_name: str) -> None:
     """Refuses a model that is not the one an adapter was trained on, as far as the adapter's folder tells.
 
@@ -235,19 +246,14 @@ def check_base(adapter_name_or_path: str, model: nn.Module, model_name: str) -> 
     Raises:
         ValueError: it is another one, or the fingerprint cannot be read.
     """
-    path = cached_file(
-        adapter_name_or_path,
-        FINGERPRINT,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    path = find_file(adapter_name_or_path, FINGERPRINT)
     if path is None:  # trained elsewhere
         return
     numbers = base_fingerprint(model)
     try:
         pairs = [
             pair
-            for name, saved in json.loads(Path(path).read_text()).items()
+            for name, saved in json.loads(path.read_text()).items()
             for pair in zip(saved, numbers.get(name, []), strict=False)
         ]
         same = all(abs(a - b) <= abs(a) / 128 + 1e-6 for a, b in pairs)
