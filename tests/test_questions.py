@@ -154,6 +154,10 @@ def test_a_question_names_its_pictures_as_a_record_does(opened, corpus, tmp_path
         ("7", "question 1: it is no object"),
         ('[{"prompt": "?"}]', "question 1: it is no object"),
         ('{"prompt": 7}', "question 1: it has no prompt"),
+        ('{"prompt": ""}', "question 1: a turn of role user has no text"),
+        ('{"prompt": " ", "image": "0.png"}', "question 1: its prompt is empty"),
+        ('{"prompt": "<image>", "image": "0.png"}', "question 1: its prompt is empty"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}], "image": "0.png"}', "its prompt is empty"),
         ('{"prompt": "?", "image": [7]}', "question 1: a picture is neither a file nor an address"),
         ('{"prompt": "<image> and <image>", "image": "0.png"}', "question 1: 2 <image> tags for 1 pictures"),
     ],
@@ -162,6 +166,13 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line, message):
     (tmp_path / "q.jsonl").write_text(line)
     with pytest.raises(ValueError, match=message):
         read_questions(tmp_path / "q.jsonl")
+
+
+@pytest.mark.parametrize("key", ["id", "question_id", "questionId", "image_id"])
+def test_questions_are_called_as_records_are(tmp_path, key):
+    lines = [{key: 0, "question": "?"}, {key: "b", "text": "and?", "question_type": "what"}]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [(asked.id, asked.prompt) for asked in read_questions(tmp_path / "q.jsonl")] == [(0, "?"), ("b", "and?")]
 
 
 def test_one_question_that_cannot_be_asked_keeps_no_other_from_its_answer(opened, tmp_path, capsys):

@@ -466,6 +466,34 @@ def test_answers_and_references_are_kept(tmp_path):
     assert json.loads(table[4]["messages"])[1]["content"] == [{"type": "text", "text": "red"}]
 
 
+PEOPLE = ["net", "nets", "net", "a net"]
+SCIENCE = {"question": "Which?", "choices": ["cat", "dog"]}
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "asked", "answer", "answers"),
+    [
+        ({"question_id": 7, "image_id": "a1", "question": "?", "answers": PEOPLE}, "7", "?", "net", PEOPLE),
+        ({"question_id": 7, "question": "?", "multiple_choice_answer": "net",
+          "answers": [{"answer": text, "answer_id": i} for i, text in enumerate(PEOPLE)]}, "7", "?", "net", PEOPLE),
+        ({"questionId": "49", "question": "?", "answers": ["1", "one"]}, "49", "?", "1", ["1", "one"]),
+        ({"image_id": "a1", "question": "?", "answer": ["b", "a", "b"]}, "a1", "?", "b", ["b", "a", "b"]),
+        ({"question_id": 0, "question": "?", "answer": 3}, "0", "?", "3", []),
+        ({"id": "x", "question_id": 7, "question": "?", "answer": "as it is", "answers": PEOPLE}, "x", "?", "as it is",
+         PEOPLE),
+        (SCIENCE | {"answer": 1, "hint": "It barks."}, "0", "It barks.\nWhich?\ncat\ndog", "dog", []),
+        (SCIENCE | {"answer": 0, "hint": ""}, "0", "Which?\ncat\ndog", "cat", []),
+        (SCIENCE | {"answer": "B"}, "0", "Which?\ncat\ndog", "dog", []),
+        ({"question": "How many?", "options": ["2", "1"], "answer": "1"}, "0", "How many?\n2\n1", "1", []),
+    ],
+)  # fmt: skip
+def test_records_of_visual_questions_are_read_as_published(record, name, asked, answer, answers):
+    row = table_row(record, 0)
+    assert row["fault"] is None
+    assert list(map(text_of, json.loads(row["messages"]))) == [asked, answer]
+    assert (row["id"], row["answers"]) == (name, answers)
+
+
 def test_several_turns_and_pictures_go_in_front_of_the_first_question():
     texts = [{"user": "One?", "assistant": "1"}, {"user": "Two?", "assistant": "2"}]
     asked = to_messages({"images": ["a", "b"], "texts": texts})
@@ -682,6 +710,9 @@ def bad_records(root: Path) -> dict[str, tuple[dict, str]]:
             {"messages": [{"role": "user", "content": [{"content": "a"}]}, {"role": "assistant", "content": "b"}]},
             "a turn of role user has no text",
         ),
+        "no such choice": (SCIENCE | {"answer": 2}, "its answer '2' is none of its 2 choices"),
+        "no choice": (SCIENCE | {"answer": None}, "its answer 'None' is none of its 2 choices"),
+        "nobody's answer": ({"question": "?", "answers": []}, "a turn of role assistant has no text"),
         "null answer": ({"conversations": turns("a", None)}, "a turn of role assistant has no text"),
         "number": ({"conversations": turns("a", 5)}, "a turn of role assistant has no text"),
         "not Unicode": ({"conversations": turns("a", "b\ud800")}, "is not Unicode"),

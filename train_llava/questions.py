@@ -1,7 +1,8 @@
 """A file of questions to a model, and the file of their answers, which a killed run goes on writing.
 
 A question is a line `{"id", "image", "prompt"}`; `image` or `images` are files, addresses or data URIs, one or a list.
-A conversation that ends with a question may stand under `messages` instead of `prompt`. An answer is a line
+Ids are those of records (see `records`), and `question` or `text` may stand for `prompt`. A conversation that ends
+with a question may stand under `messages`. An answer is a line
 `{"id", "prompt", "answer", "asked", "model"}`: the last two tell by what it was asked, and of which model.
 """
 
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 from train_llava.cli import ADDRESSES, replacing
 from train_llava.readers import BadRecordError, read_jsonl
-from train_llava.records import IMAGE_TOKEN, Record, pictures_of, text_of, to_messages
+from train_llava.records import IMAGE_TOKEN, Record, id_of, pictures_of, text_of, to_messages
 
 
 class Question(NamedTuple):
@@ -48,7 +49,7 @@ def read_question(record: Record, number: int, folder: Path) -> Question:
     pictures = pictures_of(record)
     if not all(isinstance(name, str) for name in pictures):
         raise ValueError("a picture is neither a file nor an address")
-    prompt = record.get("prompt")
+    prompt = next((record[key] for key in ("prompt", "question", "text") if isinstance(record.get(key), str)), None)
     if isinstance(prompt, str):
         tags = "" if IMAGE_TOKEN in prompt else f"{IMAGE_TOKEN}\n" * len(pictures)
         turns = [{"role": "user", "content": tags + prompt}]
@@ -58,10 +59,13 @@ def read_question(record: Record, number: int, folder: Path) -> Question:
         raise ValueError("it has no prompt")
     answered = [*turns, {"role": "assistant", "content": "?"}]
     messages = to_messages({"messages": answered, "images": pictures})[:-1]
+    if all(part["type"] == "image" for part in messages[-1]["content"]):
+        raise ValueError("its prompt is empty")
     if not isinstance(prompt, str):
         prompt = text_of(messages[-1])
     names = [name if name.startswith(ADDRESSES) else str(folder / name) for name in pictures]
-    return Question(str(number) if record.get("id") is None else record["id"], prompt, messages, names)
+    name = id_of(record)
+    return Question(str(number) if name is None else name, prompt, messages, names)
 
 
 def read_questions(path: Path) -> list[Question]:

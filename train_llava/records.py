@@ -7,20 +7,25 @@ A record holds its conversation in the first of these that it has; null is absen
 - `messages`: `[{"role": "user" | "assistant" | "system", "content": …}, …]`, as OpenAI and TRL; `content` is a text,
   or a list of `{"type": "image"}`, `{"type": "image_url", "image_url": …}` and `{"type": "text", "text": …}`
 - `texts`: `[{"user": …, "assistant": …}, …]`, as FineVision and the Cauldron
-- `prompt` and `completion`: two texts, or two lists of messages, as TRL; `question` and `answer`: two texts
+- `prompt` and `completion`: two texts, or two lists of messages, as TRL
+- `question` and `answer`: two texts; of `choices`, which follow the question, the answer may be the text, its number
+  from 0 or its letter, as ScienceQA; without `answer`, the commonest of the `answers`, as VQAv2, TextVQA and DocVQA
 - `caption`: a text for one picture, or a list of them, of which the first is learnt
 
 and names its pictures under `images`, `image` or `image_bytes`, one or a list, in the order of their tags, or inside
 the messages: a file's name, the bytes, or a data URI. Where no tag is, but for `conversations`, the pictures stand in
 front of the first question. A record may name its `language` and, for evaluation, `answers`: what several people said
-to its last question, texts or VQA's objects of `answer`; and `references`: texts that are right answers to it.
+to its last question, texts or VQA's objects of `answer`; and `references`: texts that are right answers to it. It is
+called by the first of `id`, `question_id`, `questionId` and `image_id` that it has, or by its number.
 """
 
 import base64
 import hashlib
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import datasets
@@ -37,8 +42,9 @@ IMAGE_TOKEN = "<image>"
 CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 UNSEEN = {"video", "videos", "audio", "audios"}  # what a record may hold that a LLaVA does not take in
+ID_KEYS = ("id", "question_id", "questionId", "image_id")
 BATCH_BYTES = 64 << 20  # of pictures that are written at once: Arrow counts a batch in 31 bits
-LAYOUT = 7  # of the table and of the rules below; another number makes every data set be read anew
+LAYOUT = 8  # of the table and of the rules below; another number makes every data set be read anew
 
 FEATURES = datasets.Features(
     {
@@ -74,13 +80,41 @@ def _completion(prompt: Any, completion: Any) -> list[dict[str, Any]]:
     return _pairs((prompt, completion))
 
 
+def id_of(record: Record) -> Any:
+    """What a record or a question is called; None where it has no name."""
+    return next((record[key] for key in ID_KEYS if record.get(key) is not None), None)
+
+
+def answers_of(record: Record) -> list[str]:
+    """What several people said to a record's question."""
+    return texts_of(record.get("answers")) or texts_of(
+        record["answer"] if isinstance(record.get("answer"), list) else []
+    )
+
+
+def _visual_question(question: Any, record: Record) -> list[dict[str, Any]]:
+    """A question with its answer; see above for which these may be."""
+    answer, choices = record.get("answer"), record.get("choices") or record.get("options")
+    if isinstance(choices, list):
+        choices = texts_of(choices)
+        question, answer = "\n".join([*texts_of(record.get("hint")), str(question), *choices]), str(answer).strip()
+        if answer not in choices:
+            number = int(answer) if answer.isdecimal() else ascii_uppercase.find(answer if len(answer) == 1 else "?")
+            if not 0 <= number < len(choices):
+                raise ValueError(f"its answer {reprlib.repr(answer)} is none of its {len(choices)} choices")
+            answer = choices[number]
+    elif not isinstance(answer, str) and (given := texts_of(answer) or answers_of(record)):
+        answer = Counter(given).most_common(1)[0][0]
+    return _pairs((question, answer))
+
+
 # Each shape of record by the key that tells it, the first that a record has: from that key's value to the turns
 SHAPES: dict[str, Callable[[Any, Record], list[dict[str, Any]]]] = {
     "conversations": lambda turns, _: _list_of_dicts(turns, "conversations"),
     "messages": lambda turns, _: _list_of_dicts(turns, "messages"),
     "texts": lambda texts, _: _pairs(*((t.get("user"), t.get("assistant")) for t in _list_of_dicts(texts, "texts"))),
     "completion": lambda completion, record: _completion(record.get("prompt"), completion),
-    "question": lambda question, record: _pairs((question, record.get("answer"))),
+    "question": _visual_question,
     "caption": lambda text, _: _pairs((CAPTION_QUESTION, text[0] if isinstance(text, list) and text else text)),
 }
 
@@ -202,12 +236,12 @@ def table_row(record: Any, number: int, members: dict[str, Place | None] | None 
     try:
         if not isinstance(record, dict):
             raise record if isinstance(record, BadRecordError) else ValueError("it is not an object")
-        if record.get("id") is not None:
-            row["id"] = _printable(record["id"])
+        if (name := id_of(record)) is not None:
+            row["id"] = _printable(name)
         messages = to_messages(record)
         pictures = [locate_picture(picture, members) for picture in pictures_of(record)]
         language = record["language"] if isinstance(record.get("language"), str) else None
-        answers, references = texts_of(record.get("answers")), texts_of(record.get("references"))
+        answers, references = answers_of(record), texts_of(record.get("references"))
         if isinstance(record.get("caption"), list):
             references = references or texts_of(record["caption"])
         names = [picture for picture in pictures if isinstance(picture, str)]
