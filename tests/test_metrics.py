@@ -32,11 +32,34 @@ def test_words_are_what_is_written_between_spaces_or_one_chinese_character():
         ("ดำ, ดี", ["ดำ", "ดี"]),
         ("كِتَاب", ["كِتَاب"]),
         ("Tiê\u0301ng Viê\u0323t", ["tiếng", "việt"]),
+        ("ภาษาไทย น้ำ ๑๒", [*"ภาษาไทย", "น้ำ", "๑๒"]),
+        ("ພາສາ", [*"ພາສາ"]),
+        ("ភាសាខ្មែរ។", ["ភា", "សា", "ខ្មែ", "រ"]),
+        ("မြန်မာ။", ["မြ", "န်", "မ", "ာ"]),
         ("か\u3099 1\ufe0f\u20e3 ♥\ufe0f", ["が", "1\ufe0f\u20e3"]),
     ],
 )
 def test_words_keep_their_combining_marks(text, expected):
     assert metrics.words(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Straße", "STRASSE"),
+        ("İstanbul", "istanbul"),
+        ("１２ Ａ", "12 a"),
+        ("It’s", "it's"),
+        ("l´eau", "l'eau"),
+        ("ﬁne", "fine"),
+        ("ΣΊΣΥΦΟΣ", "Σίσυφος"),
+        ("ｶﾞ", "ガ"),
+        ("ใน\u0e19\u0e49\u0e4d\u0e32", "ในน้ำ"),
+    ],
+)
+def test_ways_to_write_a_word_are_one(one, other):
+    assert metrics.words(one) == metrics.words(other) != []
+    assert metrics.token_f1(said(one, other)) == metrics.rouge_l(said(one, other)) == 1
 
 
 def test_the_two_ways_to_write_an_accent_are_one():
@@ -98,6 +121,38 @@ def test_vqa_accuracy_asks_three_of_ten_people():
     assert (vqa("dog", "dog"), vqa("dog", "dog", "a dog"), vqa("dog", "cat")) == (1, 1, 0)
     # where all wrote the same, texts count as they are
     assert [vqa(text, *["A"] * 10) for text in ("", "a", " A\n")] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        ("Coca  Cola", ["coca cola"], 1),
+        ("coka cola", ["pepsi", "Coca Cola"], 8 / 9),
+        ("cat", ["cart", "dog"], 3 / 4),
+        ("ab", ["ac"], 0),  # a half is changed
+        ("abc", ["abd"], 2 / 3),
+        ("", ["a"], 0),
+        ("图书馆", ["图书室", "楼"], 2 / 3),
+    ],
+)
+def test_anls_is_the_share_of_letters_that_stay(prediction, answers, expected):
+    """By hand from Biten et al., 2019, with their threshold of 0.5."""
+    assert metrics.anls(said(prediction, answers[0], answers=tuple(answers))) == pytest.approx(expected)
+
+
+def test_a_metric_that_the_references_cannot_reach_is_left_out_with_its_reason():
+    """Right answers of one word, one question, and texts without a word would score 0."""
+    short = metrics.score_group([said("yes", "yes"), said("no", "no")])
+    assert short["undefined"] == {"bleu": "no reference has four words"}
+    assert "bleu" not in short
+    assert short["cider"] == pytest.approx(2.5)
+    alone = metrics.score_group([said("the cat sat on the mat", "the cat sat on the mat")])
+    assert alone["undefined"].keys() == {"cider"}
+    assert alone["bleu"] == pytest.approx(1)
+    for predictions in ([said("♥", "♥"), said("!", "?")], [said("a b", "yes"), said("no", "yes")]):
+        scores = metrics.score_group(predictions)
+        assert scores["undefined"].keys() == {"bleu", "cider"} == {"bleu", "cider"} - scores.keys()
+    assert "undefined" not in metrics.score_group(CAPTIONS)
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,9 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer and sheet.exists():
                 callback.tb_writer.add_image("answers", np.asarray(open_image(sheet)), step, dataformats="HWC")
     scores = score_group(predictions)
-    return {name: scores[name] for name in LOGGED} | {"answers_runtime": round(perf_counter() - started, 1)}
+    return {name: scores[name] for name in LOGGED if name in scores} | {
+        "answers_runtime": round(perf_counter() - started, 1)
+    }
 
 
 def write_predictions(predictions: list[dict[str, Any]], path: Path) -> None:

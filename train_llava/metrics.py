@@ -15,16 +15,19 @@ from math import log, sqrt
 from pathlib import Path
 from statistics import NormalDist, mean
 from typing import Any
-from unicodedata import category, normalize
+from unicodedata import normalize
 
 import numpy as np
+import regex
 
-# A word is a run of letters and digits with their combining marks, by which Hindi, Thai and Arabic write vowels.
-# Chinese and Japanese characters, which nothing separates, are words each
-MARKS = "".join(c for c in map(chr, range(0x1F000)) if category(c).startswith("M"))
-IDEOGRAPH = "\u3040-\u3098\u309b-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-LETTERS = rf"[^\W_{IDEOGRAPH}](?:[^\W_{IDEOGRAPH}]|[{MARKS}])*"
-WORD = re.compile(rf"[{IDEOGRAPH}][{MARKS}]*|{LETTERS}(?:['’]{LETTERS})*")
+# A word is a run of letters and digits with their combining marks, by which Hindi and Arabic write vowels. Texts with no
+# spaces are cut into characters: Chinese, Japanese, and what Unicode's line breaks call SA (Thai, Lao, Khmer, Burmese)
+IDEOGRAPH = r"\u3040-\u3098\u309b-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+LETTERS = rf"(?![{IDEOGRAPH}\p{{LB=SA}}])[\p{{L}}\p{{N}}](?:(?![{IDEOGRAPH}\p{{LB=SA}}])[\p{{L}}\p{{N}}\p{{M}}])*"
+WORD = regex.compile(rf"[{IDEOGRAPH}]\p{{M}}*|(?=\p{{LB=SA}})\X|{LETTERS}(?:'{LETTERS})*")
+APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ‛＇′`´", "'"))
+# NFKC and lower case write these otherwise than people do
+RECOMPOSED = {"\u0e4d\u0e32": "\u0e33", "\u0ecd\u0eb2": "\u0eb3", "i\u0307": "i"}
 # What the program of the VQA challenge (GT-Vision-Lab/VQA, vqaEval.py) takes for the same
 COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(COUNTED)}
@@ -54,8 +57,11 @@ Prediction = dict[str, Any]
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation."""
-    return WORD.findall(normalize("NFC", text.lower()))
+    """The words of a text without punctuation; case, width and the kind of apostrophe do not count."""
+    text = normalize("NFKC", text.translate(APOSTROPHES)).casefold()
+    for pair, character in RECOMPOSED.items():
+        text = text.replace(pair, character)
+    return WORD.findall(text)
 
 
 def references(prediction: Prediction) -> list[str]:
@@ -124,6 +130,18 @@ def _vqa_text(text: str) -> str:
         plain = plain.replace(mark, "" if thousands or f"{mark} " in text or f" {mark}" in text else " ")
     plain_words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", plain).lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in plain_words if word not in ARTICLES)
+
+
+def anls(prediction: Prediction) -> float:
+    """ANLS (Biten et al., 2019): how like the answer is to the likest of the `answers`, by the letters to be changed;
+    0 where these are half of the longer text or more. Case and white space do not count."""
+    from nltk.metrics.distance import edit_distance  # here, as above
+
+    answer, *right = (
+        " ".join(normalize("NFC", text).lower().split()) for text in (prediction["prediction"], *prediction["answers"])
+    )
+    changed = min(edit_distance(answer, text) / max(len(answer), len(text), 1) for text in set(right))
+    return 1 - changed if changed < 0.5 else 0.0
 
 
 def cider(predictions: list[Prediction]) -> list[float]:
@@ -199,17 +217,35 @@ SCORES: dict[str, tuple[str, Callable[[list[Prediction]], list[float]] | None]] 
     "bleu": ("BLEU-4", None),
     "cider": ("CIDEr-D", cider),
     "vqa_accuracy": ("VQA accuracy", lambda predictions: [vqa_accuracy(p) for p in predictions if p["answers"]]),
+    "anls": ("ANLS", lambda predictions: [anls(p) for p in predictions if p["answers"]]),
 }
 METRICS = {metric: name for metric, (name, _) in SCORES.items()}
 
 
+def undefined(predictions: list[Prediction]) -> dict[str, str]:
+    """The metrics that even the references would score 0 in, each with the reason."""
+    right = [set().union(*(_ngrams(words(reference)) for reference in references(p))) for p in predictions]
+    reasons = {}
+    if max((len(ngram) for ngrams in right for ngram in ngrams), default=0) < 4:
+        reasons["bleu"] = "no reference has four words"
+    if all(ngrams == right[0] for ngrams in right):
+        reasons["cider"] = "no question has words in its references that another has not"
+    return reasons
+
+
 def score_group(predictions: list[Prediction]) -> dict[str, Any]:
-    """Every metric over some predictions, and the 95 % interval of each that is a mean over questions."""
-    scores = {metric: score(predictions) for metric, (_, score) in SCORES.items() if score is not None}
-    scores = {metric: values for metric, values in scores.items() if values}
-    exact = score_exact(predictions)
-    exact["intervals"] |= {metric: bootstrap(values) for metric, values in scores.items()}
-    return exact | {"bleu": bleu(predictions)} | {metric: mean(values) for metric, values in scores.items()}
+    """Every metric over some predictions, and the 95 % interval of each that is a mean over questions.
+
+    Those that are not defined for these references are left out, and `undefined` has the reasons.
+    """
+    exact, left_out = score_exact(predictions), undefined(predictions)
+    for metric, (_, score) in SCORES.items():
+        values = [] if score is None or metric in left_out else score(predictions)
+        if values:
+            exact[metric], exact["intervals"][metric] = mean(values), bootstrap(values)
+    if "bleu" not in left_out:
+        exact["bleu"] = bleu(predictions)
+    return exact | ({"undefined": left_out} if left_out else {})
 
 
 def by_language(
