@@ -2,22 +2,36 @@
 
 import base64
 import io
+import mimetypes
 import os
 import re
 import reprlib
 import struct
+import unicodedata
+import urllib.parse
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from torch import nn
 from transformers import BaseImageProcessor
+
+with suppress(ImportError):  # who has it can read HEIC
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+PIXELS = 90_000_000  # decoded at most; no picture, large JPEGs included, takes more than 1.4 GB
+Image.MAX_IMAGE_PIXELS = 3 * PIXELS // 2  # Pillow refuses twice that; large JPEGs are decoded at a half
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+LEADS_OUT = re.compile(r"(^|[/\\])\.\.($|[/\\])|\0")
 
 
 class Place(NamedTuple):
@@ -61,17 +75,29 @@ def _eight_bits(gray: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _opened(source: Path | str | bytes, name: str) -> Iterator[Image.Image]:
-    """A picture whose head is read; what is wrong with it, now or when it is decoded, is an error that names it."""
+def _opened(source: Path | str | bytes, name: str, at_least: int | None = None) -> Iterator[Image.Image]:
+    """A picture whose head is read; what is wrong with it, now or when it is decoded, is an error that names it.
+
+    A JPEG's size is then the one it will be decoded at; `at_least`: see `open_image`.
+    """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            width, height = image.size
+            if isinstance(image, JpegImagePlugin.JpegImageFile):  # a phone's MPO is one, too
+                shrink = max(2 if width * height > PIXELS else 1, min(image.size) // (2 * at_least) if at_least else 1)
+                image.draft(None, (max(width // shrink, 1), max(height // shrink, 1)))
+            if image.width * image.height > PIXELS:
+                raise ValueError(f"{width} x {height} pixels are too many: make it smaller, or a JPEG")
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{name} does not exist") from None
     except UnidentifiedImageError:  # its text is the name once more
-        raise ValueError(f"{name} cannot be read as a picture: it is of no format that Pillow knows") from None
+        head = source[:12] if isinstance(source, bytes) else Path(source).read_bytes()[:12]
+        heic = head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif", b"msf")
+        reason = (
+            "it is HEIC, which `pip install pillow-heif` opens" if heic else "it is of no format that Pillow knows"
+        )
+        raise ValueError(f"{name} cannot be read as a picture: {reason}") from None
     except Exception as error:  # decoders raise anything: RuntimeError, struct.error, EOFError, MemoryError, …
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
 
@@ -79,24 +105,32 @@ def _opened(source: Path | str | bytes, name: str) -> Iterator[Image.Image]:
 def open_image(source: Path | str | bytes, name: str | None = None, at_least: int | None = None) -> Image.Image:
     """Reads a picture, from a file or from its bytes, whole: a truncated one is an error.
 
-    With `at_least`, a large JPEG is decoded at a half, a quarter or an eighth of its size, as long as its shorter side
-    stays twice that many pixels: the picture is made that small anyway, and decoding small is several times faster.
+    With `at_least`, a large picture comes at a half, a third, … of its size, as long as its shorter side stays twice
+    that many pixels: it is made that small anyway. A JPEG is decoded at a half, a quarter or an eighth, which is
+    several times faster; and at a half where it has more than `PIXELS`, up to three times as many.
 
     Raises:
         OSError, ValueError: it is not a picture, not a whole one, or one of so many pixels that it must be an attack;
             the message names it.
     """
-    with _opened(source, name or str(source)) as image:
-        if at_least is not None and image.format == "JPEG":
-            image.draft(None, (2 * at_least, 2 * at_least))
-        return upright_rgb(image)
+    with _opened(source, name or str(source), at_least) as image:
+        upright = upright_rgb(image)
+        factor = min(upright.size) // (2 * at_least) if at_least else 1
+        return upright.reduce(factor) if factor > 1 else upright
 
 
 def picture_size(source: Path | str | bytes, name: str) -> tuple[int, int]:
     """Width and height of a picture as `open_image` gives it, by its head alone; raises what that does."""
     with _opened(source, name) as image:
-        exif = Image.Image.getexif(image)  # a PNG's own would decode it, for what may stand behind its pixels
-        lies = exif.get(ExifTags.Base.Orientation, 1) >= 5  # on one of its sides
+        if image.format == "TIFF":  # which Pillow itself turns
+            return image.size
+        getexif = Image.Image.getexif
+        if image.format == "PNG":  # its own decodes it, for what stands behind its pixels: only where there is some
+            place = image.fp.tell()
+            if re.search(rb"eXIf|iTXt|Raw profile type exif", image.fp.read()):
+                getexif = type(image).getexif
+            image.fp.seek(place)
+        lies = getexif(image).get(ExifTags.Base.Orientation, 1) >= 5  # on one of its sides
         return image.size[::-1] if lies else image.size
 
 
@@ -185,11 +219,37 @@ def matches_processor(image_processor: BaseImageProcessor) -> bool:
 
 def is_archive(image_dir: Path | None) -> bool:
     """Whether pictures are read out of an unextracted archive."""
-    return image_dir is not None and image_dir.suffix == ".zip"
+    return image_dir is not None and image_dir.suffix.lower() == ".zip"
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file is a picture by its name's ending, as Python's types of files and Pillow know it."""
+    ending = os.path.splitext(name)[1].lower()
+    kind = mimetypes.guess_type(f"x{ending}", strict=False)[0]
+    return kind.startswith("image/") if kind else ending in Image.registered_extensions()
+
+
+def plain(name: str) -> str:
+    """A file's path from its folder in one spelling: `/` between its parts, none empty or `.`, in Unicode's NFC.
+
+    Windows writes backslashes, and macOS takes letters from their accents (NFD).
+    """
+    parts = re.split(r"[/\\]+", unicodedata.normalize("NFC", name))
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+def possible_names(name: str, top: str) -> list[str]:
+    """What a file that a record names may be called in its folder, or archive, `top`; the likeliest comes first.
+
+    A record may escape a name as addresses do, or write `top` in front of it.
+    """
+    names = [plain(name), plain(urllib.parse.unquote(name))]
+    names += [spelt.removeprefix(f"{top}/") for spelt in names]
+    return [spelt for spelt in names if not LEADS_OUT.search(spelt)]
 
 
 def zip_members(archive: Path) -> dict[str, Place | None]:
-    """Where each file of an archive lies, by its name; None where several that differ have this name.
+    """Where each file of an archive lies, by its `plain` name; None where several that differ have this name.
 
     Some archives hold one folder with everything in it, which records do not name: names without it count, too. So do
     names as those meant them who wrote them in UTF-8 or Chinese Windows' code, and did not say so.
@@ -206,8 +266,10 @@ def zip_members(archive: Path) -> dict[str, Place | None]:
     full: dict[str, Place | None] = {}
     short: dict[str, Place | None] = {}
     for m in members:
+        if m.filename.endswith(("/", "\\")):  # a folder
+            continue
         place = Place(path, m.filename, m.header_offset, m.compress_size, m.compress_type, m.file_size, m.CRC)
-        for spelt in spellings(m):
+        for spelt in map(plain, spellings(m)):
             for names, name in ((full, spelt), (short, spelt.partition("/")[2])):
                 other = names.setdefault(name, place)
                 if other is None or other[-2:] != place[-2:]:  # another size or checksum
@@ -225,10 +287,18 @@ def spellings(member: zipfile.ZipInfo) -> list[str]:
     return found
 
 
-def locate_picture(picture: Any, members: dict[str, Place | None] | None = None) -> str | bytes:
+@lru_cache(maxsize=4096)
+def _is_same_folder(folder: PurePath, other: Path) -> bool:
+    return os.path.isdir(folder) and os.path.samefile(folder, other)
+
+
+def locate_picture(
+    picture: Any, image_dir: Path | None = None, members: dict[str, Place | None] | None = None
+) -> str | bytes:
     """A picture as a raw record names it: its bytes, or what `read_picture` takes; `members` are an archive's.
 
-    A name must not lead out of the picture folder; where links in the folder lead is the user's affair.
+    A name must not lead out of the picture folder, the one that an archive lies in; where links in the folder lead is
+    the user's affair.
 
     Raises:
         ValueError: it is no name, or not one of a file in the folder or archive.
@@ -243,16 +313,24 @@ def locate_picture(picture: Any, members: dict[str, Place | None] | None = None)
         raise ValueError(f"a picture is named by {reprlib.repr(picture)}")
     if picture.startswith("data:"):
         return picture
+    if picture.startswith("file://"):
+        picture = urllib.parse.unquote(picture.removeprefix("file://"))
     if "://" in picture:
         raise ValueError(f"{label(picture)} is an address: download the pictures and name the files")
-    if re.search(r"^([/\\]|[A-Za-z]:)|(^|[/\\])\.\.($|[/\\])|\0", picture):
+    path, inside = PurePath(picture), not LEADS_OUT.search(picture)
+    if inside and path.is_absolute():
+        folder = image_dir.parent if is_archive(image_dir) else image_dir
+        parent = next((p for p in path.parents if folder and _is_same_folder(p, folder)), None)
+        inside, picture = parent is not None, path.relative_to(parent).as_posix() if parent else picture
+    if not inside or re.match(r"[/\\]|[A-Za-z]:", picture):
         raise ValueError(f"{label(picture)} lies outside the picture folder")
     if members is None:
         return picture
-    if members.get(picture) is None:
-        fault = "is the name of several members of the archive" if picture in members else "is not in the archive"
+    name = next((name for name in possible_names(picture, image_dir.stem) if name in members), None)
+    if name is None or members[name] is None:
+        fault = "is not in the archive" if name is None else "is the name of several members of the archive"
         raise ValueError(f"{label(picture)} {fault}")
-    return str(members[picture])
+    return str(members[name])
 
 
 def label(name: str) -> str:
@@ -273,8 +351,12 @@ def read_picture(image_dir: Path, name: str) -> bytes | Path:
     if "\0" in name:
         return _read_place(name)
     path = image_dir / name
-    if path.is_dir():
-        raise ValueError(f"{name} is a folder")
+    if not path.is_file():
+        names = possible_names(name, image_dir.name)
+        paths = [image_dir / unicodedata.normalize(form, spelt) for spelt in names for form in ("NFC", "NFD")]
+        path = next(filter(Path.is_file, paths), path)
+        if path.is_dir():
+            raise ValueError(f"{name} is a folder")
     return path
 
 
@@ -284,7 +366,7 @@ def _read_place(text: str) -> bytes:
     try:
         with open(archive, "rb") as file:
             file.seek(place.offset)
-            if not archive.endswith(".zip"):
+            if not is_archive(Path(archive)):
                 return file.read(place.size)
             header = file.read(30)
             file.seek(sum(struct.unpack("<HH", header[26:30])), os.SEEK_CUR)  # the name and the extra field

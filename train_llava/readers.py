@@ -31,7 +31,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from train_llava.pictures import Place, is_archive
+from train_llava.pictures import Place, is_archive, is_picture, plain
 
 BATCH_BYTES = 64 << 20  # of rows that are held at once, as they may hold pictures
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:/]*){0,2}")
@@ -148,21 +148,35 @@ def read_tar(path: Path) -> Iterator[Record | BadRecordError]:
                 yield BadRecordError(key, f"{path.name}: {error}")
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The files of an archive; of a broken one those before the damage, then one of size -1 that says where it is."""
-    member = damage = None
+def _members(archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """The files of an archive but hidden ones; of a broken one those before the damage, then one of size -1 that says
+    where it is. A link to a file of the archive is that file under the link's name."""
+    members, damage = [], None
     try:
-        for member in archive:
-            if member.isfile():
-                yield member
+        members += archive
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # neither a header nor the end
-            damage = tarfile.TarInfo(f"what follows {member.name}" if member else "its first bytes")
+            damage = f"what follows {members[-1].name}" if members else "its first bytes"
     except (tarfile.TarError, OSError):
-        damage = tarfile.TarInfo(member.name if member else "its first bytes")
+        damage = members[-1].name if members else "its first bytes"
+    by_name, files = {plain(member.name): member for member in members}, []
+    for member in members:
+        name, target = plain(member.name), member
+        for _ in range(9):  # a link may lead to a link
+            if target is not None and (target.islnk() or target.issym()):
+                folder = os.path.dirname(plain(target.name)) if target.issym() else ""
+                target = by_name.get(plain(os.path.normpath(os.path.join(folder, target.linkname))))
+        if target is not None and target.isfile() and not is_hidden(name):
+            files.append(target.replace(name=name, deep=False))
     if damage is not None:
-        damage.size = -1
-        yield damage
+        files.append(tarfile.TarInfo(damage))
+        files[-1].size = -1
+    return files
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is no data: hidden, or among what macOS writes beside each file."""
+    return os.path.basename(name).startswith(".") or "__MACOSX" in name.split("/")
 
 
 def _sample(path: Path, archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> Record:
@@ -170,7 +184,8 @@ def _sample(path: Path, archive: tarfile.TarFile, members: list[tarfile.TarInfo]
     if members[-1].size < 0:
         raise ValueError(f"the archive is broken in {members[-1].name}, and what follows is lost")
     record: Record = {}
-    places: dict[str, Place] = {}
+    places: dict[str, Place | bytes] = {}
+    pictures = []
     for member in sorted(members, key=lambda member: _by_number(member.name)):
         ending = _split(member.name)[1]
         if ending == "json":
@@ -185,13 +200,16 @@ def _sample(path: Path, archive: tarfile.TarFile, members: list[tarfile.TarInfo]
                 raise ValueError(f"{member.name} is not in UTF-8") from error
         else:
             place = Place(str(path.absolute()), member.name, member.offset_data, member.size)
+            if member.issparse():  # its zeros are not stored
+                place = archive.extractfile(member).read()
             places |= dict.fromkeys((os.path.basename(member.name).lower(), ending), place)
-    if places:
-        names = pictures_of(record)
-        named = [places.get(os.path.basename(str(name)).lower()) for name in names]
-        if any(named) and None in named:
-            raise ValueError(f"{names[named.index(None)]} is not in the sample")
-        record["images"] = named if any(named) else list(dict.fromkeys(places.values()))
+            pictures += [place] * is_picture(member.name)
+    names = pictures_of(record)
+    named = [places.get(os.path.basename(plain(str(name))).lower()) for name in names]
+    if any(named) and None in named:
+        raise ValueError(f"{names[named.index(None)]} is not in the sample")
+    if any(named) or pictures:
+        record["images"] = named if any(named) else pictures
     return record
 
 
@@ -215,7 +233,7 @@ def raw_records(data_path: str, files: list[Path]) -> Iterator[Any]:
     """What the files hold, or, where there are none, the data set on the hub: dicts where all is well."""
     if files:
         for file in files:
-            yield from READERS[file.suffix](file)
+            yield from READERS[file.suffix.lower()](file)
     else:
         name, config, split = (*data_path.split(":"), "", "")[:3]
         hub = datasets.load_dataset(name, config or None, split=split or "train", streaming=True).decode(False)
@@ -235,12 +253,14 @@ def find_records(data_path: str, image_dir: str | None = None) -> tuple[list[Pat
     if image_dir is not None and not (Path(image_dir).is_dir() or is_archive(Path(image_dir))):
         raise FileNotFoundError(f"--image_dir {image_dir} is no folder and no .zip file")
     if not path.exists():
-        if HUB_ID.fullmatch(data_path) and path.suffix not in READERS:
+        if HUB_ID.fullmatch(data_path) and path.suffix.lower() not in READERS:
             return [], None
         raise FileNotFoundError(f"--data_path {data_path} does not exist")
     if path.is_dir():
         files = [path / "chat.json"] if (path / "chat.json").exists() else []
-        files = files or sorted(path.glob("*.parquet")) or sorted(path.glob("*.tar"))
+        there = sorted(file for file in path.iterdir() if not is_hidden(file.name))
+        for ending in (".parquet", ".tar"):
+            files = files or [file for file in there if file.suffix.lower() == ending]
         splits = {re.split("[^a-z]", file.name.lower())[0] for file in files} & SPLITS
         if len(splits) > 1:
             what = f"--data_path {data_path} has files of {' and '.join(sorted(splits))} side by side"
@@ -249,7 +269,7 @@ def find_records(data_path: str, image_dir: str | None = None) -> tuple[list[Pat
             raise FileNotFoundError(f"--data_path {data_path} holds no chat.json, and no .parquet or .tar files")
     else:
         files = [path]
-    if files[0].suffix not in READERS:
+    if files[0].suffix.lower() not in READERS:
         raise FileNotFoundError(f"--data_path {data_path} is none of {', '.join(READERS)}")
     beside = [files[0].parent / name for name in ("images_dl", "images", "images.zip")]
     return files, Path(image_dir) if image_dir else next((p for p in beside if p.exists()), files[0].parent)

@@ -199,7 +199,8 @@ def load_records(data_path: str, image_dir: str | None = None) -> tuple[datasets
     files, images = find_records(data_path, image_dir)
     read = [*files, images] if is_archive(images) else files
     stamp = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in read]
-    name = hashlib.sha256(repr((LAYOUT, data_path if not files else "", stamp)).encode()).hexdigest()[:24]
+    named = str(images.absolute()) if files else data_path  # by absolute names of pictures, a table is of its folder
+    name = hashlib.sha256(repr((LAYOUT, named, stamp)).encode()).hexdigest()[:24]
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "train_llava" / name
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{cache}.lock"):  # one rank reads, the others wait for it
@@ -227,10 +228,12 @@ def table_rows(data_path: str, files: list[Path], image_dir: Path | None) -> Ite
     """Every record of a data set as a row of the table."""
     members = zip_members(image_dir) if is_archive(image_dir) else None
     for number, record in enumerate(raw_records(data_path, files)):
-        yield table_row(record, number, members)
+        yield table_row(record, number, image_dir, members)
 
 
-def table_row(record: Any, number: int, members: dict[str, Place | None] | None = None) -> dict[str, Any]:
+def table_row(
+    record: Any, number: int, image_dir: Path | None = None, members: dict[str, Place | None] | None = None
+) -> dict[str, Any]:
     """One record as a row of the table; what is wrong with it stands in `fault`."""
     row = EMPTY_ROW | {"id": str(number)}
     try:
@@ -239,7 +242,7 @@ def table_row(record: Any, number: int, members: dict[str, Place | None] | None 
         if (name := id_of(record)) is not None:
             row["id"] = _printable(name)
         messages = to_messages(record)
-        pictures = [locate_picture(picture, members) for picture in pictures_of(record)]
+        pictures = [locate_picture(picture, image_dir, members) for picture in pictures_of(record)]
         language = record["language"] if isinstance(record.get("language"), str) else None
         answers, references = answers_of(record), texts_of(record.get("references"))
         if isinstance(record.get("caption"), list):
