@@ -109,7 +109,17 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["build_model", "check_data", "evaluate", "export_gguf", "infer", "merge_lora", "model_card", "web_demo"],
+    [
+        "build_model",
+        "check_data",
+        "evaluate",
+        "export_gguf",
+        "infer",
+        "merge_lora",
+        "model_card",
+        "prepare_picture",
+        "web_demo",
+    ],
 )
 def test_a_wrong_argument_is_told_before_what_takes_seconds_is_imported(name):
     command = [sys.executable, "-X", "importtime", "-m", f"train_llava.{name}", "--model_name_or_pth", "x"]

@@ -24,6 +24,7 @@ from train_llava.infer import InferArguments
 from train_llava.merge_lora import MergeArguments
 from train_llava.model import LoraArguments
 from train_llava.model_card import CardArguments
+from train_llava.prepare_picture import PictureArguments
 from train_llava.train import DataArguments, ModelArguments, TrainArguments
 from train_llava.web_demo import WebDemoArguments
 
@@ -39,6 +40,7 @@ ARGUMENTS = {
     "check_data": (CheckArguments,),
     "evaluate": (EvaluateArguments,),
     "export_gguf": (ExportArguments,),
+    "prepare_picture": (PictureArguments,),
     "infer": (InferArguments,),
     "merge_lora": (MergeArguments,),
     "model_card": (CardArguments,),

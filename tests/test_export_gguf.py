@@ -1,22 +1,35 @@
 """The two GGUF files: what is in them, what is refused, and that llama.cpp answers with them as transformers does."""
 
+import copy
+import io
+import json
 import os
 import re
 from ast import literal_eval
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import gguf_engine
 import numpy as np
 import pytest
 import torch
 from conftest import CHATML, NARROW, make_tokenizer
+from PIL import Image
 from test_families import LLAMA3, LM, MISTRAL, QWEN, QWEN3
+from tokenizers import Tokenizer
 from transformers import (
     CLIPImageProcessorPil,
+    CLIPVisionConfig,
     GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaImageProcessor,
     LlavaNextConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
     Qwen3ForCausalLM,
     SiglipImageProcessorPil,
@@ -27,12 +40,17 @@ from transformers import (
 from train_llava.build_model import build_model
 from train_llava.data import LlavaDataset
 from train_llava.export_gguf import (
+    add_tokenizer,
     check_exportable,
+    check_tokenizer,
     export_gguf,
     export_pictures,
+    export_text,
     interleave,
     modelfile,
     prepared_otherwise,
+    read_as_llama_cpp,
+    tried_pictures,
     writes_bos,
     writes_date,
 )
@@ -108,8 +126,11 @@ TOWER_LAYER = {
 }  # fmt: skip
 
 
-def test_every_tensor_and_field_of_a_siglip_with_a_qwen3(siglip_qwen3, tmp_path):
+def test_every_tensor_and_field_of_a_siglip_with_a_qwen3(siglip_qwen3, tmp_path, capsys):
     export_gguf(str(siglip_qwen3), str(tmp_path / "gguf"), "last")  # where there is no class token, nothing is moved
+    pictures, texts = capsys.readouterr().out.splitlines()
+    assert "reads pictures that are not square, transparent pictures, JPEGs that EXIF turns, PNGs" in pictures
+    assert "does not compose characters" in texts
     model, _ = load_checkpoint(str(siglip_qwen3))
     text, tower, projector = model.model.language_model, model.model.vision_tower, model.model.multi_modal_projector
     expected = {
@@ -156,15 +177,233 @@ def test_every_tensor_and_field_of_a_siglip_with_a_qwen3(siglip_qwen3, tmp_path)
     assert "clip.vision.feature_layer" not in reader.fields  # the last but one, as engines take it unsaid
 
 
+# language models whose numbers are all unlike each other's, and unlike those that stand in for a missing one
+GROUPED = {"intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320}
+TEXTS = {
+    "llama": LlamaConfig(
+        **GROUPED, hidden_size=48, num_hidden_layers=2, head_dim=16, attention_bias=True, mlp_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rms_norm_eps=1e-2, max_position_embeddings=77,
+        tie_word_embeddings=False,
+    ),
+    "llama, six heads share two keys": LlamaConfig(
+        **GROUPED | {"num_attention_heads": 6}, hidden_size=48, num_hidden_layers=1, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 7e4},
+    ),
+    "qwen2": Qwen2Config(
+        **GROUPED, hidden_size=32, num_hidden_layers=2, tie_word_embeddings=True, max_position_embeddings=99,
+        rope_parameters={"rope_type": "default", "rope_theta": 300.0}, rms_norm_eps=3e-2,
+    ),
+    "qwen3": Qwen3Config(
+        **GROUPED, hidden_size=32, num_hidden_layers=3, head_dim=24, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 900.0}, rms_norm_eps=2e-2,
+    ),
+}  # fmt: skip
+SIDE = {"image_size": 42, "patch_size": 14, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 3}
+# a tower, and the layer whose features a projector gets
+TOWERS = {
+    "clip, last but one": (CLIPVisionConfig(**SIDE, num_hidden_layers=3, layer_norm_eps=1e-2), -2),
+    "clip, the second": (CLIPVisionConfig(**SIDE, num_hidden_layers=4, hidden_act="gelu_pytorch_tanh"), 2),
+    "siglip, the last": (SiglipVisionConfig(**SIDE, num_hidden_layers=2, layer_norm_eps=3e-2), -1),
+    "siglip, last but two": (SiglipVisionConfig(**SIDE, num_hidden_layers=4), -3),
+}
+
+
+@pytest.mark.parametrize(("text", "tower"), zip(TEXTS, TOWERS, strict=True))
+def test_an_engine_computes_from_the_files_what_transformers_does(processor, tmp_path, text, tower):
+    """Every number is random, and one of float16: what stands in the files is all that the engine knows."""
+    vision, layer = TOWERS[tower]
+    strategy = "default" if vision.model_type == "clip_vision_model" else "full"
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=TEXTS[text],
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
+        image_token_index=319,
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.nn.init.normal_(parameter, std=0.3).half().float()
+    model.generation_config.eos_token_id = [2, 0, 7]
+    processor = copy.deepcopy(processor)
+    processor.image_processor.image_mean, processor.image_processor.image_std = [0.1, 0.4, 0.7], [0.2, 0.3, 0.6]
+    check_exportable(config)
+    export_text(model, processor, tmp_path / "text.gguf")
+    export_pictures(model, processor, "first", tmp_path / "pictures.gguf")
+
+    picture = np.random.default_rng(0).integers(0, 256, (42, 42, 3), dtype=np.uint8)
+    pixels = processor.image_processor(picture, do_resize=False, do_center_crop=False, return_tensors="pt")
+    embeds = torch.randn(9, config.text_config.hidden_size)
+    with torch.no_grad():
+        ours = model.model.get_image_features(**pixels).pooler_output[0]
+        assert torch.allclose(gguf_engine.features(tmp_path / "pictures.gguf", picture), ours, rtol=1e-3, atol=1e-3)
+        ours = model(inputs_embeds=embeds[None]).logits[0]
+        assert torch.allclose(gguf_engine.logits(tmp_path / "text.gguf", embeds), ours, rtol=1e-3, atol=1e-3)
+
+    fields, tensors = gguf_engine.read(tmp_path / "text.gguf")
+    arch = config.text_config.model_type
+    expected = {
+        "general.architecture": arch, f"{arch}.context_length": config.text_config.max_position_embeddings,
+        f"{arch}.embedding_length": config.text_config.hidden_size, f"{arch}.feed_forward_length": 40,
+        f"{arch}.vocab_size": 320, f"{arch}.attention.value_length": tensors["blk.0.attn_v.weight"].shape[0] // 2,
+        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 0, "tokenizer.ggml.eom_token_id": 7,
+        "tokenizer.ggml.padding_token_id": processor.tokenizer.pad_token_id,
+        "tokenizer.chat_template": processor.tokenizer.chat_template,
+    }  # fmt: skip
+    assert {name: fields[name] for name in expected} == expected
+    fields, _ = gguf_engine.read(tmp_path / "pictures.gguf")
+    expected = {
+        "clip.vision.projection_dim": config.text_config.hidden_size, "clip.vision.embedding_length": 48,
+        "clip.vision.feed_forward_length": 40, "clip.has_vision_encoder": True,
+    }  # fmt: skip
+    assert {name: fields[name] for name in expected} == expected
+
+
+def with_steps(tokenizer: PreTrainedTokenizerBase, **changes) -> PreTrainedTokenizerBase:
+    """The tokenizer without its normalizer, and with other parts of its tokenizer.json; functions change a part."""
+    written = json.loads(tokenizer.backend_tokenizer.to_str()) | {"normalizer": None}
+    for name, change in changes.items():
+        written[name] = change(written[name]) if callable(change) else change
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(written)), chat_template=tokenizer.chat_template,
+        eos_token=tokenizer.eos_token, pad_token=tokenizer.pad_token,
+    )  # fmt: skip
+    complete_template(fast)
+    return fast
+
+
+def steps(*kinds: dict) -> dict:
+    return {"type": "Sequence", "pretokenizers": list(kinds)}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+WORDS = BYTES | {"use_regex": True}
+
+
+def split(pattern: str, behavior: str = "Isolated") -> dict:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
+
+
+PRE_TOKENIZERS = {
+    "qwen2": steps(split(gguf_engine.SPLITS["qwen2"][0][0]), BYTES),
+    "llama-bpe": steps(split(gguf_engine.SPLITS["llama-bpe"][0][0]), BYTES),
+    "gpt-2": WORDS,
+    "smollm": steps({"type": "Digits", "individual_digits": True}, WORDS),
+}
+
+
+def whole_words(model: dict) -> dict:
+    """A vocabulary with a word that no merges lead to, which is a token of its own all the same."""
+    return model | {"vocab": model["vocab"] | {"Quux": len(model["vocab"])}, "ignore_merges": True}
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+@pytest.mark.parametrize("begins", [False, True])
+def test_an_engine_reads_texts_as_the_tokenizer_does(processor, tmp_path, name, begins):
+    tokenizer = with_steps(
+        processor.tokenizer,
+        pre_tokenizer=PRE_TOKENIZERS[name],
+        **{"model": whole_words} if name == "llama-bpe" else {},
+    )
+    tokenizer.add_tokens(["<point>"])
+    if begins:
+        tokenizer.bos_token = "<|im_start|>"
+    assert not check_tokenizer(tokenizer)
+    writer = gguf.GGUFWriter(tmp_path / "tokens.gguf", "qwen2")
+    add_tokenizer(writer, tokenizer, 325, [tokenizer.eos_token_id])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    fields, _ = gguf_engine.read(tmp_path / "tokens.gguf")
+    engine = gguf_engine.tokenizer_of(fields)
+    texts = [
+        "It's 12345 apples,\n\n and\tmore…",
+        "红色的方块 <point> Quux",
+        "<|im_start|>user\n What is this?<|im_end|>\n",
+    ]
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert engine.encode(text, add_special_tokens=False).ids == ids
+        assert engine.decode(ids, skip_special_tokens=False) == text
+    assert fields["tokenizer.ggml.add_bos_token"] == begins
+    assert fields.get("tokenizer.ggml.bos_token_id") == (tokenizer.bos_token_id if begins else None)
+    assert "tokenizer.ggml.eot_token_id" not in fields
+    assert fields["tokenizer.ggml.token_type"][-1] == gguf.TokenType.UNUSED
+
+
+def flagged(**flags) -> Callable:
+    """The end of a turn with other flags."""
+    return lambda tokens: [token | (flags if token["content"] == "<|im_end|>" else {}) for token in tokens]
+
+
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+REFUSED = [
+    ({"normalizer": {"type": "NFKC"}}, r"normalizes texts \(NFKC\)"),
+    ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}}, r"NFC, Lowercase"),
+    ({"normalizer": SPACES}, r"normalizes texts \(Replace\)"),
+    ({"added_tokens": flagged(rstrip=True)}, "read otherwise, such as '.*<|im_end|>"),
+    ({"added_tokens": flagged(lstrip=True)}, "read otherwise, such as 'a <|im_end|> a'"),
+    ({"added_tokens": flagged(single_word=True)}, "read otherwise, such as '.*<|im_end|>"),
+    ({"model": whole_words}, "read otherwise, such as 'Quux'"),
+    ({"decoder": {"type": "Fuse"}}, "read otherwise"),
+    ({"decoder": {"type": "Sequence", "decoders": [WORDS, {"type": "Strip", "content": "a", "start": 1, "stop": 0}]}},
+     "read otherwise"),
+    ({"model": lambda model: model | {"dropout": 1.0}}, "read otherwise"),
+    ({"pre_tokenizer": WORDS | {"add_prefix_space": True}}, "no byte-level BPE"),
+    ({"pre_tokenizer": steps(split(r"\p{N}"), BYTES)}, "no byte-level BPE"),
+    ({"pre_tokenizer": steps(split(gguf_engine.QWEN2, "MergedWithNext"), BYTES)}, "no byte-level BPE"),
+    ({"pre_tokenizer": steps(split(gguf_engine.QWEN2), WORDS)}, "no byte-level BPE"),
+    ({"pre_tokenizer": steps({"type": "Digits", "individual_digits": False}, WORDS)}, "no byte-level BPE"),
+    ({"pre_tokenizer": None}, "no byte-level BPE"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_a_tokenizer_with_what_llama_cpp_lacks_is_refused(processor, changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_tokenizer(with_steps(processor.tokenizer, **changes))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_composing_characters_is_left_to_the_user_with_a_line(processor, nested):
+    nfc = {"type": "NFC"}
+    tokenizer = with_steps(
+        processor.tokenizer, normalizer={"type": "Sequence", "normalizers": [nfc]} if nested else nfc
+    )
+    assert check_tokenizer(tokenizer)
+    assert not check_tokenizer(with_steps(processor.tokenizer))
+
+
 def test_pictures_that_the_engines_prepare_otherwise_are_found():
-    """They pad to a square with the mean of CLIP's, and resize bicubically."""
+    """They pad to a square with the mean of CLIP's, and resize bicubically; of the file they read the colors alone."""
     square = {"height": 28, "width": 28}
     clip = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=square)
     pad = LlavaImageProcessor(do_pad=True, do_center_crop=False, size=square, crop_size=square)
+    siglip, nearest = SiglipImageProcessorPil(size=square), SiglipImageProcessorPil(size=square, resample=0)
+    larger = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=square)
     oblong = ["pictures that are not square"]
-    assert prepared_otherwise(clip, 28) == prepared_otherwise(SiglipImageProcessorPil(size=square), 28) == oblong
-    assert prepared_otherwise(pad, 28) == []
-    assert prepared_otherwise(SiglipImageProcessorPil(size=square, resample=0), 28) == ["square pictures", *oblong]
+    files = ["transparent pictures", "JPEGs that EXIF turns", "PNGs that EXIF turns"]
+    for image_processor, kinds in ((clip, oblong), (siglip, oblong), (pad, [])):
+        assert prepared_otherwise(image_processor, 28) == kinds + files
+    every = list(dict.fromkeys(words for words, _ in tried_pictures(28)))
+    assert len(every) == 8
+    for image_processor in (nearest, larger):
+        assert prepared_otherwise(image_processor, 28) == every
+    for image_processor in (clip, siglip, pad, nearest):
+        assert prepared_otherwise(image_processor, 28, prepared=True) == []
+    assert prepared_otherwise(larger, 28, prepared=True) == every  # a square of 28 would be made larger, and cropped
+
+
+def test_files_are_read_as_stb_image_reads_them():
+    for words, file in tried_pictures(28):
+        with Image.open(io.BytesIO(file)) as image:
+            expected = np.asarray(image) // 257 if image.mode == "I;16" else None  # the upper byte of two alike
+            if image.mode == "RGBA":
+                expected = np.asarray(image)[..., :3]
+        found = np.asarray(read_as_llama_cpp(file))
+        assert found.shape[2] == 3, words
+        if expected is not None:
+            assert np.array_equal(found, np.broadcast_to(expected.reshape(56, 56, -1), found.shape)), words
 
 
 def test_each_patch_meets_its_own_position_wherever_the_class_token_stands(llava, exported, tmp_path):

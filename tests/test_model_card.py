@@ -46,6 +46,8 @@ def test_a_card_says_what_a_model_was_made_of_and_how(llava, parts, corpus, adap
     merged = ModelCard.load(tmp_path / "merged" / "README.md")
     assert merged.data.library_name == "transformers"
     assert "LoRA adapter" not in merged.text
+    for text in (base.text, card.text, merged.text):
+        assert text.count("python -m train_llava.prepare_picture") == 1
     assert (tmp_path / "merged" / "loss.png").exists()
     checkpoint = max(adapter.glob("checkpoint-*"))  # PEFT has written a card of its own there
     assert "made_of" not in ModelCard.load(checkpoint / "README.md").data

@@ -7,6 +7,7 @@ projector, `Modelfile` what `ollama create` takes. Names of tensors and fields a
 engines compute with them was read in llama.cpp (tools/mtmd, src/models). An adapter is merged first: `merge_lora`.
 """
 
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+from tokenizers import Tokenizer
 from transformers import (
     BaseImageProcessor,
     LlavaConfig,
@@ -47,15 +49,26 @@ from transformers import (
 from transformers.utils import is_gguf_available
 
 from train_llava.model import load_checkpoint
-from train_llava.template import ANSWER, QUESTION, end_of_turn_tokens, pieces_of
+from train_llava.pictures import open_image
+from train_llava.prepare_picture import as_seen, levels
+from train_llava.template import ANSWER, QUESTION, TWO_TURNS, end_of_turn_tokens, pieces_of
 
 if is_gguf_available():
     import gguf
 
-# llama.cpp knows a byte-level BPE by the name of its pre-tokenizer: here, the patterns that texts are split by first
+# llama.cpp knows a byte-level BPE by the name of its pre-tokenizer: here, the steps that split a text before merging
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PRE_TOKENIZERS = {WORDS + r"\p{N}" + REST: "qwen2", WORDS + r"\p{N}{1,3}" + REST: "llama-bpe"}
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+PRE_TOKENIZERS = {
+    "qwen2": [SPLIT | {"pattern": {"Regex": WORDS + r"\p{N}" + REST}}, BYTES],
+    "llama-bpe": [SPLIT | {"pattern": {"Regex": WORDS + r"\p{N}{1,3}" + REST}}, BYTES],
+    "gpt-2": [BYTES | {"use_regex": True}],
+    "smollm": [{"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True}],
+}
+WHOLE_WORDS = "llama-bpe"  # with these steps llama.cpp takes a word that is a token as it is, without merges
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of added tokens; llama.cpp has none of them
 SYSTEM = ("system", ("text",))
 LANGUAGE_MODELS = ("llama", "qwen2", "qwen3")  # gguf has their names in capitals
 TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -112,23 +125,56 @@ def pre_tokenizer(written: dict[str, Any]) -> str:
         ValueError: it is none that llama.cpp is known to split alike.
     """
     steps = written["pre_tokenizer"] or {}
-    steps = steps.get("pretokenizers", [steps])
-    kinds = [step.get("type") for step in steps]
-    if written["model"]["type"] == "BPE" and not steps[-1].get("add_prefix_space"):
-        if kinds == ["Split", "ByteLevel"] and not steps[1]["use_regex"]:
-            pattern = steps[0]["pattern"].get("Regex")
-            if pattern in PRE_TOKENIZERS:
-                return PRE_TOKENIZERS[pattern]
-        if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
-            return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]:
-            return "smollm"
+    steps = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps.get("pretokenizers", [steps])]
+    if written["model"]["type"] == "BPE":
+        for name, known in PRE_TOKENIZERS.items():
+            if steps == known:
+                return name
     raise ValueError("a tokenizer that is no byte-level BPE of Qwen's, Llama 3's, SmolLM's or GPT-2's kind cannot be "
                      "exported to GGUF")  # fmt: skip
 
 
-def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Writes tokens, merges, special tokens and the chat template, for `vocab_size` rows of the embedding."""
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Makes sure that llama.cpp gives the same tokens: tried on what the chat template writes, and on every token.
+
+    Returns:
+        Whether the tokenizer composes characters first (NFC), which llama.cpp leaves to those who write the text.
+
+    Raises:
+        ValueError: it splits a text otherwise, or normalizes texts in another way.
+    """
+    ours, written = tokenizer.backend_tokenizer, json.loads(tokenizer.backend_tokenizer.to_str())
+    normalizer = written["normalizer"] or {"normalizers": []}
+    kinds = [step["type"] for step in normalizer.get("normalizers", [normalizer])]
+    if set(kinds) - {"NFC"}:
+        raise ValueError(f"a tokenizer that normalizes texts ({', '.join(kinds)}) cannot be exported to GGUF")
+
+    # the tokenizer with all that llama.cpp has, and nothing else
+    model = {key: written["model"][key] for key in ("type", "vocab", "merges")}
+    model["ignore_merges"] = pre_tokenizer(written) == WHOLE_WORDS
+    added = [token | dict.fromkeys(FLAGS, False) for token in written["added_tokens"]]
+    plain = {"model": model, "added_tokens": added, "decoder": BYTES | {"trim_offsets": True}}
+    theirs = Tokenizer.from_str(json.dumps(written | plain))
+
+    texts = ["a".join(pieces_of(tokenizer, TWO_TURNS))]
+    texts += [text for token in added for text in (f"a {token['content']} a", f"a{token['content']}a")]
+    texts += theirs.decode_batch([[token_id] for token_id in theirs.get_vocab().values()], skip_special_tokens=False)
+    encoded = [[e.ids for e in t.encode_batch(texts, add_special_tokens=False)] for t in (ours, theirs)]
+    decoded = [t.decode_batch(encoded[0], skip_special_tokens=False) for t in (ours, theirs)]
+    for text, *outcomes in zip(texts, *encoded, *decoded, strict=True):
+        if outcomes[0] != outcomes[1] or outcomes[2] != outcomes[3]:
+            raise ValueError(f"a tokenizer that llama.cpp would read otherwise, such as {text[:80]!r}, "
+                             "cannot be exported to GGUF")  # fmt: skip
+    return bool(kinds)
+
+
+def add_tokenizer(
+    writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: list[int]
+) -> None:
+    """Writes tokens, merges, special tokens and the chat template, for `vocab_size` rows of the embedding.
+
+    `stops` are the ids that end an answer; the format has room for three.
+    """
     written = json.loads(tokenizer.backend_tokenizer.to_str())
     names = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
@@ -145,10 +191,9 @@ def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase,
     writer.add_token_merges([" ".join(pair) for pair in written["model"]["merges"]])
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
-    ends = tokenizer.convert_tokens_to_ids(end_of_turn_tokens(tokenizer))
-    writer.add_eos_token_id(ends[0])
-    if len(ends) > 1:
-        writer.add_eot_token_id(ends[1])
+    roles = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for add, stop in zip(roles, stops, strict=False):
+        add(stop)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(writes_bos(tokenizer))
     writer.add_chat_template(tokenizer.chat_template)
@@ -236,7 +281,7 @@ def export_text(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    add_tokenizer(writer, processor.tokenizer, config.vocab_size)
+    add_tokenizer(writer, processor.tokenizer, config.vocab_size, model.generation_config.eos_token_id)
     write(writer, gguf.get_tensor_name_map(arch, config.num_hidden_layers), text_tensors(model))
 
 
@@ -268,20 +313,58 @@ def export_pictures(
     write(writer, names, picture_tensors(model, class_token))
 
 
-def prepared_otherwise(image_processor: BaseImageProcessor, side: int) -> list[str]:
-    """Which pictures llama.cpp makes other pixels of than the image processor: found on noise, twice `side` large.
+def tried_pictures(side: int) -> list[tuple[str, bytes]]:
+    """Picture files of every kind that programs read differently, and the words for it; noise, twice `side` large."""
+    noise = np.random.default_rng(0).integers(0, 256, (2 * side, 2 * side, 4), dtype=np.uint8)
+    clear, rgb = Image.fromarray(noise), Image.fromarray(noise[..., :3])
+    deep, palette, turned = Image.fromarray(noise[..., 0] * np.uint16(257)), rgb.quantize(4), Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    # a palette without one color in it, and so without that which is transparent
+    keyed = {"transparency": tuple(palette.getpalette()[:3])}
+    kinds = [
+        ("square pictures", rgb, "PNG", {}),
+        ("pictures that are not square", rgb.resize((2 * side, side)), "PNG", {}),
+        ("transparent pictures", clear, "PNG", {}),
+        ("transparent pictures", clear.convert("LA"), "PNG", {}),
+        ("transparent pictures", palette, "PNG", {"transparency": 0}),
+        ("transparent pictures", palette.convert("RGB"), "PNG", keyed),
+        ("transparent pictures", palette, "GIF", {"transparency": 0}),
+        ("JPEGs that EXIF turns", rgb, "JPEG", {"exif": turned}),
+        ("PNGs that EXIF turns", rgb, "PNG", {"exif": turned}),
+        ("gray of 16 bits", deep, "PNG", {}),
+        ("CMYK", rgb.convert("CMYK"), "JPEG", {}),
+        ("animations", rgb, "GIF", {"save_all": True, "append_images": [clear.convert("RGB").rotate(90)]}),
+    ]
+    files = []
+    for words, image, kind, options in kinds:
+        image.save(file := io.BytesIO(), kind, **options)
+        files.append((words, file.getvalue()))
+    return files
 
-    llama.cpp resizes a picture bicubically until it fits into the square and fills up what is left.
+
+def read_as_llama_cpp(file: bytes) -> Image.Image:
+    """A JPEG, PNG or GIF as stb_image reads it for llama.cpp: no EXIF, colors without transparency, upper bytes."""
+    image = Image.open(io.BytesIO(file))
+    if image.mode == "I;16":
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGBA").convert("RGB")
+
+
+def prepared_otherwise(image_processor: BaseImageProcessor, side: int, prepared: bool = False) -> list[str]:
+    """Of which pictures llama.cpp makes other pixels than the image processor was given in training: found by trying.
+
+    llama.cpp resizes a picture bicubically until it fits into the square and fills up what is left. With `prepared`,
+    it gets the pictures that `prepare_picture` writes.
     """
-    rng, kinds = np.random.default_rng(0), []
-    for kind, height in (("square pictures", 2 * side), ("pictures that are not square", side)):
-        image = Image.fromarray(rng.integers(0, 256, (height, 2 * side, 3), dtype=np.uint8))
-        theirs = np.array(ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, color=PADDING))
-        ours = image_processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-        ours = (ours * image_processor.image_std + image_processor.image_mean) / image_processor.rescale_factor
-        if np.abs(ours - theirs).mean() > 3:  # of 256 levels; Pillow's and torch's roundings differ by less than one
-            kinds.append(kind)
-    return kinds
+    kinds = []
+    for words, file in tried_pictures(side):
+        image = open_image(file, words)
+        read = as_seen(image_processor, image) if prepared else read_as_llama_cpp(file)
+        theirs = np.array(ImageOps.pad(read, (side, side), Image.Resampling.BICUBIC, color=PADDING))
+        # of 256 levels; Pillow's and torch's roundings differ by less than one
+        if np.abs(levels(image_processor, image) - theirs).mean() > 3:
+            kinds.append(words)
+    return list(dict.fromkeys(kinds))
 
 
 def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -349,7 +432,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
 def export_gguf(*arguments: Any, **named: Any) -> None:
     """Writes `model-f16.gguf`, `mmproj-f16.gguf` and `Modelfile` to a new folder; takes what `ExportArguments` takes.
 
-    Prints which pictures the engines prepare otherwise: most processors crop or stretch those that are not square.
+    Prints which pictures and texts the engines read otherwise, and what to do about it.
 
     Raises:
         ValueError: there is no such checkpoint, or llama.cpp would compute something else with it; nothing is left
@@ -361,8 +444,15 @@ def export_gguf(*arguments: Any, **named: Any) -> None:
     with written_whole(given.output_dir) as folder:
         model, processor = load_checkpoint(given.model_name_or_path)
         check_exportable(model.config)
-        for kind in prepared_otherwise(processor.image_processor, model.config.vision_config.image_size):
-            print(f"llama.cpp prepares {kind} otherwise than this model's image processor: answers to them may differ")
+        tried = processor.image_processor, model.config.vision_config.image_size
+        if kinds := prepared_otherwise(*tried):
+            print(f"llama.cpp reads {', '.join(kinds)} otherwise than training did, and answers to them may differ: "
+                  "give it what python -m train_llava.prepare_picture makes of them")  # fmt: skip
+        if kinds := prepared_otherwise(*tried, prepared=True):
+            print(f"where prepare_picture does not help: {', '.join(kinds)}")
+        if check_tokenizer(processor.tokenizer):
+            print("llama.cpp does not compose characters, as the tokenizer does (NFC): é is one character there, "
+                  "not e and an accent")  # fmt: skip
         if writes_date(processor.tokenizer):
             print("the chat template writes the date: the Modelfile keeps today's for good, llama.cpp does not")
         (folder / "Modelfile").write_text(modelfile(processor.tokenizer), encoding="utf-8", newline="\n")

@@ -27,6 +27,10 @@ from train_llava.run_folder import find_file
 FILE = "README.md"
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"]
 INTRO = "A LLaVA, which answers questions about pictures. `AutoModelForImageTextToText` and `AutoProcessor` open it."
+PICTURES = """
+
+Give it pictures that are upright, RGB with 8 bits, and on white where they were transparent: `pipeline`, llama.cpp and
+others read other files otherwise than its training did. `python -m train_llava.prepare_picture` makes such files."""
 ADAPTER = " It is a LoRA adapter: `PeftModel.from_pretrained` puts it on its base model."
 LICENCE = """## Licence
 
@@ -235,7 +239,7 @@ def write_card(
     listed = [
         f"## {title}\n\n" + "\n".join(f"- `{name}`" for name in names) for title, names in lists.items() if names
     ]
-    body = "\n\n".join([f"# {name}", INTRO + ADAPTER * bool(adapter_of), *listed, *sections, LICENCE])
+    body = "\n\n".join([f"# {name}", INTRO + ADAPTER * bool(adapter_of) + PICTURES, *listed, *sections, LICENCE])
     ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}").save(folder / FILE)
 
 

@@ -1,0 +1,76 @@
+"""Writes pictures as a model was trained to see them, for programs that read the same files otherwise.
+
+    python -m train_llava.prepare_picture --model_name_or_path output/run --image cat.jpg a.png --output_dir prepared
+
+Training turns a picture as its EXIF says, puts transparency on white and scales 16 bits to 8 (see `upright_rgb`);
+`pipeline`, llama.cpp and others do some of this, or none. Each picture becomes a PNG that leaves nothing of it to do.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from train_llava.cli import parse_arguments, parse_first, run_command, written_whole
+
+
+@dataclass
+class PictureArguments:
+    model_name_or_path: str = field(metadata={"help": "The LLaVA that will be asked, a folder or a hub id."})
+    image: list[str] = field(metadata={"help": "One or more pictures."})
+    output_dir: str = field(metadata={"help": "The folder to write; it must not exist yet."})
+
+
+if __name__ == "__main__":
+    parse_first(PictureArguments)  # before the imports that take seconds
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+from transformers import BaseImageProcessor
+
+from train_llava.model import load_processor
+from train_llava.pictures import is_anyres, open_image, prepare_pictures
+
+
+def levels(image_processor: BaseImageProcessor, image: Image.Image) -> np.ndarray:
+    """What the image processor makes of an RGB picture, before it is normalised: `(H, W, 3)`, levels from 0 to 255."""
+    pixels = prepare_pictures(image_processor, [image])["pixel_values"][0].permute(1, 2, 0).numpy()
+    return (pixels * image_processor.image_std + image_processor.image_mean) / image_processor.rescale_factor
+
+
+def as_seen(image_processor: BaseImageProcessor, image: Image.Image) -> Image.Image:
+    """An RGB picture cropped, padded and resized as the image processor does it, where that leaves it as it is then.
+
+    Otherwise (tiles, or a resizing that would crop once more) the picture itself.
+    """
+    if is_anyres(image_processor) or not image_processor.do_normalize:
+        return image
+    seen = levels(image_processor, image)
+    square = Image.fromarray(seen.round().clip(0, 255).astype(np.uint8))
+    return square if np.abs(levels(image_processor, square) - seen).max() < 0.5 else image
+
+
+def prepare_picture(model_name_or_path: str, image: list[str], output_dir: str) -> None:
+    """Writes `NAME.png` to a new folder for each picture `NAME.*`.
+
+    Raises:
+        OSError, ValueError: there is no such model, a picture cannot be read, or two have one name; nothing is
+            left behind.
+    """
+    names = [f"{Path(path).stem}.png" for path in image]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two pictures would become {name}: give them to two commands")
+    with written_whole(output_dir) as folder:
+        _, processor = load_processor(model_name_or_path)
+        for path, name in zip(tqdm(image, "pictures"), names, strict=True):
+            as_seen(processor.image_processor, open_image(Path(path))).save(folder / name)
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(PictureArguments)
+    prepare_picture(**vars(arguments))
+    print(f"written to {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    run_command(main)
