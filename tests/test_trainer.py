@@ -22,7 +22,14 @@ from train_llava import checks, pace
 from train_llava.build_model import build_model
 from train_llava.data import LlavaCollator, LlavaDataset
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
-from train_llava.run_folder import UNFINISHED, check_resumable, finished_checkpoint, is_finished, starting_point
+from train_llava.run_folder import (
+    UNFINISHED,
+    check_resumable,
+    finished_checkpoint,
+    is_finished,
+    rotate_checkpoints,
+    starting_point,
+)
 from train_llava.stopping import StopOnSignal
 from train_llava.train import TrainArguments
 from train_llava.trainer import LlavaTrainer
@@ -55,6 +62,30 @@ def test_only_a_finished_checkpoint_of_as_many_ranks_is_resumed_from(tmp_path):
         check_resumable(tmp_path / "checkpoint-12", 2)
     write_checkpoint(tmp_path / "checkpoint-13.bak")
     assert finished_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-12")
+
+
+def test_only_checkpoints_of_the_run_itself_are_removed(tmp_path):
+    for step in (2, 4, 6, 8, 10):
+        write_checkpoint(tmp_path / f"checkpoint-{step}")
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    for name in ("checkpoint-best", "checkpoint-2-good", "checkpoint-3", "checkpoint-007", "checkpoint-0x2"):
+        shutil.copytree(tmp_path / "checkpoint-2", tmp_path / name)
+    (tmp_path / "checkpoint-1").symlink_to(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-5").mkdir()
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("torn")
+    theirs = {path.name for path in tmp_path.iterdir()} - {f"checkpoint-{step}" for step in (2, 4, 6, 8, 10)}
+
+    def left(limit: int | None, best: int | None) -> list[int]:
+        rotate_checkpoints(tmp_path, limit, best and f"/elsewhere/checkpoint-{best}")
+        assert theirs <= {path.name for path in tmp_path.iterdir()}
+        return [step for step in (2, 4, 6, 8, 10) if (tmp_path / f"checkpoint-{step}").exists()]
+
+    assert left(None, None) == [2, 4, 6, 8, 10]
+    assert left(4, 2) == [2, 6, 8, 10]
+    assert left(3, None) == [6, 8, 10]
+    assert left(1, 8) == [8, 10]
+    assert left(1, None) == [10]
 
 
 def test_no_other_model_is_written_over_and_no_branch_left_is_taken_up_again(tmp_path):
@@ -212,6 +243,45 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(llava, co
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("broken", "save", "message"),
+    [
+        ("gradient", "steps", "step 3: the gradients are not finite .*; checkpoints before it are whole"),
+        ("gradient unclipped", "steps", "step 3: the gradients are not finite"),
+        ("weight", "steps", r"checkpoint-3 could not be written \(step 3: .*linear_2.bias is not finite\)"),
+        ("weight", "no", r"^step 3: .*linear_2.bias is not finite"),
+    ],
+)
+def test_nothing_is_saved_that_is_not_finite(llava, corpus, tmp_path, monkeypatch, broken, save, message):
+    training_step, run = LlavaTrainer.training_step, tmp_path / "run"
+
+    def break_one_number(self, model, *args):
+        loss = training_step(self, model, *args)
+        bias = model.model.multi_modal_projector.linear_2.bias
+        if self.state.global_step == 2:
+            (bias.data if broken == "weight" else bias.grad)[1] = torch.inf
+        return loss
+
+    monkeypatch.setattr(LlavaTrainer, "training_step", break_one_number)
+    arguments = [*FAST, "--train_type", "projector", "--max_steps", "3", "--preflight", "false", "--save_steps", "1"]
+    arguments += ["--save_strategy", save, "--max_grad_norm", "0" if broken == "gradient unclipped" else "1"]
+    with pytest.raises(ValueError, match=message):
+        run_train(monkeypatch, llava, corpus, run, *arguments)
+    assert not list(run.glob("*.safetensors"))
+    if save == "no":
+        return
+    last = run / "checkpoint-2"
+    assert finished_checkpoint(str(run)) == str(last)
+    monkeypatch.undo()
+    weights = load_file(last / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    name = next(name for name in weights if name.endswith("linear_1.weight"))
+    weights[name][0, 0] = torch.nan
+    save_file(weights, last / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{last} is nothing to go on from; take an earlier one: .*linear_1.weight"):
+        run_train(monkeypatch, llava, corpus, run, *arguments, "--resume_from_checkpoint", "true")
 
 
 def test_a_full_disk_costs_no_checkpoint_before_it(llava, corpus, tmp_path, monkeypatch):

@@ -74,6 +74,24 @@ def number_of(checkpoint: Path) -> int | None:
     return int(found[1]) if found else None
 
 
+def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> None:
+    """Removes the oldest checkpoints that a run wrote into its folder until `limit` are left; None: all stay.
+
+    The last one stays, and the best. Links and copies that people put there are not the run's: a copy under another
+    number names the step of its original.
+    """
+    own = {}
+    for checkpoint in folder.glob("checkpoint-*"):
+        number = number_of(checkpoint)
+        if checkpoint.name == f"checkpoint-{number}" and not checkpoint.is_symlink() and is_finished(checkpoint):
+            with suppress(ValueError):  # a file that somebody has broken
+                if json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == number:
+                    own[number] = checkpoint
+    for number in sorted(own)[:-1]:
+        if limit is not None and len(own) > limit and (best is None or number != number_of(Path(best))):
+            shutil.rmtree(own.pop(number), ignore_errors=True)
+
+
 def starting_point(args: TrainingArguments) -> str | None:
     """The checkpoint that a run goes on from: the last finished one, or what is named; None: it starts anew.
 

@@ -11,10 +11,11 @@ What differs from `Trainer`:
   in memory, and `Trainer`, which looks for the latter, would find none and resume from the model as it is
 - a checkpoint that was being written when the run died is never resumed from, and never costs an older one
 - SIGTERM ends the run at the next step, with a checkpoint
-- a loss that is not finite stops the run, and says at which records
+- a loss that is not finite stops the run, and says at which records; so do gradients and weights, before any save
 - the model card, which `Trainer` writes before it pushes to the hub, is this repo's own
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerState
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 from train_llava.answers import score_answers
 from train_llava.chat import IGNORE
@@ -35,7 +36,7 @@ from train_llava.lengths import GroupedByLength, estimate_lengths, order_seed
 from train_llava.memory import precision
 from train_llava.model import load_checkpoint, part_of
 from train_llava.pace import Pace
-from train_llava.run_folder import check_base, read_back, save_base_fingerprint, unfinished
+from train_llava.run_folder import check_base, read_back, rotate_checkpoints, save_base_fingerprint, unfinished
 from train_llava.stopping import StopOnSignal, outlive_sigterm
 
 
@@ -47,6 +48,18 @@ def with_ids(items: list[dict[str, Any]], collator: LlavaCollator) -> dict[str, 
     extra = {"ids": [item["id"] for item in items], "answer_tokens": torch.tensor(counts)}
     extra["size"] = (sum(len(item["labels"]) for item in items), sum(len(item["images"]) for item in items))
     return collator(items) | extra | {"stand_in": torch.tensor([item.get("stand_in", False) for item in items])}
+
+
+def check_finite(model: nn.Module, where: str) -> None:
+    """Makes sure that what trains is finite.
+
+    Raises:
+        ValueError: a tensor is not; the message begins with `where` and names it.
+    """
+    for name, parameter in model.named_parameters():
+        # where ZeRO-3 has shared a parameter out, a rank holds a piece of it
+        if parameter.requires_grad and not getattr(parameter, "ds_tensor", parameter).isfinite().all():
+            raise ValueError(f"{where}: {name} is not finite")
 
 
 class LlavaTrainer(Trainer):
@@ -110,6 +123,14 @@ class LlavaTrainer(Trainer):
             raise ValueError(f"step {step}: the loss is {loss.item()} at the records {', '.join(map(repr, ids))}")
         return outcome
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradients' norm, which DeepSpeed gives as -1 where it is NaN. In fp16 a step that overflows is left out."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not self.args.fp16 and not 0 <= norm < math.inf:
+            what = f"step {self.state.global_step + 1}: the gradients are not finite (norm {float(norm)})"
+            raise ValueError(f"{what}; checkpoints before it are whole, and a lower --learning_rate may help")
+        return norm
+
     def get_batch_samples(self, *args: Any) -> Any:
         with self.pace.waiting():
             return super().get_batch_samples(*args)
@@ -146,6 +167,12 @@ class LlavaTrainer(Trainer):
             saved, _ = load_checkpoint(resume_from_checkpoint, torch.float32)  # whatever its configuration says
             self.model.load_state_dict(saved.state_dict())
 
+    def _prepare_for_training(self, max_steps: int, loader: DataLoader, checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, loader, checkpoint)
+        if checkpoint is not None:
+            check_finite(self.model, f"{checkpoint} is nothing to go on from; take an earlier one")
+        return prepared
+
     def _load_best_model(self) -> None:
         if isinstance(self.model, PeftModel) or self.is_deepspeed_enabled:
             super()._load_best_model()
@@ -153,6 +180,7 @@ class LlavaTrainer(Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        check_finite(self.model, f"step {self.state.global_step}")
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save and isinstance(self.model, PeftModel):  # before a push takes the folder
             save_base_fingerprint(self.model, folder)
@@ -175,4 +203,4 @@ class LlavaTrainer(Trainer):
         with unfinished(folder, self.accelerator), self.pace.pausing():
             super()._save_checkpoint(model, trial)
         if self.args.should_save:  # only now may an older one go
-            rotate_checkpoints(str(folder.parent), self.limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(folder.parent, self.limit, self.state.best_model_checkpoint)
