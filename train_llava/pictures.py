@@ -2,7 +2,6 @@
 
 import base64
 import io
-import mimetypes
 import os
 import re
 import reprlib
@@ -223,10 +222,10 @@ def is_archive(image_dir: Path | None) -> bool:
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file is a picture by its name's ending, as Python's types of files and Pillow know it."""
+    """Whether a file is a picture by its name's ending: one of Pillow's formats of pictures, or HEIC."""
     ending = os.path.splitext(name)[1].lower()
-    kind = mimetypes.guess_type(f"x{ending}", strict=False)[0]
-    return kind.startswith("image/") if kind else ending in Image.registered_extensions()
+    kind = Image.MIME.get(Image.registered_extensions().get(ending), "")
+    return kind.startswith("image/") or ending in (".heic", ".heif", ".hif")
 
 
 def plain(name: str) -> str:

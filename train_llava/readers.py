@@ -195,7 +195,8 @@ def _sample(path: Path, archive: tarfile.TarFile, members: list[tarfile.TarInfo]
             record |= {name: value for name, value in fields.items() if value is not None}
         elif ending == "txt":
             try:
-                record["caption"] = archive.extractfile(member).read().decode("utf-8-sig")
+                text = archive.extractfile(member).read().decode("utf-8-sig")
+                record["caption"] = text.rstrip("\r\n")  # the file's own last line break
             except UnicodeDecodeError as error:
                 raise ValueError(f"{member.name} is not in UTF-8") from error
         else:

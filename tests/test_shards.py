@@ -1,0 +1,186 @@
+"""WebDataset shards and folders as people pack them: what else lies in them, links, names, hidden files, damage."""
+
+import io
+import json
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import turns
+from test_records import ANSWERS, PICTURES, QUESTION, faults, shown, tar
+
+from train_llava.data import LlavaDataset
+from train_llava.pictures import is_picture
+
+RECORD = {"conversations": turns(QUESTION, "x")}
+
+
+def colors(data_path: Path) -> dict[str, list[str] | str]:
+    """The pictures of each record by its id, or why it cannot be used."""
+    dataset, found = LlavaDataset(str(data_path)), {}
+    for i in range(len(dataset)):
+        row = dataset.tables[0][i]
+        found[row["id"]] = row["fault"] or shown(dataset[i])
+    return found
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {
+            "cls": b"3",
+            "npy": b"\x93NUMPY",
+            "url": b"https://x.org/a.png",
+            "pth": b"",
+            "mp4": b"",
+            "h5": b"",
+            "pdf": b"",
+        },
+        {"depth.npy": b"", "caption": b"a", "": b"no ending"},
+        {"exr": b"", "md5": b"0", "xml": b"<a/>", "html": b"", "csv": b"a,b", "safetensors": b""},
+    ],
+)
+def test_what_is_no_picture_by_its_ending_is_none(tmp_path, beside):
+    members = {f"0.{ending}": content for ending, content in beside.items()}
+    tar(tmp_path / "a.tar", members | {"0.json": RECORD, "0.JPEG": PICTURES[2]})
+    assert colors(tmp_path) == {"0": ["blue"]}
+    tar(tmp_path / "a.tar", members | {"0.txt": b"blue"})
+    assert "1 <image> tags for 0 pictures" in colors(tmp_path)["0"]
+
+
+def test_a_picture_is_known_by_its_ending_or_because_the_record_names_it():
+    pictures = ["a.jpg", "a.JPEG", "a/b.png", "a.webp", "a.avif", "a.heic", "a.tif", "a.bmp", "a.jp2", "a.left.png"]
+    assert [name for name in pictures if not is_picture(name)] == []
+    others = [
+        "a",
+        "png",
+        "a.png.md5",
+        "a.mp4",
+        "a.wav",
+        "a.txt",
+        "a.json",
+        "a.npz",
+        "a.mpg",
+        ".png",
+        "a.",
+        "a.svg",
+        "a.exr",
+        "a.ps",
+    ]
+    assert [name for name in others if is_picture(name)] == []
+
+
+def test_a_record_may_name_a_picture_of_any_ending(tmp_path):
+    record = RECORD | {"image": "images\\0.bin"}
+    tar(tmp_path / "a.tar", {"0.png": PICTURES[0], "0.bin": PICTURES[1], "0.json": record})
+    assert colors(tmp_path) == {"0": ["green"]}
+
+
+def test_hidden_files_are_not_data(tmp_path):
+    """As macOS writes them beside every file, into archives and folders."""
+    hidden = {
+        "._0.png": b"\0\5\x16\7",
+        "._0.json": b"\0\5\x16\7",
+        "__MACOSX/0.png": b"",
+        ".DS_Store": b"",
+        "./.x.png": b"",
+    }
+    tar(tmp_path / "a.tar", hidden | {"./0.png": PICTURES[1], "./0.json": RECORD | {"id": 0}, ".//b//1.png": b""})
+    tar(tmp_path / "._a.tar", {"9.txt": b"x"})
+    (tmp_path / ".hidden.parquet").write_bytes(b"")
+    found = colors(tmp_path)
+    assert found.pop("b/1").startswith("it has no conversations")
+    assert found == {"0": ["green"]}
+
+
+def linked(path: Path, *members: tuple[str, bytes | str, bytes]) -> None:
+    """A tar of files and links: names, contents or where they lead, and types."""
+    with tarfile.open(path, "w") as archive:
+        for name, content, kind in members:
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            if isinstance(content, str):
+                member.linkname, content = content, b""
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def test_links_in_a_shard_are_the_files_that_they_lead_to(tmp_path):
+    hard, soft, file = tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.REGTYPE
+    record = json.dumps(RECORD).encode()
+    linked(
+        tmp_path / "a.tar",
+        ("pool/a.png", PICTURES[0], file),
+        ("pool/record.json", record, file),
+        ("s/0.png", "pool/a.png", hard),
+        ("s/0.json", record, file),
+        ("s/1.json", "./pool/record.json", hard),
+        ("s/1.png", "../pool/b.png", soft),  # which comes behind it
+        ("s/2.json", record, file),
+        ("s/2.png", "1.png", soft),
+        ("s/3.json", record, file),
+        ("s/3.png", "../../etc/passwd", soft),
+        ("s/4.json", record, file),
+        ("s/4.png", "4.png", soft),
+        ("s/5.png", "s", hard),
+        ("s/5.json", record, file),
+        ("pool/b.png", PICTURES[1], file),
+        ("s", "", tarfile.DIRTYPE),
+    )
+    found = colors(tmp_path)
+    assert [found[f"s/{i}"] for i in range(3)] == [["red"], ["green"], ["green"]]
+    assert [found[f"s/{i}"] for i in (3, 4, 5)] == ["1 <image> tags for 0 pictures"] * 3
+
+
+def test_a_shard_as_gnu_tar_and_pax_write_it(tmp_path):
+    """Names longer than a header, and a file whose zeros are left out."""
+    name = "ä" * 120
+    folder = tmp_path / ("long" * 40)
+    folder.mkdir()
+    (folder / f"{name}.png").write_bytes(PICTURES[0])
+    (folder / f"{name}.json").write_text(json.dumps(RECORD))
+    with open(folder / "sparse.bmp", "wb") as file:
+        file.write(bmp_of_zeros())
+        file.truncate(1 << 20)
+    (folder / "sparse.json").write_text(json.dumps(RECORD))
+    for form in ("gnu", "pax", "posix"):
+        shard = tmp_path / f"{form}.tar"
+        subprocess.run(
+            ["tar", "-C", str(tmp_path), "-S", f"--format={form}", "--sort=name", "-cf", str(shard), folder.name],
+            check=True,
+        )
+        dataset = LlavaDataset(str(shard))
+        assert len(dataset) == 2
+        items = {dataset[i]["id"]: dataset[i] for i in range(2)}
+        assert shown(items[f"{folder.name}/{name}"]) == ["red"]
+        assert items[f"{folder.name}/sparse"]["images"][0].getpixel((3, 3)) == (0, 0, 0)
+
+
+def bmp_of_zeros() -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (600, 500)).save(file, "BMP")
+    return file.getvalue().rstrip(b"\0")
+
+
+@pytest.mark.parametrize("damage", ["empty", "a byte", "cut in its first header", "cut in its end"])
+def test_a_shard_that_is_cut_at_an_end(tmp_path, damage):
+    tar(tmp_path / "a.tar", {"0.png": PICTURES[0], "0.json": RECORD})
+    content = (tmp_path / "a.tar").read_bytes()
+    cut = {"empty": 0, "a byte": 1, "cut in its first header": 300, "cut in its end": 4 * 512 + 100}[damage]
+    (tmp_path / "a.tar").write_bytes(content[:cut])
+    if cut > 512:
+        assert faults(tmp_path)["0"] is None
+    else:
+        with pytest.raises(ValueError, match=r"is not an uncompressed tar archive|holds no records"):
+            faults(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["blue", "blue\n", "\ufeffblue\r\n"])
+def test_a_caption_is_its_file_without_the_last_line_break(tmp_path, text):
+    tar(tmp_path / "a.tar", {"0.png": PICTURES[2], "0.txt": text.encode()})
+    (item,) = LlavaDataset(str(tmp_path))
+    assert item["messages"][1]["content"] == [{"type": "text", "text": "blue"}]
+    assert (shown(item), ANSWERS[2]) == (["blue"], "blue")
