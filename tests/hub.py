@@ -27,7 +27,7 @@ GATED = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to this reposit
 KINDS = {"models": "", "datasets": "datasets/"}
 
 
-class Answer(Exception):
+class Answer(Exception):  # noqa: N818 - no error
     """What a request is answered with: a status, a body, headers."""
 
 
@@ -125,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
         sent = 0 if self.command == "HEAD" else self.wfile.write(content)
         self.hub.log.append((self.command, self.path, status, sent))
 
-    do_GET = do_HEAD = do_POST = do_PUT = answer
+    do_GET = do_HEAD = do_POST = do_PUT = answer  # noqa: N815
 
     def route(self, body: bytes) -> None:
         """Raises the `Answer` to this request."""

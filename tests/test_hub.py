@@ -4,9 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZIP_STORED
 
 import pytest
+from conftest import turns
+from datasets import Dataset
 from hub import Hub
+from test_records import ANSWERS, COLORS, FORMATS, PICTURES, QUESTION, shards, zipped
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,3 +84,157 @@ def test_the_hubs_own_client(hub, tmp_path):
     assert seen["left"] == ["README.md", "sub/model.safetensors"]
     assert (seen["missing"], seen["gated"]) == ("RepositoryNotFoundError", "GatedRepoError")
     assert seen["no file"] == "RemoteEntryNotFoundError"
+
+
+OPEN = """
+import json, shutil, sys
+from itertools import islice
+from pathlib import Path
+import datasets
+from huggingface_hub import constants
+from transformers import AutoProcessor
+from train_llava.chat import Chat
+from train_llava.data import LlavaDataset
+from train_llava.records import text_of
+from train_llava.stream import stream_items
+
+def shown(item):
+    return [text_of(item["messages"][-1]), [image.getpixel((3, 3)) for image in item["images"]]]
+
+def listed(name):
+    dataset = LlavaDataset(name)
+    return [shown(dataset[i]) for i in range(len(dataset))]
+
+def streamed(name):
+    stream = stream_items(name, None, None, chat, Path("bad.jsonl"), max_bad_fraction=0)
+    return sorted(shown(item) for item in islice(stream, 3))
+
+def refused(name):
+    try:
+        return listed(name)
+    except (OSError, ValueError) as error:
+        return str(error)
+
+ids, wrong, fetched = json.loads(sys.argv[1])
+chat = Chat(AutoProcessor.from_pretrained(sys.argv[2]))
+seen = {"streamed": [streamed(name) for name in ids]}
+files = Path(constants.HF_HUB_CACHE).rglob("snapshots/*/**/*")
+seen["fetched"] = sorted({path.suffix for path in files if path.is_file()})
+seen["listed"] = [listed(name) for name in ids]
+seen["refused"] = [refused(name) for name in wrong]
+constants.HF_HUB_OFFLINE = True
+seen["again"] = [listed(name) for name in fetched]
+tables = Path(datasets.config.HF_DATASETS_CACHE) / "train_llava"
+for table in tables.iterdir():
+    if table.is_dir():
+        shutil.rmtree(table)
+seen["offline"] = [refused(name) for name in fetched]
+seen["unreached"] = refused("nobody/nothing")
+print(json.dumps(seen))
+"""
+
+
+def imagefolder(root: Path, metadata: str, below: str = "") -> None:
+    """As the hub's own documentation has it; where it lies in a split's folder there is another split."""
+    rows = [{"file_name": f"{i}.png", "caption": ANSWERS[i]} for i in range(3)]
+    lines = [json.dumps(row) for row in rows]
+    if metadata.endswith("csv"):
+        lines = ["file_name,caption", *(",".join(row.values()) for row in rows)]
+    write(root / below, {metadata: "\n".join(lines).encode(), **{f"{i}.png": PICTURES[i] for i in range(3)}})
+    if below:
+        write(root / "test", {metadata: b'{"file_name": "a.png", "caption": "a"}', "a.png": PICTURES[0]})
+
+
+def jsonl(answers: list[str]) -> bytes:
+    rows = [{"id": i, "image": f"{i}.png", "conversations": turns(QUESTION, said)} for i, said in enumerate(answers)]
+    return "\n".join(map(json.dumps, rows)).encode()
+
+
+def configurations(root: Path) -> None:
+    """A card that names two configurations, each with two splits."""
+    head = "configs:\n"
+    for name in ("one", "two"):
+        places = [f"  - {{split: {split}, path: {name}/{split}.jsonl}}\n" for split in ("train", "test")]
+        head += f"- config_name: {name}\n  data_files:\n" + "".join(places)
+        write(root / name, {"train.jsonl": jsonl(["no"]), "test.jsonl": jsonl(["no"])})
+        write(root / name, {f"{i}.png": PICTURES[i] for i in range(3)})
+    write(root, {"README.md": f"---\n{head}---\n# Mine".encode(), "two/test.jsonl": jsonl(ANSWERS)})
+
+
+def splits_beside_pictures(root: Path) -> None:
+    pictures = {f"images/{i}.png": PICTURES[i] for i in range(3)}
+    write(root, {"train.jsonl": jsonl(ANSWERS), "test.jsonl": jsonl(["no"]), **pictures})
+
+
+def pretrain(root: Path) -> None:
+    """As LLaVA's 558K lies there: a list, what is known of its pictures, and an archive of them."""
+    zipped(root, ZIP_STORED)
+    (root / "chat.json").rename(root / "blip_laion_cc_sbu_558k.json")
+    write(root, {"blip_laion_cc_sbu_558k_meta.json": b'[{"id": 1, "blip_caption": "x"}]', "README.md": b"# LLaVA"})
+
+
+def names_in_a_table(root: Path, ending: str) -> None:
+    """Rows that name pictures of the repository, in Parquet or in what `datasets` alone reads."""
+    rows = {"image": [f"sub/{i}.png" for i in range(3)], "caption": ANSWERS}
+    write(root, {f"sub/{i}.png": PICTURES[i] for i in range(3)})
+    head = f"---\nconfigs:\n- config_name: default\n  data_files: train.{ending}\n---\n"
+    write(root, {"README.md": head.encode()})
+    table = Dataset.from_dict(rows)
+    (table.to_csv if ending == "csv" else table.to_parquet)(root / f"train.{ending}")
+
+
+def shards_in_a_folder(root: Path) -> None:
+    (root / "data").mkdir(parents=True)
+    shards(root / "data")
+
+
+BY_ID = ("LLaVA, beside", "LLaVA, stored zip", "captions in parquet")
+
+
+def test_what_opens_as_a_folder_opens_by_its_id(hub, tmp_path, llava):
+    ids = []
+
+    def published(make, name: str = "") -> None:
+        folder = hub.folder("datasets", f"a/set-{len(ids)}")
+        folder.mkdir(parents=True)
+        make(folder)
+        ids.append(f"a/set-{len(ids)}{name}")
+
+    for name in BY_ID:
+        published(FORMATS[name])
+    published(lambda root: imagefolder(root, "metadata.csv"))
+    published(lambda root: imagefolder(root, "metadata.jsonl", "train"))
+    published(lambda root: names_in_a_table(root, "csv"))
+    published(lambda root: names_in_a_table(root, "parquet"))
+    published(configurations, ":two:test")
+    published(splits_beside_pictures)
+    published(pretrain)
+    published(shards_in_a_folder)
+    write(hub.folder("datasets", "a/gated"), {"chat.json": b"[]"})
+    hub.gated.add("a/gated")
+    by_datasets, named, (two, *_), shards = ids[3:5], ids[5:7], ids[7].split(":"), ids[-1]
+    page = f"{hub.address}/datasets/a/gated"
+    wrong = {
+        "a/none": " is no folder here, and no data set that the hub gives",
+        "a/gated": f" is gated: ask for it at {page}, then run `hf auth login`",
+        f"{shards}::test": ": it has no split test, but train (owner/",
+        two: ": Config name is missing.\nPlease pick one among the available configs: ['one', 'two'] (owner/",
+        f"{two}:three": ": BuilderConfig 'three' not found. Available: ['one', 'two'] (owner/",
+    }
+    fetched = [name for name in ids if name not in named]  # pictures that a table names are read as they come
+    run = [sys.executable, "-c", OPEN, json.dumps([ids, list(wrong), fetched]), str(llava)]
+    environment = hub.environment(tmp_path / "home")
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    right = [[answer, [list(color)]] for answer, color in zip(ANSWERS, COLORS, strict=True)]
+    for way, names in (("listed", ids), ("again", fetched)):
+        assert dict(zip(names, seen[way], strict=True)) == dict.fromkeys(names, right), way
+    assert dict(zip(ids, seen["streamed"], strict=True)) == dict.fromkeys(ids, sorted(right))
+    assert set(seen["fetched"]) <= {".json", ".zip", ".md"}  # what cannot be read as it comes
+    for name, message in zip(wrong, seen["refused"], strict=True):
+        assert message.startswith(f"--data_path {name}{wrong[name]}")
+    unreached = "is no folder here, and the hub cannot be reached to ask for it"
+    assert seen["unreached"] == f"--data_path nobody/nothing {unreached}"
+    for name, found in zip(fetched, seen["offline"], strict=True):  # all but what `datasets` reads is on this disk
+        assert found == (f"--data_path {name} {unreached}" if name in by_datasets else right)

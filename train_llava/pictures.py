@@ -22,6 +22,8 @@ from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageErr
 from torch import nn
 from transformers import BaseImageProcessor
 
+from train_llava.hub import is_file, opened
+
 with suppress(ImportError):  # who has it can read HEIC
     import pillow_heif
 
@@ -216,7 +218,7 @@ def matches_processor(image_processor: BaseImageProcessor) -> bool:
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= 2.01 * level)
 
 
-def is_archive(image_dir: Path | None) -> bool:
+def is_archive(image_dir: PurePath | None) -> bool:
     """Whether pictures are read out of an unextracted archive."""
     return image_dir is not None and image_dir.suffix.lower() == ".zip"
 
@@ -339,7 +341,7 @@ def label(name: str) -> str:
     return name if len(name) <= 200 else f"{name[:40]}…"
 
 
-def read_picture(image_dir: Path, name: str) -> bytes | Path:
+def read_picture(image_dir: PurePath, name: str) -> bytes | Path:
     """A picture named in the table: a file in `image_dir`, a place in a shard or archive, or a data URI.
 
     Raises:
@@ -350,12 +352,15 @@ def read_picture(image_dir: Path, name: str) -> bytes | Path:
     if "\0" in name:
         return _read_place(name)
     path = image_dir / name
-    if not path.is_file():
+    if not is_file(path):
         names = possible_names(name, image_dir.name)
         paths = [image_dir / unicodedata.normalize(form, spelt) for spelt in names for form in ("NFC", "NFD")]
-        path = next(filter(Path.is_file, paths), path)
-        if path.is_dir():
+        path = next(filter(is_file, paths), path)
+        if isinstance(path, Path) and path.is_dir():
             raise ValueError(f"{name} is a folder")
+    if not isinstance(path, Path):
+        with opened(path) as file:
+            return file.read()
     return path
 
 

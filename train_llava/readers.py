@@ -7,8 +7,8 @@ What `--data_path` names, and what one record of it and its pictures are:
 - a `.jsonl` file: a line; files in `image_dir`
 - a `.parquet` file, or a folder of them: a row; bytes in the columns `image`, `images` or `image_bytes`
 - a `.tar` file, or a folder of them (WebDataset): the files of one key, `.json`, or `.txt` with a caption; its others
-- anything else of the form `owner/name` or `owner/name:config:split`: a row of that data set on the hub, of the
-  split `train` where none is named
+- anything else of the form `owner/name` or `owner/name:config:split`: that data set on the hub, of the split `train`
+  where none is named: what its files are, as above, or a row as `datasets` reads it (see `hub`)
 
 `image_dir` is, where it is not given, `images_dl/`, `images/` or an unextracted `images.zip` beside the records, or
 the records' own folder.
@@ -23,18 +23,17 @@ import re
 import tarfile
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-import datasets
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from train_llava.hub import BESIDE, HUB_ID, find_on_hub, opened, rows_on_hub
 from train_llava.pictures import Place, is_archive, is_picture, plain
 
 BATCH_BYTES = 64 << 20  # of rows that are held at once, as they may hold pictures
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:/]*){0,2}")
 PART_KEYS = ("image", "image_url", "url", "path")  # where a part of a message names its picture
 Record = dict[str, Any]
 
@@ -104,9 +103,9 @@ def read_json(path: Path) -> Iterator[Any]:
         yield parse_json(record, str(path)) if isinstance(record, msgspec.Raw) else record
 
 
-def read_jsonl(path: Path) -> Iterator[Any]:
+def read_jsonl(path: PurePath) -> Iterator[Any]:
     """The objects of a file with one on each line; lines end at line feeds alone."""
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
+    with opened(path, "r", encoding="utf-8-sig", newline="\n") as file:
         try:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -118,10 +117,11 @@ def read_jsonl(path: Path) -> Iterator[Any]:
             raise ValueError(f"{path} is not in UTF-8: save it anew with this encoding") from error
 
 
-def read_parquet(path: Path) -> Iterator[Record]:
+def read_parquet(path: PurePath) -> Iterator[Record]:
     """The rows of a Parquet file, a few at a time: they may hold pictures."""
     try:
-        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # or it holds all that it has read
+        source = path if isinstance(path, Path) else opened(path)
+        file = pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)  # or it holds all that it has read
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
         for batch in file.iter_batches(min(1 + BATCH_BYTES // (row_bytes + 1), 32)):
@@ -130,17 +130,17 @@ def read_parquet(path: Path) -> Iterator[Record]:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def read_tar(path: Path) -> Iterator[Record | BadRecordError]:
+def read_tar(path: PurePath) -> Iterator[Record | BadRecordError]:
     """The samples of a WebDataset shard: files that follow each other and share a name up to its first dot.
 
     A picture is named by its place in the shard, so that it can be read without unpacking. They come in the order in
     which the sample's `.json` names them, by file name or by what follows the key; otherwise in that of their numbers.
     """
     try:
-        archive = tarfile.open(path, "r:")  # noqa: SIM115 - closed below
+        archive = tarfile.open(fileobj=opened(path), mode="r:")  # noqa: SIM115 - closed below
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not an uncompressed tar archive: {error}") from error
-    with archive:
+    with archive.fileobj, archive:
         for key, members in groupby(_members(archive), lambda member: _split(member.name)[0]):
             try:
                 yield {"id": key} | _sample(path, archive, list(members))
@@ -179,8 +179,8 @@ def is_hidden(name: str) -> bool:
     return os.path.basename(name).startswith(".") or "__MACOSX" in name.split("/")
 
 
-def _sample(path: Path, archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> Record:
-    """One sample of a shard as a record, its pictures as `Place`s."""
+def _sample(path: PurePath, archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> Record:
+    """One sample of a shard as a record, its pictures as `Place`s; of a shard that stays on the hub, as bytes."""
     if members[-1].size < 0:
         raise ValueError(f"the archive is broken in {members[-1].name}, and what follows is lost")
     record: Record = {}
@@ -200,8 +200,8 @@ def _sample(path: Path, archive: tarfile.TarFile, members: list[tarfile.TarInfo]
             except UnicodeDecodeError as error:
                 raise ValueError(f"{member.name} is not in UTF-8") from error
         else:
-            place = Place(str(path.absolute()), member.name, member.offset_data, member.size)
-            if member.issparse():  # its zeros are not stored
+            place = Place(os.path.abspath(path), member.name, member.offset_data, member.size)
+            if member.issparse() or not isinstance(path, Path):  # its zeros are not stored; it stays on the hub
                 place = archive.extractfile(member).read()
             places |= dict.fromkeys((os.path.basename(member.name).lower(), ending), place)
             pictures += [place] * is_picture(member.name)
@@ -230,20 +230,17 @@ SPLITS = {"train", "val", "valid", "validation", "dev", "test"}  # as which file
 READERS = {".json": read_json, ".jsonl": read_jsonl, ".parquet": read_parquet, ".tar": read_tar}
 
 
-def raw_records(data_path: str, files: list[Path]) -> Iterator[Any]:
-    """What the files hold, or, where there are none, the data set on the hub: dicts where all is well."""
-    if files:
-        for file in files:
-            yield from READERS[file.suffix.lower()](file)
-    else:
-        name, config, split = (*data_path.split(":"), "", "")[:3]
-        hub = datasets.load_dataset(name, config or None, split=split or "train", streaming=True).decode(False)
-        for batch in hub.iter(batch_size=1):  # iterated as it is, it would give a loading worker a share of its rows
-            yield {name: value for name, (value,) in batch.items()}
+def raw_records(data_path: str, files: list[PurePath]) -> Iterator[Any]:
+    """What the files hold, or the data set on the hub that one stands for: dicts where all is well."""
+    for file in files:
+        read = READERS.get(file.suffix.lower())
+        yield from read(file) if read else rows_on_hub(data_path, file)
 
 
-def find_records(data_path: str, image_dir: str | None = None) -> tuple[list[Path], Path | None]:
-    """The files of records that `data_path` stands for, and the folder or archive of pictures; no files: a hub id.
+def find_records(
+    data_path: str, image_dir: str | None = None, streaming: bool = False
+) -> tuple[list[PurePath], PurePath | None]:
+    """The files of records that `data_path` stands for, and the folder or archive of pictures; see `find_on_hub`.
 
     Raises:
         FileNotFoundError: one of them is not there; the message says what was looked for.
@@ -255,7 +252,8 @@ def find_records(data_path: str, image_dir: str | None = None) -> tuple[list[Pat
         raise FileNotFoundError(f"--image_dir {image_dir} is no folder and no .zip file")
     if not path.exists():
         if HUB_ID.fullmatch(data_path) and path.suffix.lower() not in READERS:
-            return [], None
+            files, pictures = find_on_hub(data_path, READERS, image_dir is None, streaming)
+            return files, Path(image_dir) if image_dir else pictures
         raise FileNotFoundError(f"--data_path {data_path} does not exist")
     if path.is_dir():
         files = [path / "chat.json"] if (path / "chat.json").exists() else []
@@ -272,5 +270,5 @@ def find_records(data_path: str, image_dir: str | None = None) -> tuple[list[Pat
         files = [path]
     if files[0].suffix.lower() not in READERS:
         raise FileNotFoundError(f"--data_path {data_path} is none of {', '.join(READERS)}")
-    beside = [files[0].parent / name for name in ("images_dl", "images", "images.zip")]
+    beside = [files[0].parent / name for name in BESIDE]
     return files, Path(image_dir) if image_dir else next((p for p in beside if p.exists()), files[0].parent)

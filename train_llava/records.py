@@ -24,7 +24,7 @@ import hashlib
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from string import ascii_uppercase
 from typing import Any
 
@@ -187,7 +187,7 @@ def text_of(message: dict[str, Any]) -> str:
     return "\n".join(part.get("text", IMAGE_TOKEN) for part in message["content"])
 
 
-def load_records(data_path: str, image_dir: str | None = None) -> tuple[datasets.Dataset, Path | None]:
+def load_records(data_path: str, image_dir: str | None = None) -> tuple[datasets.Dataset, PurePath | None]:
     """The records of a data set as a table, and the folder or archive of its pictures, if it has one.
 
     The table is mapped from a file in the cache folder of `datasets`. The first opening writes it, and the first after
@@ -198,8 +198,14 @@ def load_records(data_path: str, image_dir: str | None = None) -> tuple[datasets
     """
     files, images = find_records(data_path, image_dir)
     read = [*files, images] if is_archive(images) else files
-    stamp = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in read]
-    named = str(images.absolute()) if files else data_path  # by absolute names of pictures, a table is of its folder
+    stamp = [
+        (str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns)
+        if isinstance(file, Path)
+        else (data_path, str(file))  # on the hub, of one commit
+        for file in read
+    ]
+    # by absolute names of pictures, a table is of its folder
+    named = str(images.absolute() if isinstance(images, Path) else images)
     name = hashlib.sha256(repr((LAYOUT, named, stamp)).encode()).hexdigest()[:24]
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "train_llava" / name
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +230,7 @@ def _write_table(rows: Iterable[dict[str, Any]], path: Path) -> None:
         writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
 
 
-def table_rows(data_path: str, files: list[Path], image_dir: Path | None) -> Iterator[dict[str, Any]]:
+def table_rows(data_path: str, files: list[PurePath], image_dir: PurePath | None) -> Iterator[dict[str, Any]]:
     """Every record of a data set as a row of the table."""
     members = zip_members(image_dir) if is_archive(image_dir) else None
     for number, record in enumerate(raw_records(data_path, files)):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import datasets
@@ -15,7 +15,7 @@ from train_llava.records import BadRecordError, find_records, table_rows
 from train_llava.run_folder import log_bad_sample
 
 BUFFER = 1000  # rows that are shuffled among each other
-Shard = tuple[str, list[Path], Path | None, float]  # a data path, its file, its pictures, the part of it to take
+Shard = tuple[str, list[PurePath], PurePath | None, float]  # a data path, its file, its pictures, the part to take
 
 
 def stream_items(
@@ -38,9 +38,9 @@ def stream_items(
     """
     paths, placed = [data_path] if isinstance(data_path, str) else data_path, []
     for path, weight in zip(paths, weights_of(paths, data_weights), strict=True):
-        files, pictures = find_records(path, image_dir)
+        files, pictures = find_records(path, image_dir, streaming=True)
         for part in [1.0] * int(weight) + [weight % 1] * (weight % 1 > 0):
-            shards = [(path, [file], pictures, part) for file in files] or [(path, [], None, part)]
+            shards = [(path, [file], pictures, part) for file in files]
             placed += [((i + 0.5) / len(shards), shard) for i, shard in enumerate(shards)]
     # ranks and workers get stretches of the list: each is to have its part of every source
     shards = [shard for _, shard in sorted(placed, key=lambda entry: entry[0])]
@@ -91,7 +91,9 @@ def good_items(
             raise ValueError(f"{bad} of {read} records are bad, more than --max_bad_fraction: see {log}")
 
 
-def shuffled_rows(shards: list[Shard], rng: np.random.Generator) -> Iterator[tuple[str, dict[str, Any], Path | None]]:
+def shuffled_rows(
+    shards: list[Shard], rng: np.random.Generator
+) -> Iterator[tuple[str, dict[str, Any], PurePath | None]]:
     """The rows of shards in random order, as far as a buffer reaches; each with its place, and its pictures'."""
     buffer = []
     for i in rng.permutation(len(shards)):
@@ -99,7 +101,7 @@ def shuffled_rows(shards: list[Shard], rng: np.random.Generator) -> Iterator[tup
         draws = np.random.default_rng(0)  # the same in each pass, so that it takes the same part
         for number, row in enumerate(table_rows(path, files, pictures)):
             if draws.random() < part:
-                buffer.append((f"{files[0] if files else path}:{number}", row, pictures))
+                buffer.append((f"{files[0]}:{number}", row, pictures))
             if len(buffer) == BUFFER:
                 j = rng.integers(BUFFER)
                 buffer[j], buffer[-1] = buffer[-1], buffer[j]
