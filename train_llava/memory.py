@@ -24,7 +24,7 @@ from transformers import (
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from train_llava.cli import device
-from train_llava.model import Llava, LoraArguments, count_parameters, load_config, set_trainable
+from train_llava.model import Llava, LoraArguments, count_parameters, load_config, set_trainable, tower_states
 
 TEXT, ANSWER = 64, 32  # tokens that a row is taken to have beside its picture, and how many of them are learnt
 DIVIDED = {"optimizer": 1, "gradients": 2, "weights": 3}  # from which stage of ZeRO on the ranks share it
@@ -108,7 +108,9 @@ def empty_model(
     config: LlavaConfig | LlavaNextConfig, train_type: str, lora_arguments: LoraArguments, dtype: torch.dtype
 ) -> tuple[Llava, nn.Module]:
     """A LLaVA on the meta device, and the same as `set_trainable` prepares it (with LoRA, inside a `PeftModel`)."""
-    anyres = isinstance(config, LlavaNextConfig)
+    anyres, vision = isinstance(config, LlavaNextConfig), config.vision_config
+    # what an architecture caches for the whole process must not be cached without numbers
+    tower_states(vision, vision.image_size, num_hidden_layers=1)
     with torch.device("meta"):
         llava = (LlavaNextForConditionalGeneration if anyres else LlavaForConditionalGeneration)(config).train()
         model = set_trainable(llava, train_type, lora_arguments).to(dtype)

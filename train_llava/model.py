@@ -2,6 +2,7 @@
 
 import os
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
 from train_llava.chat import Processor, image_side, image_tokens
 from train_llava.cli import device, opening
@@ -50,13 +53,37 @@ class LoraArguments:
     use_rslora: bool = field(default=False, metadata={"help": "rsLoRA: lora_alpha / sqrt(lora_r) times instead."})
 
 
-def tower_states(config: LlavaConfig | LlavaNextConfig, side: int) -> tuple[PreTrainedModel, tuple[torch.Tensor, ...]]:
-    """A vision tower on the meta device, which has shapes and no weights, and its hidden states `(1, tokens, width)`
-    for a picture of so many pixels a side. It takes a fraction of a second."""
-    with torch.device("meta"):
+def tower_states(
+    config: PreTrainedConfig, side: int, **settings: int
+) -> tuple[PreTrainedModel, tuple[torch.Tensor, ...]]:
+    """A vision tower whose weights nobody has set, and its hidden states `(1, tokens, width)` for a picture of so many
+    pixels a side. `settings` replace those of its configuration, to make it small.
+
+    It runs on the processor: what an architecture caches for the whole process is then what it would cache anyway.
+    """
+    config = deepcopy(config)
+    for name, value in (settings | {"_attn_implementation": "eager"}).items():
+        setattr(config, name, value)
+    with torch.device("cpu"), no_init_weights():  # memory that nobody writes to takes none
         # not by `from_config`, which under ZeRO-3 shares the weights out
-        tower = AutoModel._model_mapping[type(config.vision_config)](config.vision_config)
-        return tower, tower(torch.empty(1, 3, side, side), output_hidden_states=True).hidden_states
+        tower = AutoModel._model_mapping[type(config)](config).eval()
+        return tower, tower(torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states
+
+
+def unread_parameters(config: PreTrainedConfig, layers: int | list[int]) -> set[str]:
+    """The names of a vision tower's parameters that none of these hidden states depends on.
+
+    A small picture finds them: the graph of its hidden states does not lead to them.
+    """
+    side = 4 * config.patch_size
+    tower, states = tower_states(config, side, image_size=side)
+    left, passed = [states[i].grad_fn for i in ([layers] if isinstance(layers, int) else layers)], {None}
+    while left:
+        if (node := left.pop()) not in passed:
+            passed.add(node)
+            left += [before for before, _ in node.next_functions]
+    read = {id(node.variable) for node in passed if hasattr(node, "variable")}
+    return {name for name, parameter in tower.named_parameters() if id(parameter) not in read}
 
 
 def load_config(model_name_or_path: str) -> LlavaConfig | LlavaNextConfig:
@@ -96,7 +123,7 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig | LlavaNextConf
     written = None if processor.patch_size is None else image_tokens(processor, side, (side, side))
     processor.patch_size = config.vision_config.patch_size
     processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-    features = tower_states(config, side)[1][0].shape[1]
+    features = tower_states(config.vision_config, side, num_hidden_layers=1)[1][0].shape[1]
     processor.num_additional_image_tokens = features - (side // processor.patch_size) ** 2
     if written != image_tokens(processor, side, (side, side)):
         derived.append("the number of tokens a picture has")
@@ -192,13 +219,9 @@ def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConf
 def skip_unread_layers(model: Llava) -> set[str]:
     """Skips the vision tower's layers whose output the projector never uses. They are kept, and saved.
 
-    A backward pass on the meta device finds them: they get no gradient. Returns the names of the tower's parameters
-    that get none.
+    Returns the names of the tower's parameters that get no gradient.
     """
-    layers = model.config.vision_feature_layer
-    tower, states = tower_states(model.config, model.config.vision_config.image_size)
-    sum(states[layer].sum() for layer in ([layers] if isinstance(layers, int) else layers)).backward()
-    unread = {name for name, parameter in tower.named_parameters() if parameter.grad is None}
+    unread = unread_parameters(model.config.vision_config, model.config.vision_feature_layer)
     for name, modules in model.model.vision_tower.named_modules():
         if isinstance(modules, nn.ModuleList):
             for i, layer in enumerate(modules):

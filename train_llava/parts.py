@@ -21,14 +21,13 @@ from transformers import (
     BaseImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
-    LlavaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from train_llava.cli import opening
-from train_llava.model import tower_states
+from train_llava.model import unread_parameters
 from train_llava.records import IMAGE_TOKEN
 from train_llava.template import complete_template, end_of_turn_tokens
 
@@ -143,9 +142,7 @@ def fill_unread(tower: PreTrainedModel, lacking: set[str], name: str) -> None:
         ValueError: a hidden state depends on one.
     """
     with running_as_one():
-        copy, states = tower_states(LlavaConfig(vision_config=tower.config), tower.config.image_size)
-        states[-1].sum().backward()
-    unread = {weight for weight, parameter in copy.named_parameters() if parameter.grad is None}
+        unread = unread_parameters(tower.config, -1)
     if broken := sorted(lacking - unread):
         raise ValueError(f"{name} lacks weights of its vision tower, {broken[0]} for one")
     for weight in lacking:
@@ -161,11 +158,13 @@ def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
     model, missing = load_part(AutoModelForCausalLM, name_or_path, dtype)
     if missing:
         raise ValueError(f"{name_or_path} lacks weights of the language model, {min(missing)} for one")
-    if model.get_decoder() is model.base_model:
+    config = model.config.get_text_config(decoder=True)
+    if config is model.config:
         return model
     with torch.device("meta"):
-        half = AutoModelForCausalLM.from_config(model.config.get_text_config(decoder=True))
-    setattr(half, half.base_model_prefix, model.get_decoder())
+        half = AutoModelForCausalLM.from_config(config)
+    place = next(name for name, module in half.named_modules() if module is decoder_of(half, name_or_path))
+    setattr(half, place, decoder_of(model, name_or_path))
     half.set_output_embeddings(model.get_output_embeddings())
     half.generation_config = model.generation_config
     return half.eval()
