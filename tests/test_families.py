@@ -1,6 +1,7 @@
 """Language models of every family and towers of every kind come out right: numbers, tokens, templates."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,18 +9,26 @@ import pytest
 import torch
 from conftest import CHATML, NARROW, make_tokenizer
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GenerationConfig,
+    GPTJConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    NanoChatConfig,
+    OPTConfig,
     Phi3Config,
     PhiConfig,
     Qwen2Config,
@@ -30,12 +39,15 @@ from transformers import (
 )
 
 from train_llava.build_model import build_model
+from train_llava.checks import cached_difference, longest_difference
 from train_llava.data import LlavaCollator
 from train_llava.infer import generate
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.records import to_messages
 
 LM = NARROW | {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256}
+LLAMA4 = {"intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_layers": [1],
+          "attention_chunk_size": 64, "pad_token_id": 0}  # fmt: skip
 QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 # The formats of the families, as their published templates write them
@@ -210,24 +222,90 @@ def test_a_process_without_this_package_gives_the_same_answers(built, name, tmp_
     assert [answer.strip() for answer in json.loads(done.stdout)] == ours * 3
 
 
+HEADS = {name: value for name, value in LM.items() if name != "head_dim"}
+OPT = {"hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "word_embed_proj_dim": 32}
+SCALE = "the logits of a {} are not those of its output layer alone"
+
+
+# of each, what it does to a text is smaller than the noise of logits in half precision
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (Gemma2Config(**LM, final_logit_softcapping=0.01), "text-only logits differ"),
-        (PhiConfig(**{k: v for k, v in LM.items() if k != "head_dim"}), "text-only logits differ"),
+        (Gemma2Config(**LM), SCALE.format("gemma2")),  # no logit comes near its cap of 30
+        (GraniteConfig(**HEADS, logits_scaling=1.01), SCALE.format("granite")),
+        (CohereConfig(**HEADS, logit_scale=0.999), SCALE.format("cohere")),
+        (PhiConfig(**HEADS), "a LLaVA has no place for lm_head.bias of this language model, a phi"),  # it is zero
+        (GPTJConfig(n_embd=32, n_head=2, n_layer=1, rotary_dim=8), "a LLaVA has no place for lm_head.bias"),
+        (NanoChatConfig(**LM), SCALE.format("nanochat")),
+        (OPTConfig(**OPT), "the output layer of a opt is its embedding, and a LLaVA shares only one"),
     ],
+    ids=lambda value: getattr(value, "model_type", None),
 )
-def test_what_a_llava_cannot_hold_is_refused(parts, tmp_path, config, reason):
-    tokenizer = make_tokenizer(tmp_path / "lm", QWEN, CHATML, "<|im_end|>", "<|endoftext|>")
-    config.vocab_size, config.pad_token_id, config.bos_token_id = 320, 0, None
-    config.eos_token_id = tokenizer.eos_token_id
-    model = AutoModelForCausalLM.from_config(config)
-    if model.lm_head.bias is not None:
-        torch.nn.init.normal_(model.lm_head.bias)
-    model.save_pretrained(tmp_path / "lm")
+def test_what_a_llava_cannot_hold_is_refused(parts, tmp_path, config, reason, dtype):
+    save_family(tmp_path / "lm", config, QWEN, CHATML, "<|im_end|>", "<|endoftext|>")
     with pytest.raises(ValueError, match=reason):
-        build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "out" / "model"))
+        build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "out" / "model"), dtype=dtype)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# what holds the decoder, and where, differs from class to class
+@pytest.mark.parametrize(
+    ("config", "decoder"),
+    [
+        (Llama4TextConfig(**LM, **LLAMA4), "layers.0.self_attn.q_proj.weight"),
+        (Llama4TextConfig(**LM, **LLAMA4, tie_word_embeddings=True), "layers.0.self_attn.q_proj.weight"),
+        (OPTConfig(**OPT, tie_word_embeddings=False), "decoder.layers.0.self_attn.q_proj.weight"),
+        (GPTNeoXConfig(**HEADS, rotary_pct=0.5), "layers.0.attention.query_key_value.weight"),
+    ],
+    ids=["llama4", "llama4 tied", "opt", "gpt_neox"],
+)
+def test_the_module_that_forward_calls_is_the_decoder(parts, tmp_path, config, decoder):
+    save_family(tmp_path / "lm", config, QWEN, CHATML, "<|im_end|>", "<|endoftext|>")
+    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "lm").state_dict()
+    saved = load_file(tmp_path / "llava" / "model.safetensors")
+    name = f"language_model.model.{decoder}"
+    assert torch.equal(saved[name], next(tensor for key, tensor in alone.items() if key.endswith(decoder)))
+    assert ("language_model.lm_head.weight" in saved) == (not config.tie_word_embeddings)
+
+
+def test_the_picture_token_never_gets_the_id_of_a_word(parts, tmp_path):
+    """In a vocabulary with a hole the number of tokens is the id of one."""
+    shutil.copytree(parts["qwen2"], tmp_path / "lm")
+    file = tmp_path / "lm" / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    vocabulary = settings["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] += 1
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="have a hole, and <image> would get 300, which is"):
+        build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+
+
+ROTATIONS = {
+    "longrope": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+                 "original_max_position_embeddings": 192},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rope", "length"), [("longrope", 192), ("dynamic", 256), ("yarn", 256)])
+def test_a_context_ends_where_a_rotation_changes_for_all_tokens(parts, tmp_path, monkeypatch, rope, length):
+    config = LlamaConfig(**LM, rope_parameters=ROTATIONS[rope] | {"rope_theta": 1e4})
+    save_family(tmp_path / "lm", config, QWEN, CHATML, "<|im_end|>", "<|endoftext|>")
+    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+    model, processor = load_checkpoint(str(tmp_path / "llava"))
+    assert processor.tokenizer.model_max_length == length
+    ids = torch.randint(3, 300, (1, 16), generator=torch.Generator().manual_seed(0))
+    for check in (cached_difference, longest_difference):
+        assert check(model, ids, length) <= 1e-5
+    changes = max(check(model, ids, 4 * length) for check in (cached_difference, longest_difference))
+    assert (changes > 1e-4) == (rope != "yarn")
+    if rope != "yarn":  # a context that would go on is refused
+        monkeypatch.setattr("train_llava.model.context_length", lambda _: 4 * length)
+        with pytest.raises(ValueError, match=f"{4 * length:,} tokens,? its logits differ from those alone"):
+            build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "again"))
 
 
 def make_tower(folder, kind: str, size: int, patch: int) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from transformers import (
     AltCLIPModel,
     AutoModelForImageTextToText,
     AutoProcessor,
+    BeitConfig,
+    BeitModel,
     BitImageProcessorPil,
     BlipConfig,
     BlipModel,
@@ -38,6 +41,9 @@ from transformers import (
     Dinov2WithRegistersModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    Gemma4ImageProcessorPil,
+    Gemma4VisionConfig,
+    Gemma4VisionModel,
     GemmaConfig,
     GroupViTConfig,
     GroupViTModel,
@@ -45,10 +51,18 @@ from transformers import (
     IdeficsModel,
     InternVLVisionConfig,
     InternVLVisionModel,
+    LlavaConfig,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
     MetaClip2Config,
     MetaClip2Model,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
+    PixtralImageProcessorPil,
+    PixtralVisionConfig,
+    PixtralVisionModel,
+    Qwen2Config,
     Siglip2Config,
     Siglip2ImageProcessorPil,
     Siglip2Model,
@@ -56,6 +70,8 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipModel,
     SiglipVisionConfig,
+    SmolVLMVisionConfig,
+    SmolVLMVisionTransformer,
     SwinConfig,
     SwinModel,
     ViTConfig,
@@ -63,13 +79,16 @@ from transformers import (
     ViTImageProcessorPil,
     ViTModel,
 )
+from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
 from train_llava.adapter import load_model
 from train_llava.build_model import build_model
+from train_llava.checks import check_apart
 from train_llava.data import LlavaCollator
 from train_llava.infer import generate
+from train_llava.memory import empty_model, token_operations
 from train_llava.merge_lora import merge_lora
-from train_llava.model import LoraArguments, load_checkpoint, set_trainable
+from train_llava.model import LoraArguments, load_checkpoint, set_trainable, unread_parameters
 
 VISION = NARROW | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 7}
 TEXT = NARROW | {"num_hidden_layers": 1, "vocab_size": 64, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
@@ -105,6 +124,8 @@ TOWERS = {
     "MetaCLIP 2": (MetaClip2Model, MetaClip2Config(**TWO), CROP, 1),
     "AltCLIP": (AltCLIPModel, AltCLIPConfig(**TWO), CROP, 1),
     "PaliGemma's": (PaliGemmaForConditionalGeneration, PALIGEMMA, SQUARE, 0),
+    "BEiT": (BeitModel, BeitConfig(**VISION, use_relative_position_bias=True), VIT, 1),
+    "SmolVLM's": (SmolVLMVisionTransformer, SmolVLMVisionConfig(**VISION), SQUARE, 0),
 }  # fmt: skip
 
 
@@ -261,6 +282,33 @@ def test_a_pooler_that_is_lacking_is_zero_and_all_else_is_there(built):
     }
 
 
+RELATIVE = BeitConfig(**VISION | {"image_size": 42}, use_relative_position_bias=True)  # a size that no other test has
+
+
+def test_what_is_computed_from_shapes_alone_leaves_the_caches_of_transformers_right():
+    """Relative positions are kept by size for the whole process, and so on the device of the first who needs them."""
+    text = Qwen2Config(**TEXT, num_key_value_heads=1)
+    config = LlavaConfig(vision_config=RELATIVE, text_config=text, vision_feature_layer=-2)
+    unread = unread_parameters(config.vision_config, -2)
+    empty_model(config, "full", LoraArguments(), torch.float32)
+    args = SimpleNamespace(train_type="full", activation_checkpointing=False, deepspeed=None)
+    token_operations(config, LoraArguments(), args)
+    kept = BeitRelativePositionBias.generate_relative_position_index
+    assert torch.equal(kept((6, 6)), kept.__wrapped__((6, 6)))
+    assert {name.split(".")[1] for name in unread if name.startswith("layers.")} == {"2"}
+
+
+def test_what_was_measured_in_a_spoilt_process_does_not_hold_in_a_fresh_one(parts, tmp_path, monkeypatch):
+    save_tower(tmp_path / "tower", BeitModel, RELATIVE, ViTImageProcessorPil(size={"height": 42, "width": 42}))
+    wrong = torch.zeros(37, 37, dtype=torch.long)
+    monkeypatch.setattr(BeitRelativePositionBias, "generate_relative_position_index", staticmethod(lambda _: wrong))
+    monkeypatch.setattr("train_llava.build_model.check_apart", check_apart)
+    with pytest.raises(ValueError, match="the vision features differ from the part's own") as refusal:
+        build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "out" / "llava"))
+    assert "\n" not in str(refusal.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 NAFLEX = Siglip2Config(text_config=TEXT, vision_config=NARROW | {"num_hidden_layers": 2, "patch_size": 7})
 INTERNVL = InternVLVisionConfig(**VISION | {"image_size": [28, 28], "patch_size": [7, 7]})
 SWIN = SwinConfig(image_size=28, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2])
@@ -272,9 +320,19 @@ IDEFICS = IdeficsConfig(
     perceiver_config={"use_resampler": False},
 )
 
+TILES = {"image_grid_pinpoints": [[28, 56], [56, 28]]}
+ONEVISION = LlavaOnevisionConfig(
+    vision_config=SiglipVisionConfig(**VISION, vision_use_head=False), text_config=Qwen2Config(**TEXT), **TILES,
+    image_token_index=5, video_token_index=6,
+)  # fmt: skip
+GEMMA4 = Gemma4VisionConfig(**VISION, num_key_value_heads=2, head_dim=16)
+
 # The model that is published, its image processor, what the refusal says
 REFUSED = {
-    "SigLIP 2 NaFlex": (Siglip2Model, NAFLEX, Siglip2ImageProcessorPil(patch_size=7), "it cuts pictures of any size"),
+    "SigLIP 2 NaFlex": (
+        Siglip2Model, NAFLEX, Siglip2ImageProcessorPil(patch_size=7),
+        "tower takes pixel_attention_mask and spatial_shapes with a picture",
+    ),
     "Swin": (SwinModel, SWIN, VIT, "a swin, whose hidden states are not one grid of patches"),
     "ConvNeXt": (
         ConvNextModel, CONVNEXT, ConvNextImageProcessorPil(size={"shortest_edge": 64}, crop_pct=1.0),
@@ -289,6 +347,14 @@ REFUSED = {
         "a groupvit, whose vision tower is no model by itself",
     ),
     "Idefics": (IdeficsModel, IDEFICS, CROP, "a idefics, whose vision tower is no model by itself"),
+    "Gemma 4's": (
+        Gemma4VisionModel, GEMMA4, Gemma4ImageProcessorPil(), "tower takes pixel_position_ids with a picture"
+    ),
+    "LLaVA-OneVision, cropped": (
+        LlavaOnevisionForConditionalGeneration, ONEVISION,
+        LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, **TILES),
+        "cuts pictures into tiles: take --image_aspect_ratio pad or anyres",
+    ),
 }  # fmt: skip
 
 
@@ -300,3 +366,21 @@ def test_what_is_no_tower_of_a_llava_is_refused_with_the_reason(parts, tmp_path,
         build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "out" / "llava"))
     assert "\n" not in str(refusal.value)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("ratio", ["pad", "anyres"])
+def test_a_model_that_cuts_tiles_lends_its_tower(parts, tmp_path, ratio):
+    save_tower(tmp_path / "tower", *REFUSED["LLaVA-OneVision, cropped"][:-1])
+    build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "llava"), image_aspect_ratio=ratio)
+    lent = LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "tower").model.vision_tower.state_dict()
+    ours = opened(tmp_path / "llava")[0].model.vision_tower.state_dict()
+    assert ours.keys() == lent.keys()
+    assert all(torch.equal(ours[name], lent[name]) for name in ours)
+
+
+def test_a_tower_that_puts_its_pictures_into_one_row_takes_no_tiles(parts, tmp_path):
+    pictures = PixtralImageProcessorPil(patch_size=7, size={"longest_edge": 28})
+    save_tower(tmp_path / "tower", PixtralVisionModel, PixtralVisionConfig(**VISION), pictures)
+    build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "pad"), image_aspect_ratio="pad")
+    with pytest.raises(ValueError, match=r"anyres: .* is a pixtral, which puts the patches of all tiles into one row"):
+        build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "any"), image_aspect_ratio="anyres")

@@ -83,10 +83,11 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from train_llava.chat import Processor
-from train_llava.checks import check_checkpoint, reference_outputs
+from train_llava.checks import check_apart, check_text_path, reference_outputs
 from train_llava.model import Llava, count_parameters
 from train_llava.parts import (
     ask_tower,
+    decoder_of,
     load_image_processor,
     load_language_model,
     load_tokenizer,
@@ -112,10 +113,19 @@ def assemble(
     Tuning": two linear layers with a GELU), without copying a weight.
 
     The LLaVA is made on the meta device, which takes no memory, and the two models' own modules are put into it.
+
+    Raises:
+        ValueError: it has no place for a tensor of the two, or they have none for a place; the message names it.
     """
     tokenizer, tiles = processor.tokenizer, is_anyres(processor.image_processor)
-    if len(tokenizer) > language_model.config.vocab_size:
-        language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    decoder = decoder_of(language_model)
+    if language_model.config.tie_word_embeddings and not hasattr(decoder, "embed_tokens"):
+        raise ValueError(
+            f"the output layer of a {decoder.config.model_type} is its embedding, and a LLaVA shares only one that is "
+            "called embed_tokens"
+        )
+    if (rows := max(tokenizer.get_vocab().values()) + 1) > language_model.config.vocab_size:
+        language_model.resize_token_embeddings(rows, pad_to_multiple_of=64)
     grids = {"image_grid_pinpoints": processor.image_processor.image_grid_pinpoints} if tiles else {}
     config = (LlavaNextConfig if tiles else LlavaConfig)(
         vision_config=vision_tower.config,
@@ -133,9 +143,18 @@ def assemble(
         part.name_or_path = ""  # where the parts lay on this machine is no business of the checkpoint
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
+    places = model.state_dict().keys()
     model.model.vision_tower = vision_tower
-    model.model.language_model = language_model.base_model
+    model.model.language_model = decoder
     model.lm_head = language_model.get_output_embeddings()
+    filled = model.state_dict(keep_vars=True)
+    taken = {id(tensor) for name, tensor in filled.items() if name in places}
+    for part, kind in ((vision_tower, "vision tower"), (language_model, "language model")):
+        for name, tensor in part.state_dict(keep_vars=True).items():
+            if id(tensor) not in taken:
+                raise ValueError(f"a LLaVA has no place for {name} of this {kind}, a {part.config.model_type}")
+    if lacking := places - filled.keys():
+        raise ValueError(f"the two models lack what a LLaVA has of them, {min(lacking)} for one")
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same command writes the same folder
         model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(language_model.dtype)
@@ -258,9 +277,10 @@ def build_model(*arguments: Any, **named: Any) -> None:
             num_additional_image_tokens=beside,
             chat_template=tokenizer.chat_template,
         )
-        if not given.skip_checks:
-            references = reference_outputs(vision_tower, language_model, processor, layer)
         with running_as_one():
+            if not given.skip_checks:
+                check_text_path(language_model, processor)
+                references = reference_outputs(vision_tower, language_model, processor, layer)
             model = assemble(vision_tower, language_model, processor, tokens - (strategy == "default"), layer)
         if projector is not None:
             put_projector(model, projector, given.projector)
@@ -277,8 +297,10 @@ def build_model(*arguments: Any, **named: Any) -> None:
         write_card(folder, Path(given.output_dir).name, parts, [], [note])
         sizes = [(part, f"{total:,} parameters") for part, (_, total) in count_parameters(model).items()]
         del model, vision_tower, language_model  # the checks load the saved model: never two in memory
-        with running_as_one():
-            checks = [] if given.skip_checks else check_checkpoint(folder, *references)
+        try:
+            checks = [] if given.skip_checks else check_apart(folder, *references)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(folder), given.output_dir)) from error
     for what, outcome in [*sizes, *checks, ("written to", given.output_dir)]:
         print(f"{what:<26}{outcome}")
 

@@ -1,13 +1,23 @@
-"""What is measured and not assumed: of an assembled model and, before a long run, of what would fail after hours."""
+"""What is measured and not assumed: of an assembled model and, before a long run, of what would fail after hours.
 
+    python -m train_llava.checks FOLDER REFERENCES OUTCOME
+
+is how `build_model` has its checks run in a fresh process (see `check_apart`).
+"""
+
+import json
 import shutil
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import SGD
 from tqdm import tqdm
@@ -30,10 +40,13 @@ from train_llava.memory import earlier_bytes, precision, state_bytes, update_byt
 from train_llava.model import load_checkpoint
 from train_llava.pace import peak_memory
 from train_llava.packing import PackedDataset
+from train_llava.parts import decoder_of, running_as_one
 from train_llava.pictures import prepare_pictures
 from train_llava.records import IMAGE_TOKEN
 from train_llava.run_folder import differing_tensor
 from train_llava.trainer import LlavaTrainer
+
+MILLION = 1_000_000  # tokens, where a model's context has no end
 
 
 def check_together(bits: int | None, data_arguments: Any, args: TrainingArguments) -> None:
@@ -203,6 +216,70 @@ def reference_outputs(
 
 
 @torch.inference_mode()
+def check_text_path(language_model: PreTrainedModel, processor: Processor) -> None:
+    """Makes sure that a language model does no more with a text than a LLaVA does: its embedding's rows into its
+    decoder, the decoder's states into its output layer.
+
+    In half precision a scale or a cap can be smaller than the noise of logits. So the output layer's first rows get
+    large states, in float32.
+
+    Raises:
+        ValueError: it does more; the message says where.
+    """
+    input_ids, decoder = example_inputs(processor)[0], decoder_of(language_model)
+    embeds = language_model.get_input_embeddings()(input_ids)
+    ours, theirs = (
+        decoder(**inputs, use_cache=False).last_hidden_state
+        for inputs in ({"inputs_embeds": embeds}, {"input_ids": input_ids})
+    )
+    if not (scaled := difference(ours, theirs)) <= tolerance(torch.float32):
+        raise ValueError(
+            f"a {decoder.config.model_type} does more with a text's embeddings than its decoder does "
+            f"(states differ by {scaled:.0e} of the largest), and a LLaVA has no place for that"
+        )
+
+    whole = language_model.get_output_embeddings()
+    head = nn.Linear(whole.weight.shape[1], min(64, len(whole.weight)), bias=False)
+    head.weight.copy_(whole.weight[: head.out_features])
+    states = torch.randn(*input_ids.shape, head.in_features, generator=torch.Generator().manual_seed(0))
+    states *= 1e4 / head(states).abs().max()
+    models = [m for m in language_model.modules() if isinstance(m, PreTrainedModel) and m is not language_model]
+    hooks = [m.register_forward_hook(lambda *args: args[-1] | {"last_hidden_state": states}) for m in models]
+    language_model.set_output_embeddings(head)
+    try:
+        logits = language_model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        language_model.set_output_embeddings(whole)
+        for hook in hooks:
+            hook.remove()
+    if not (scaled := difference(logits, head(states))) <= tolerance(torch.float32):
+        raise ValueError(
+            f"the logits of a {decoder.config.model_type} are not those of its output layer alone (they differ by "
+            f"{scaled:.0e} of the largest): a LLaVA has no place for a scale or a cap"
+        )
+
+
+def check_apart(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> list[tuple[str, str]]:
+    """`check_checkpoint` in a fresh process, which sees the model as every later command does.
+
+    Raises:
+        ValueError: see `check_checkpoint`.
+    """
+    with TemporaryDirectory() as scratch:
+        references, outcome = Path(scratch, "references.safetensors"), Path(scratch, "outcome.json")
+        save_file({"logits": logits, "features": features}, references)
+        command = [sys.executable, "-m", "train_llava.checks", folder.absolute(), references, outcome]
+        ended = subprocess.run(command, cwd=Path(__file__).parent.parent, check=False).returncode
+        if not outcome.exists():
+            raise ValueError(f"the checks of {folder} did not end: exit code {ended}")
+        found = json.loads(outcome.read_text())
+    if "error" in found:
+        raise ValueError(found["error"])
+    return found["rows"]
+
+
+@running_as_one()
+@torch.inference_mode()
 def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> list[tuple[str, str]]:
     """Reads a saved LLaVA back and measures what is claimed of it: that it is its two parts (see `reference_outputs`),
     what it learns and generates from, and what it gives in a batch.
@@ -215,7 +292,7 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
     model, processor = load_checkpoint(str(folder))
     config, tokenizer, chat = model.config, processor.tokenizer, Chat(processor)
     rows = model.get_input_embeddings().num_embeddings
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id or len(tokenizer) > rows:
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id or config.image_token_id >= rows:
         raise ValueError(f"{IMAGE_TOKEN} has no row of its own: {len(tokenizer)} tokens, {rows} embedding rows")
     outcome = [
         ("tokenizer and embedding", f"{len(tokenizer)} tokens, {rows} rows, {IMAGE_TOKEN} is {config.image_token_id}")
@@ -227,13 +304,22 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
     hidden = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True).hidden_states
     outcome.append(("vision features", _equal("vision features", hidden[config.vision_feature_layer], features)))
     outcome += check_conversations(chat, model.generation_config)
-    packed, noise = packing_difference(model, chat)
-    packs = "equal" if packed <= noise else "not equal: training refuses --packing"
+    packed, bound = packing_difference(model, chat)
+    packs = "equal" if packed <= bound else "not equal: training refuses --packing"
     outcome.append(("packed against alone", f"{packs} (difference {packed:.0e})"))
-    batched = batching_difference(model, processor)
-    if not batched <= max(noise, tolerance(model.dtype)):
-        raise ValueError(f"in a batch its logits differ from those alone by {batched:.0e} of the largest")
-    outcome.append(("batched against single", f"equal (difference {batched:.0e})"))
+    length = min(tokenizer.model_max_length, MILLION)
+    for name, what, found in (
+        ("batched against single", "in a batch", batching_difference(model, processor)),
+        (
+            "cached against uncached",
+            f"with a cache, in {length:,} tokens,",
+            cached_difference(model, input_ids, length),
+        ),
+        ("short beside long", f"beside a text of {length:,} tokens", longest_difference(model, input_ids, length)),
+    ):
+        if not found <= tolerance(model.dtype):
+            raise ValueError(f"{what} its logits differ from those alone by {found:.0e} of the largest")
+        outcome.append((name, f"equal (difference {found:.0e})"))
 
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -247,7 +333,9 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
     outcome.append(("tokens a picture", f"{written} written, {given} features"))
 
     # What all layers compute was compared above; a large picture's tokens would take minutes through them on a CPU.
-    model.model.language_model.layers = model.model.language_model.layers[:1]
+    for modules in model.model.language_model.modules():
+        if isinstance(modules, nn.ModuleList) and len(modules) == config.text_config.num_hidden_layers:
+            del modules[1:]
     answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     outcome.append(("a picture and a question", f"{answer.shape[1] - inputs['input_ids'].shape[1]} tokens generated"))
     return outcome
@@ -262,8 +350,8 @@ def check_claims(model: nn.Module, processor: Processor, packing: bool) -> None:
     chat = Chat(processor)
     check_conversations(chat, model.generation_config)
     if packing and not is_deepspeed_zero3_enabled():  # where no rank holds the whole model
-        packed, noise = packing_difference(model, chat)
-        if packed > noise:
+        packed, bound = packing_difference(model, chat)
+        if not packed <= bound:
             raise ValueError(
                 f"--packing: a {model.config.text_config.model_type} does not keep the conversations of a row apart "
                 f"(logits differ by {packed:.0e} of the largest from those of each alone)"
@@ -322,7 +410,10 @@ def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, float]:
 
     Some architectures cannot tell one conversation from the next by `position_ids`: those with linear attention or
     convolutions, and those that make their masks without them. The noise is three times what the same comparison
-    gives for the conversation in front, which sees nothing of the one behind it.
+    gives for the conversation in front, which sees nothing of the one behind it, and at most the precision's. If that
+    one differs by more, its difference counts as well.
+
+    Returns the difference, and up to where it is noise.
     """
     rows = []
     for question, answer in (("What is the capital of France?", "Paris."), ("Name a colour.", "Red, or blue.")):
@@ -332,8 +423,8 @@ def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, float]:
     first, second = (model(input_ids=row, use_cache=False).logits for row in rows)
     position_ids = torch.cat([torch.arange(row.shape[1], device=model.device) for row in rows])[None]
     packed = model(input_ids=torch.cat(rows, dim=1), position_ids=position_ids, use_cache=False).logits
-    noise = difference(packed[:, : first.shape[1]], first)
-    return difference(packed[:, first.shape[1] :], second), max(1e-5, 3 * noise)
+    front, behind = difference(packed[:, : first.shape[1]], first), difference(packed[:, first.shape[1] :], second)
+    return max(front, behind), min(max(1e-5, 3 * front), tolerance(model.dtype))
 
 
 @torch.inference_mode()
@@ -352,6 +443,37 @@ def batching_difference(model: nn.Module, processor: Processor) -> float:
         return model(**inputs, position_ids=position_ids).logits[:, -1]
 
     return difference(last_logits(texts), torch.cat([last_logits([text]) for text in texts]))
+
+
+@torch.inference_mode()
+def cached_difference(model: nn.Module, input_ids: torch.Tensor, length: int) -> float:
+    """The largest difference of a text's last logits between reading it at once and, with the cache, one token after
+    the other, as the first and as the last of so many tokens."""
+    found, first = [], input_ids.shape[1] - 4  # the tokens that are read at once
+    for start in (0, length - input_ids.shape[1]):
+        position_ids = torch.arange(start, start + input_ids.shape[1])[None]
+        whole = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[:, first - 1 :]
+        cache, logits = None, []
+        for ids, positions in zip(
+            *(x.split([first, 1, 1, 1, 1], dim=1) for x in (input_ids, position_ids)), strict=True
+        ):
+            output = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits[:, -1:])
+        found.append(difference(torch.cat(logits, dim=1), whole))
+    return max(found)
+
+
+@torch.inference_mode()
+def longest_difference(model: nn.Module, input_ids: torch.Tensor, length: int) -> float:
+    """The largest difference of a text's logits between beside a copy of itself and beside one that is the last of so
+    many tokens: rotations may be chosen by the longest text of a batch."""
+    short = torch.arange(input_ids.shape[1])
+    ours, theirs = (
+        model(input_ids=input_ids.expand(2, -1), position_ids=torch.stack([short, other]), use_cache=False).logits[0]
+        for other in (short + length - len(short), short)
+    )
+    return difference(ours, theirs)
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -373,3 +495,16 @@ def _equal(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> str:
             "something that a LLaVA of transformers does not"
         )
     return f"equal to the part's own (difference {relative:.0e})"
+
+
+def main() -> None:
+    folder, references, outcome = map(Path, sys.argv[1:])
+    try:
+        found: dict[str, Any] = {"rows": check_checkpoint(folder, **load_file(references))}
+    except (OSError, ValueError) as error:
+        found = {"error": str(error)}
+    outcome.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -59,12 +59,14 @@ def tower_states(
     """A vision tower whose weights nobody has set, and its hidden states `(1, tokens, width)` for a picture of so many
     pixels a side. `settings` replace those of its configuration, to make it small.
 
-    It runs on the processor: what an architecture caches for the whole process is then what it would cache anyway.
+    It runs on the processor, outside inference mode: what an architecture caches for the whole process is then what
+    it would cache anyway.
     """
     config = deepcopy(config)
     for name, value in (settings | {"_attn_implementation": "eager"}).items():
         setattr(config, name, value)
-    with torch.device("cpu"), no_init_weights():  # memory that nobody writes to takes none
+    # memory that nobody writes to takes none
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), no_init_weights():
         # not by `from_config`, which under ZeRO-3 shares the weights out
         tower = AutoModel._model_mapping[type(config)](config).eval()
         return tower, tower(torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states

@@ -5,7 +5,7 @@ A vision tower, a language model, an image processor and a tokenizer, each from 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from transformers import (
 
 from train_llava.cli import opening
 from train_llava.model import unread_parameters
+from train_llava.pictures import is_anyres
 from train_llava.records import IMAGE_TOKEN
 from train_llava.template import complete_template, end_of_turn_tokens
 
@@ -95,6 +96,12 @@ def load_vision_tower(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
             f"{name_or_path} is a {kind} model, not a vision tower, nor does transformers find one in it that takes "
             "plain pictures"
         )
+    needed = [name for name, parameter in takes.items() if parameter.default is Parameter.empty]
+    if more := [name for name in needed if name not in ("pixel_values", "args", "kwargs")]:
+        raise ValueError(
+            f"{name_or_path} is a {kind}, whose vision tower takes {' and '.join(more)} with a picture, "
+            "which no LLaVA gives it"
+        )
     if not isinstance(tower, PreTrainedModel):
         raise ValueError(f"{name_or_path} is a {kind}, whose vision tower is no model by itself in transformers")
     prefix = next(name for name, module in model.named_modules() if module is tower)
@@ -119,7 +126,7 @@ def as_clip(tower: PreTrainedModel, name: str) -> PreTrainedModel:
     try:
         clip = CLIPVisionModel(config).to(tower.dtype).eval()
         clip.load_state_dict(tower.state_dict())
-        with torch.inference_mode():
+        with torch.no_grad():
             picture = torch.linspace(-2, 2, 3 * config.image_size**2).reshape(1, 3, config.image_size, -1)
             ours, theirs = (
                 torch.stack(model(picture.to(model.dtype), output_hidden_states=True).hidden_states)
@@ -163,11 +170,26 @@ def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
         return model
     with torch.device("meta"):
         half = AutoModelForCausalLM.from_config(config)
-    place = next(name for name, module in half.named_modules() if module is decoder_of(half, name_or_path))
-    setattr(half, place, decoder_of(model, name_or_path))
+    place = next(name for name, module in half.named_modules() if module is decoder_of(half))
+    half.set_submodule(place, decoder_of(model))
     half.set_output_embeddings(model.get_output_embeddings())
     half.generation_config = model.generation_config
     return half.eval()
+
+
+def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
+    """What a LLaVA takes of a language model besides its output layer: the module of the class that transformers
+    opens for the same configuration without one.
+
+    Raises:
+        ValueError: there is none in it.
+    """
+    config = language_model.config.get_text_config(decoder=True)
+    kind = AutoModel._model_mapping.get(type(config), None)
+    for module in language_model.modules():
+        if type(module) is kind:
+            return module
+    raise ValueError(f"a {config.model_type} without its output layer is no model of transformers: no LLaVA holds it")
 
 
 def load_image_processor(
@@ -183,9 +205,11 @@ def load_image_processor(
         image_processor = AutoImageProcessor.from_pretrained(name_or_path)
         square, wide = (image_processor(Image.new("RGB", size), return_tensors="pt") for size in ((64, 64), (128, 64)))
         pixel_values = square["pixel_values"]
-        if pixel_values.ndim != 4 or pixel_values.shape[-1] != pixel_values.shape[-2]:
+        if pixel_values.ndim not in (4, 5) or pixel_values.shape[-1] != pixel_values.shape[-2]:
             raise ValueError("it cuts pictures of any size (as NaFlex does): take a tower of one square picture size")
     if image_aspect_ratio == "crop":
+        if pixel_values.ndim == 5:
+            raise ValueError(f"{name_or_path} cuts pictures into tiles: take --image_aspect_ratio pad or anyres")
         if pixel_values.shape != wide["pixel_values"].shape:
             raise ValueError(f"{name_or_path} makes no square of a wide picture: take --image_aspect_ratio pad")
         if more := square.keys() - {"pixel_values"}:
@@ -206,18 +230,19 @@ def load_image_processor(
     return LlavaNextImageProcessor(image_grid_pinpoints=pinpoints, size={"shortest_edge": side}, **settings)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def ask_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, name: str) -> tuple[int, int, int]:
-    """What a tower does with a picture of the size that its image processor makes.
+    """What a tower does with pictures of the size that its image processor makes.
 
     Returns:
         How many tokens it gives, how many of these stand beside those of the patches, and how many hidden states.
 
     Raises:
-        ValueError: it does not take such a picture, or gives no grid of patches.
+        ValueError: it does not take such pictures, or gives no grid of patches.
     """
-    pixel_values = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].to(tower.dtype)
-    pixel_values = pixel_values.flatten(0, -4)[:1]
+    picture = Image.new("RGB", (64, 64))
+    pixel_values = image_processor([picture, picture], return_tensors="pt")["pixel_values"].to(tower.dtype)
+    pixel_values = pixel_values.flatten(0, -4)[:2]
     side, patch = pixel_values.shape[-1], getattr(tower.config, "patch_size", None)
     try:
         states = tower(pixel_values, output_hidden_states=True).hidden_states
@@ -233,7 +258,13 @@ def ask_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, name:
             )
     if states is None or not isinstance(patch, int) or len({state.shape for state in states}) > 1:
         raise ValueError(f"{name} is a {tower.config.model_type}, whose hidden states are not one grid of patches")
-    tokens, patches = states[0].shape[-2], (side // patch) ** 2
+    in_one_row = len(states[0]) == 1  # both pictures
+    if in_one_row and is_anyres(image_processor):
+        raise ValueError(
+            f"anyres: {name} is a {tower.config.model_type}, which puts the patches of all tiles into one row: take "
+            "--image_aspect_ratio pad"
+        )
+    tokens, patches = states[0].shape[-2] // (1 + in_one_row), (side // patch) ** 2
     if states[0].ndim != 3 or tokens < patches:
         raise ValueError(f"{name} gives {tokens} tokens for {patches} patches, which are no grid")
     return tokens, tokens - patches, len(states)
@@ -251,6 +282,12 @@ def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool = F
         tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, **settings)
         complete_template(tokenizer)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if words := [word for word, i in tokenizer.get_vocab().items() if i == image_id and word != IMAGE_TOKEN]:
+        raise ValueError(
+            f"{language_model_name_or_path}: the ids of its vocabulary have a hole, and {IMAGE_TOKEN} would get "
+            f"{image_id}, which is {words[0]!r}: give the missing ids a token each"
+        )
     if hasattr(tokenizer, "image_token"):  # another, of a family that sees, which the processor would take
         tokenizer.image_token = IMAGE_TOKEN
     if tokenizer.pad_token is None:

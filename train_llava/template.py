@@ -141,11 +141,22 @@ def complete_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """How many tokens a language model reads: as its configuration says, or as far as its rotations are stretched."""
+    """How many tokens a language model reads: as its configuration says, or as far as its rotations are stretched.
+
+    Some rotations change for all tokens once a text is longer than they were trained for. Beyond that, a cache holds
+    the wrong ones, and a short text's depend on a long one in its batch: the context ends there.
+    """
     positions, rope = getattr(config, "max_position_embeddings", sys.maxsize), getattr(config, "rope_parameters", None)
-    stretched = [p for p in (rope, *(rope or {}).values()) if isinstance(p, dict) and p.get("factor")]
-    begins = [p.get("original_max_position_embeddings") or positions for p in stretched]
-    return max([positions, *(int(p["factor"] * begin) for p, begin in zip(stretched, begins, strict=True))])
+    ends, limits = [positions], []
+    for settings in (rope, *(rope or {}).values()):  # those of all layers, or of each kind of them
+        if not isinstance(settings, dict):
+            continue
+        begin = settings.get("original_max_position_embeddings") or positions
+        if settings.get("rope_type") in ("longrope", "dynamic"):
+            limits.append(begin if settings["rope_type"] == "longrope" else positions)
+        elif settings.get("factor"):
+            ends.append(int(settings["factor"] * begin))
+    return min([max(ends), *limits])
 
 
 def complete_generation_config(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
