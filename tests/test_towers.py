@@ -132,7 +132,11 @@ TOWERS = {
 def save_tower(folder, model_class, config, image_processor) -> None:
     """A tiny random model with its image processor, as they are published."""
     torch.manual_seed(0)
-    model_class(config).save_pretrained(folder)
+    model = model_class(config)
+    for parameter in model.parameters():
+        if not parameter.any():  # biases, and relative positions
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
     image_processor.save_pretrained(folder)
 
 

@@ -255,7 +255,7 @@ def check_text_path(language_model: PreTrainedModel, processor: Processor) -> No
     if not (scaled := difference(logits, head(states))) <= tolerance(torch.float32):
         raise ValueError(
             f"the logits of a {decoder.config.model_type} are not those of its output layer alone (they differ by "
-            f"{scaled:.0e} of the largest): a LLaVA has no place for a scale or a cap"
+            f"{scaled:.0e} of the largest): a LLaVA has no place for a scale, a cap or another layer"
         )
 
 
