@@ -31,6 +31,7 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     PhiConfig,
+    PhimoeConfig,
     Qwen2Config,
     Qwen3Config,
     SiglipConfig,
@@ -236,6 +237,7 @@ SCALE = "the logits of a {} are not those of its output layer alone"
         (GraniteConfig(**HEADS, logits_scaling=1.01), SCALE.format("granite")),
         (CohereConfig(**HEADS, logit_scale=0.999), SCALE.format("cohere")),
         (PhiConfig(**HEADS), "a LLaVA has no place for lm_head.bias of this language model, a phi"),  # it is zero
+        (PhimoeConfig(**HEADS, num_local_experts=2, lm_head_bias=True), "a LLaVA has no place for lm_head.bias"),
         (GPTJConfig(n_embd=32, n_head=2, n_layer=1, rotary_dim=8), "a LLaVA has no place for lm_head.bias"),
         (NanoChatConfig(**LM), SCALE.format("nanochat")),
         (OPTConfig(**OPT), "the output layer of a opt is its embedding, and a LLaVA shares only one"),

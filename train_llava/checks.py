@@ -267,7 +267,7 @@ def check_apart(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> l
     """
     with TemporaryDirectory() as scratch:
         references, outcome = Path(scratch, "references.safetensors"), Path(scratch, "outcome.json")
-        save_file({"logits": logits, "features": features}, references)
+        save_file({"logits": logits.contiguous(), "features": features.contiguous()}, references)
         command = [sys.executable, "-m", "train_llava.checks", folder.absolute(), references, outcome]
         ended = subprocess.run(command, cwd=Path(__file__).parent.parent, check=False).returncode
         if not outcome.exists():
