@@ -22,7 +22,7 @@ from train_llava.answers import questions
 from train_llava.chat import Chat
 from train_llava.cli import BATCH, NEW_TOKENS
 from train_llava.data import LlavaDataset
-from train_llava.infer import WINDOW, generate, generate_all
+from train_llava.infer import WINDOW, generate, generate_all, prepare
 
 LENGTHS = [1, 2, 3, 5, 8, 20, 60, 120]  # tokens, one of them for each question
 
@@ -86,7 +86,8 @@ def main() -> None:
         return said
 
     def together(**options: LogitsProcessor) -> list[str]:
-        return generate_all(model, chat, conversations, images, BATCH, NEW_TOKENS, **options)
+        prepared = [prepare(model, chat, *each) for each in zip(conversations, images, strict=True)]
+        return [answer for answer, _ in generate_all(model, chat, prepared, BATCH, **options)]
 
     end, *_ = ends = model.generation_config.eos_token_id
     prompt = chat.prompts(conversations[:1], images[0])["input_ids"][0]

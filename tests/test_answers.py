@@ -273,7 +273,7 @@ def test_the_share_of_the_rate_counts_the_operations_of_a_real_step(llava, corpu
 
 
 def test_held_out_data_without_a_question_is_said_in_a_line(llava, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(answers, "askable", lambda *_: ([], []))
+    monkeypatch.setattr(answers, "list_questions", lambda *_: iter(()))
     settings = ["--train_type", "projector", "--max_steps", "1", "--eval_data_path", corpus, "--preflight", "false"]
     with pytest.raises(ValueError, match="no held-out question can be asked of this model: set --eval_answers 0"):
         run_train(monkeypatch, llava, corpus, tmp_path / "run", *settings)

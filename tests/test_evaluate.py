@@ -3,16 +3,23 @@
 import json
 import shutil
 import sys
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from conftest import turns
 from PIL import Image
 
-from train_llava import answers, evaluate, reports
+import train_llava
+from train_llava import evaluate, infer, reports
 from train_llava.adapter import load_model
 from train_llava.data import LlavaDataset
-from train_llava.infer import generate
+from train_llava.infer import generate, weights_digest
+from train_llava.metrics import by_language
 
 
 def run_evaluate(monkeypatch, model: Path, corpus: Path, output: Path, *arguments: str) -> dict:
@@ -22,25 +29,29 @@ def run_evaluate(monkeypatch, model: Path, corpus: Path, output: Path, *argument
     return json.loads((output / "metrics.json").read_text())
 
 
+def answer_with(monkeypatch, answer: Callable) -> None:
+    """Puts a function of a conversation and its pictures in a model's place."""
+    monkeypatch.setattr(infer, "prepare", lambda model, chat, messages, images, limit: (messages, images))
+    monkeypatch.setattr(
+        infer, "generate_all", lambda model, chat, asked, *_, **options: [(answer(*each), False) for each in asked]
+    )
+
+
 def test_evaluate_asks_every_question_and_counts_the_exact_answers(merged, corpus, tmp_path, monkeypatch):
     asked = []
-
     heights = {
         height: ("a red square", "a blue circle", "红")[height % 3] * (1 + height % 2) for height in range(30, 46)
     }
 
-    def answer_by_heart(model, chat, conversations, images, *_):
+    def answer_by_heart(conversation, shown):
         """Tells the pictures apart by their height, and is right for the English ones."""
-        asked.extend(conversations)
-        answers = []
-        for conversation, shown in zip(conversations, images, strict=True):
-            assert len(shown) == sum(part["type"] == "image" for part in conversation[0]["content"])
-            picture = shown[0] if shown else None
-            blank = picture is None or picture.getextrema() == ((255, 255),) * 3
-            answers.append("a red square" if blank else heights[picture.height])
-        return answers
+        asked.append(conversation)
+        assert len(shown) == sum(part["type"] == "image" for part in conversation[0]["content"])
+        picture = shown[0] if shown else None
+        blank = picture is None or picture.getextrema() == ((255, 255),) * 3
+        return "a red square" if blank else heights[picture.height]
 
-    monkeypatch.setattr(answers, "generate_all", answer_by_heart)
+    answer_with(monkeypatch, answer_by_heart)
     metrics = run_evaluate(
         monkeypatch, merged, corpus, tmp_path / "out", "--blank_control", "true", "--batch_size", "5"
     )
@@ -66,7 +77,22 @@ def test_evaluate_runs_a_real_model(merged, corpus, tmp_path, monkeypatch, capsy
     model, processor = load_model(str(merged))
     item = LlavaDataset(str(corpus))[3]
     assert lines[3]["prediction"] == generate(model, processor, [item["messages"][:1]], item["images"], 4)[0]
-    assert "this model" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "this model" in out
+    assert metrics["cut_answers"] == 1
+    assert "cut at --max_new_tokens 4: 100.0%" in out
+    assert metrics["settings"] == {
+        "model_name_or_path": str(merged),
+        "adapter_name_or_path": None,
+        "data_path": str(corpus),
+        "image_dir": None,
+        "bits": None,
+        "max_new_tokens": 4,
+        "weights": weights_digest(model),
+        "train_llava": train_llava.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
 
 
 def write_data(folder: Path, corpus: Path, *records: dict) -> Path:
@@ -81,7 +107,7 @@ def write_data(folder: Path, corpus: Path, *records: dict) -> Path:
 def test_no_text_costs_an_evaluation(merged, corpus, tmp_path, monkeypatch, text):
     record = {"id": "0", "image": "0.png", "caption": text}
     data = write_data(tmp_path / "data", corpus, *[record] * 3)
-    monkeypatch.setattr(answers, "generate_all", lambda model, chat, conversations, *_: [text] * len(conversations))
+    answer_with(monkeypatch, lambda *_: text)
     metrics = run_evaluate(monkeypatch, merged, data, tmp_path / "$out$")
     assert (metrics["n"], metrics["exact_match"], metrics["bad"]) == (3, 1, [])
     assert Image.open(tmp_path / "$out$" / "captions.png").width == 1144
@@ -113,7 +139,77 @@ def test_what_cannot_be_asked_is_named_and_counts_for_nothing(merged, corpus, tm
     (data / "chat.json").write_text(json.dumps([good | {"image": "broken.png"}]))
     with pytest.raises(ValueError, match=r"no question of .* could be asked; good: .*broken.png"):
         run_evaluate(monkeypatch, merged, data, tmp_path / "none", *arguments)
-    assert not (tmp_path / "none").exists()
+    assert not list(tmp_path.glob("none*"))
+
+
+class KilledError(BaseException):
+    """What nothing catches."""
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(merged, corpus, tmp_path, monkeypatch):
+    arguments, kept = ["--max_new_tokens", "4", "--blank_control", "true", "--batch_size", "2"], []
+    whole = run_evaluate(monkeypatch, merged, corpus, tmp_path / "whole", *arguments)
+    monkeypatch.setattr(infer, "WINDOW", 2)
+    real, output, calls = infer.generate_all, tmp_path / "out", []
+
+    def until(limit: int) -> Callable:
+        def generate_all(*given, **options):
+            if len(calls) == limit:
+                raise KilledError
+            calls.append(len(given[2]))
+            return real(*given, **options)
+
+        return generate_all
+
+    for limit in (2, 4, 7):
+        monkeypatch.setattr(infer, "generate_all", until(limit))
+        with pytest.raises(KilledError):
+            run_evaluate(monkeypatch, merged, corpus, output, *arguments)
+        kept.append(sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("out.*")))
+        with pytest.raises(ValueError, match=r"answers.jsonl was answered with max_new_tokens 4, and now it is 5"):
+            run_evaluate(monkeypatch, merged, corpus, output, "--max_new_tokens", "5")
+    assert kept == [8, 16, 17 + 8]  # 17 questions, four at a time, and again with blank pictures
+    monkeypatch.setattr(infer, "generate_all", until(100))
+    assert run_evaluate(monkeypatch, merged, corpus, output, *arguments) == whole
+    assert sum(calls) == 2 * 17
+    for name in ("metrics.json", "predictions.jsonl"):
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_questions_that_look_the_same_keep_their_own_answers_at_a_resume(corpus, tmp_path, monkeypatch, merged):
+    """Records of one id and one question, the first of which cannot be asked."""
+    records = [{"id": "x", "image": f"{i}.png", "question": "?", "answer": str(30 + i)} for i in (99, 1, 2)]
+    data = write_data(tmp_path / "data", corpus, *records)
+    for killed in (True, False):
+        answer_with(monkeypatch, lambda _, shown: str(shown[0].height))
+        if killed:
+            monkeypatch.setattr(evaluate, "by_language", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError) if killed else nullcontext():
+            metrics = run_evaluate(monkeypatch, merged, data, tmp_path / "out")
+        monkeypatch.setattr(evaluate, "by_language", by_language)
+    assert metrics["exact_match"] == 1
+
+
+def test_pictures_are_opened_as_in_training_and_let_go_of(merged, tmp_path, monkeypatch):
+    """JPEGs are decoded small, and no picture is held when the next one is opened."""
+    records = [{"image": f"{i}.{kind}", "caption": "x"} for i in range(3) for kind in ("jpg", "png")]
+    data = tmp_path / "data"
+    data.mkdir()
+    for record in records:
+        Image.new("RGB", (640, 480), "red").save(data / record["image"])
+    (data / "chat.json").write_text(json.dumps(records))
+    opened, held, real = [], [], infer.prepare
+
+    def prepare(model, chat, messages, images, limit):
+        held.append(sum(picture() is not None for picture in opened))
+        opened.append(weakref.ref(images[0]))
+        assert images[0].size == LlavaDataset(str(data), at_least=chat.at_least)[len(held) - 1]["images"][0].size
+        return real(model, chat, messages, images, limit)
+
+    monkeypatch.setattr(infer, "prepare", prepare)
+    run_evaluate(monkeypatch, merged, data, tmp_path / "out", "--max_new_tokens", "1")
+    assert held == [0] * 6
 
 
 def test_a_sheet_that_cannot_be_drawn_costs_no_numbers(merged, corpus, tmp_path, monkeypatch, capsys):
@@ -133,9 +229,9 @@ def test_a_record_may_have_several_right_answers(merged, corpus, tmp_path, monke
         {"conversations": turns("How many?", "two"), "answers": [{"answer": "2", "answer_id": i} for i in range(10)]},
     )
     said = iter(["one cat", "I", "there", "2"])
-    monkeypatch.setattr(answers, "generate_all", lambda model, chat, asked, *_: [next(said) for _ in asked])
+    answer_with(monkeypatch, lambda *_: next(said))
     metrics = run_evaluate(monkeypatch, merged, data, tmp_path / "out")
-    assert (metrics["exact_match"], metrics["vqa_accuracy"]) == (0.75, 1)
+    assert (metrics["exact_match"], metrics["vqa_accuracy"], metrics["anls"]) == (0.75, 1, 1)
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert [line.get("references") for line in lines] == [["a cat", "one cat", "a cat"], None, ["here", "there"], None]
     evaluate.compare([tmp_path / "out"], tmp_path)  # reads them back

@@ -32,6 +32,12 @@ def test_batched_answers_equal_single_ones(merged):
     assert len(set(together)) == 3
 
 
+def tokens_of(model, prompt: dict, limit: int) -> list[int]:
+    """The tokens of a greedy answer, generated alone."""
+    (output,) = model.generate(**prompt, max_new_tokens=limit, do_sample=False)
+    return output[prompt["input_ids"].shape[1] :].tolist()
+
+
 def test_short_answers_do_not_wait_for_long_ones(merged, monkeypatch):
     """Ends are drawn, as it were: every twelfth token is one, so that answers have 1 token to 40."""
     model, processor = load_model(str(merged))
@@ -47,14 +53,20 @@ def test_short_answers_do_not_wait_for_long_ones(merged, monkeypatch):
         "generate",
         lambda **given: calls.append((len(given["input_ids"]), given["max_new_tokens"])) or real(**given),
     )
-    assert infer.generate_all(model, chat, asked, shown, 4, 40) == alone
+    prepared = [infer.prepare(model, chat, q, pictures, 40) for q, pictures in zip(asked, shown, strict=True)]
+    said = infer.generate_all(model, chat, prepared, 4)
+    assert [answer for answer, _ in said] == alone
+    ended = set(model.generation_config.eos_token_id)
+    assert [cut for _, cut in said].count(True) == sum(not ended & set(tokens_of(model, *each)) for each in prepared)
+    assert len({cut for _, cut in said}) == 2
+    del calls[calls.index((1, 40)) :]
     assert len(set(alone)) > 6
     assert calls[:3] == [(4, 16)] * 3
     later = sum(rows for rows, _ in calls[3:])
     assert 0 < later < 12
     assert all(tokens == 24 for _, tokens in calls[3:])
     calls.clear()
-    assert infer.generate_all(model, chat, asked, shown, 12, 40) == alone
+    assert infer.generate_all(model, chat, prepared, 12) == said
     assert calls == [(12, 40)]
 
 
@@ -191,6 +203,7 @@ def test_numbers_that_have_to_be_above_0(name, number):
         ("infer --model_name_or_path {llava} --prompt hi --image nothing.png", "nothing.png does not exist"),
         ("infer --model_name_or_path {llava} --prompt hi --image {corpus}", "{corpus} is a folder"),
         ("infer --model_name_or_path {llava} --prompt hi --adapter_name_or_path {corpus}", "is no adapter folder"),
+        ("infer --model_name_or_path {llava} --prompt= --image {corpus}/images_dl/0.png", "--prompt is empty"),
         ("infer --model_name_or_path {llava}", "one of --prompt, --interactive true and --questions"),
         ("infer --model_name_or_path {llava} --questions {corpus}/chat.json", "--questions and --answers go together"),
         ("infer --model_name_or_path {llava} --questions no.jsonl --answers {tmp}/a.jsonl", "no.jsonl"),

@@ -241,6 +241,21 @@ def test_runs_are_compared_question_by_question(runs):
     assert Image.open(out / "comparison.png").size[0] > 600
 
 
+def test_settings_that_differ_are_named_in_a_line_each(runs):
+    for name, settings in (("first", {"bits": None, "torch": "2"}), ("second", {"bits": 4, "torch": "2"})):
+        path = runs / name / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": settings}))
+    text = evaluate.compare([runs / "first", runs / "second"], runs)
+    assert text.splitlines()[4:] == ["", f"bits differs: None in {runs / 'first'}, 4 in {runs / 'second'}"]
+    assert text in (runs / "comparison.md").read_text()
+    (runs / "first" / "metrics.json").write_text(json.dumps(json.loads(path.read_text()) | {"settings": {}}))
+    text = evaluate.compare([runs / "first", runs / "second"], runs)  # one of an earlier version
+    assert [line.split(" in ")[0] for line in text.splitlines()[5::2]] == [
+        "bits differs: unknown",
+        "torch differs: unknown",
+    ]
+
+
 def test_runs_over_different_questions_are_not_compared(runs):
     with pytest.raises(ValueError, match="were asked different questions"):
         evaluate.compare([runs / "first", runs / "other"], runs)

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,9 @@ from conftest import QUESTIONS, question
 from train_llava import infer
 from train_llava.adapter import load_model
 from train_llava.infer import generate
-from train_llava.questions import read_questions, unanswered
+from train_llava.questions import answered_before, locked, read_questions
+
+SETTINGS = {"model_name_or_path": "m", "max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0}
 
 
 def write_questions(corpus: Path, folder: Path) -> Path:
@@ -28,7 +29,8 @@ def write_questions(corpus: Path, folder: Path) -> Path:
 def test_a_file_of_questions_is_answered_and_gone_on_with(merged, corpus, tmp_path, monkeypatch):
     questions, answers = write_questions(corpus, tmp_path), tmp_path / "answers.jsonl"
     model, processor = load_model(str(merged))
-    infer.answer_file(model, processor, questions, answers, batch_size=2, max_new_tokens=8)
+    settings = SETTINGS | {"max_new_tokens": 8}
+    infer.answer_file(model, processor, questions, answers, settings, batch_size=2)
     whole = answers.read_text()
     lines = [json.loads(line) for line in whole.splitlines()]
     assert [line["id"] for line in lines] == ["one", "1", 7]
@@ -38,53 +40,77 @@ def test_a_file_of_questions_is_answered_and_gone_on_with(merged, corpus, tmp_pa
     asked = []
     ask = infer.generate_all
     monkeypatch.setattr(infer, "generate_all", lambda *args, **kw: asked.append(len(args[2])) or ask(*args, **kw))
-    infer.answer_file(model, processor, questions, answers, batch_size=16, max_new_tokens=8)
+    infer.answer_file(model, processor, questions, answers, settings)
     assert (answers.read_text(), asked) == (whole, [2])
 
 
-def ask_file(merged, questions: Path, answers: Path, *records: object) -> list[dict]:
+def ask_file(merged, questions: Path, answers: Path, *records: object, **settings: object) -> list[dict]:
     """Writes a file of questions, answers it, and gives back the answers."""
     questions.write_text("\n".join(json.dumps(record) for record in records))
-    infer.answer_file(*merged, questions, answers, batch_size=2, max_new_tokens=4)
+    infer.answer_file(*merged, questions, answers, SETTINGS | settings, batch_size=2)
     return [json.loads(line) for line in answers.read_text().split("\n")[:-1]]
 
 
 def test_every_question_has_its_answer_and_no_other(opened, corpus, tmp_path):
-    questions, answers, picture = tmp_path / "q.jsonl", tmp_path / "a.jsonl", tmp_path / "0.png"
-    shutil.copy(corpus / "images_dl" / "0.png", picture)
-    same_id = [{"id": 7, "image": "0.png", "prompt": "What is this?"}, {"id": 7, "prompt": "Where is Paris?"}]
-    first = ask_file(opened, questions, answers, *same_id, same_id[1])
+    files, picture = (tmp_path / "q.jsonl", tmp_path / "a.jsonl"), str(corpus / "images_dl" / "0.png")
+    same_id = [{"id": 7, "image": picture, "prompt": "What is this?"}, {"id": 7, "prompt": "Where is Paris?"}]
+    first = ask_file(opened, *files, *same_id, same_id[1])
     assert [(line["id"], line["prompt"]) for line in first] == [
         (7, "What is this?"),
         (7, "Where is Paris?"),
         (7, "Where is Paris?"),
     ]
-    assert ask_file(opened, questions, answers, *same_id, same_id[1]) == first
-    changed = same_id[0], {"id": 7, "prompt": "And London?"}
-    assert [line["prompt"] for line in ask_file(opened, questions, answers, *changed)] == [
-        "What is this?",
-        "And London?",
-    ]
-    shutil.copy(corpus / "images_dl" / "1.png", picture)  # another picture of the same name
-    second = ask_file(opened, questions, answers, *changed, {"id": "a", "prompt": "hi"})
-    assert [line["prompt"] for line in second] == ["And London?", "What is this?", "hi"]
-    assert second[1]["asked"] != first[0]["asked"]
-    earlier = [json.loads(line) for line in (tmp_path / "a.earlier.jsonl").read_text().splitlines()]
-    assert earlier == [first[1], first[2], first[0]]  # what was asked before is not lost
-    picture.unlink()  # a disk that is away for a moment costs no answers
-    assert ask_file(opened, questions, answers, *changed, {"id": "a", "prompt": "hi"}) == second
-    # what other questions were answered in this file stays
-    assert len(ask_file(opened, questions, answers, {"id": "b", "prompt": "hi"})) == 4
+    assert ask_file(opened, *files, *same_id, same_id[1]) == first
+    assert ask_file(opened, *files, {"id": "a", "prompt": "hi"}, *same_id, same_id[1])[:3] == first  # one more
+    written = files[1].read_bytes()
+    for changed, now in (
+        ([same_id[0]], "'What is this\\?'"),
+        ([{"id": 7, "prompt": "And London?"}], "'And London\\?'"),
+    ):
+        with pytest.raises(ValueError, match=rf"a.jsonl answers '.*\?' as question 7, and that is now {now}: choose"):
+            ask_file(opened, *files, *changed)
+    with pytest.raises(ValueError, match=r"a.jsonl answers 'What is this\?' as question 7, and that is now not asked"):
+        ask_file(opened, *files, {"id": "b", "prompt": "hi"})
+    assert files[1].read_bytes() == written
     assert not list(tmp_path.glob(".*"))
 
 
-def test_two_models_do_not_share_a_file_of_answers(opened, llava, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value"), [("model_name_or_path", "n"), ("max_new_tokens", 5), ("top_p", 0.5), ("weights", "abc")]
+)
+def test_settings_belong_to_what_is_asked(opened, tmp_path, name, value):
     files = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
     ask_file(opened, *files, {"prompt": "hi"})
     before = files[1].read_bytes()
-    with pytest.raises(ValueError, match="has answers of another model"):
-        ask_file(load_model(str(llava)), *files, {"prompt": "hi"}, {"prompt": "and?"})
+    message = f"a.jsonl was answered with {name} {SETTINGS.get(name)}, and now it is {value}: choose another name"
+    with pytest.raises(ValueError, match=message):
+        ask_file(opened, *files, {"prompt": "hi"}, {"prompt": "and?"}, **{name: value})
     assert files[1].read_bytes() == before
+
+
+def test_the_model_is_known_by_its_weights(opened, llava):
+    arguments = infer.InferArguments("m", prompt="?", bits=4, top_p=0.5, temperature=1.0, max_new_tokens=7)
+    settings = [infer.settings_of(arguments, model) for model in (opened[0], load_model(str(llava))[0])]
+    weights = [given.pop("weights") for given in settings]
+    assert weights[0] != weights[1]
+    named = {"model_name_or_path": "m", "adapter_name_or_path": None, "bits": 4}
+    assert settings[0] == settings[1] == named | {"max_new_tokens": 7, "temperature": 1.0, "top_p": 0.5}
+
+
+def test_one_process_at_a_time_writes_a_file(opened, tmp_path):
+    files = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    with locked(files[1]), pytest.raises(ValueError, match=r"a.jsonl is being written by another process"):
+        ask_file(opened, *files, {"prompt": "hi"})
+    assert not files[1].exists()
+    assert len(ask_file(opened, *files, {"prompt": "hi"})) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
+
+
+def test_answers_that_were_cut_are_marked_and_counted(opened, tmp_path, capsys):
+    files, asked = (tmp_path / "q.jsonl", tmp_path / "a.jsonl"), [{"prompt": "Where is Paris?"}, {"prompt": "hi"}]
+    lines = ask_file(opened, *files, *asked)
+    assert [line["cut"] for line in lines] == [True, True]
+    assert "2 of 2 answers were cut at --max_new_tokens 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -108,7 +134,7 @@ def test_questions_are_not_their_own_answers(opened, tmp_path, spelling):
     (tmp_path / "soft.jsonl").symlink_to(questions)
     (tmp_path / "hard.jsonl").hardlink_to(questions)
     with pytest.raises(ValueError, match="is the file of the questions"):
-        infer.answer_file(*opened, questions, tmp_path / spelling, batch_size=1)
+        infer.answer_file(*opened, questions, tmp_path / spelling, SETTINGS)
     assert questions.read_text() == '{"id": 1, "prompt": "?", "answer": "!"}'
 
 
@@ -116,15 +142,15 @@ def test_a_kill_at_any_byte_is_gone_on_from(opened, tmp_path):
     questions, answers = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
     whole = ask_file(opened, questions, answers, {"id": "一", "prompt": "这是?"}, {"id": 2, "prompt": "二\u2028?"})
     written = answers.read_bytes()
+    asked = [{"id": question.id, "prompt": question.prompt} for question in read_questions(questions)]
     for cut in range(len(written)):
         answers.write_bytes(written[:cut])
-        left = unanswered(read_questions(questions), answers, whole[0]["model"])
-        assert len(left) == 2 - max(
-            written[:cut].count(b"\n"), cut == len(written) - 1 and 2, cut >= written.index(b"\n")
-        )
-        assert written.startswith(answers.read_bytes())
+        found = answered_before(answers, asked, SETTINGS)
+        kept = written[:cut].count(b"\n")
+        assert found == whole[:kept] + [None] * (2 - kept)
+        assert answers.read_bytes() == written[: written[:cut].rfind(b"\n") + 1]
     answers.write_bytes(written[: written.index("这".encode()) + 1])
-    infer.answer_file(*opened, questions, answers, batch_size=2, max_new_tokens=4)
+    infer.answer_file(*opened, questions, answers, SETTINGS, batch_size=2)
     assert answers.read_bytes() == written
     assert [line["id"] for line in whole] == ["一", 2]
 

@@ -1,6 +1,8 @@
 """Asks a model the questions of a data set, every process its share: for `evaluate`, and while it trains."""
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 from time import perf_counter
@@ -9,14 +11,13 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 from PIL import Image
-from tqdm import tqdm
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 
 from train_llava.chat import Chat, Processor
-from train_llava.cli import BATCH, NEW_TOKENS
+from train_llava.cli import BATCH
 from train_llava.data import LlavaDataset
-from train_llava.infer import generate_all, room_for_answer, shares, this_process
+from train_llava.infer import answer_questions, generate_all, prepare, this_process
 from train_llava.metrics import score_group
 from train_llava.pictures import open_image
 from train_llava.readers import BadRecordError
@@ -47,68 +48,64 @@ def questions(item: dict[str, Any]) -> list[dict[str, Any]]:
     return asked
 
 
-def askable(
-    model: Any, chat: Chat, dataset: LlavaDataset, index: int
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """The questions of a record, and the `id` and `reason` of what cannot be asked of it."""
-    try:
-        item = dataset[index]
-    except BadRecordError as error:
-        return [], [{"id": error.args[0], "reason": error.args[1]}]
-    asked, bad = [], []
-    for question in questions(item):
+def list_questions(dataset: LlavaDataset) -> Iterator[dict[str, Any]]:
+    """Every question of a data set without its messages and pictures, which `open_question` gives by it.
+
+    A record that cannot be used counts as a question.
+    """
+    records, number = copy(dataset), 0
+    records.decode = records.measure = False
+    for index in range(len(records)):
         try:
-            room_for_answer(model, chat, question["messages"], question["images"])
-            asked.append(question | {"index": index})
-        except ValueError as error:
-            bad.append({"id": item["id"], "reason": str(error)})
-    return asked, bad
+            found = questions(records[index])
+        except BadRecordError as error:
+            found = [{"id": error.args[0], "prompt": ""}]
+        for turn, question in enumerate(found):
+            kept = {key: value for key, value in question.items() if key not in ("messages", "images", "image_sizes")}
+            yield kept | {"index": index, "turn": turn, "number": number}
+            number += 1
 
 
-def ask(
-    model: Any, chat: Chat, asked: list[dict[str, Any]], batch_size: int, max_new_tokens: int
-) -> list[dict[str, Any]]:
-    """The questions, so many at once, with the model's `prediction` and without their messages and pictures."""
-    conversations, images = ([question[name] for question in asked] for name in ("messages", "images"))
-    answers = generate_all(model, chat, conversations, images, batch_size, max_new_tokens)
-    left_out = ("messages", "images", "image_sizes")
-    return [
-        {key: value for key, value in question.items() if key not in left_out} | {"prediction": answer}
-        for question, answer in zip(asked, answers, strict=True)
-    ]
+def open_question(dataset: LlavaDataset, question: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+    """The messages of a question of a data set, and its pictures.
+
+    Raises:
+        ValueError: the record or a picture cannot be used; the message is the reason.
+    """
+    try:
+        found = questions(dataset[question["index"]])[question["turn"]]
+    except BadRecordError as error:
+        raise ValueError(error.args[1]) from error
+    return found["messages"], found["images"]
 
 
 def predict(
-    model: Any, processor: Processor, dataset: LlavaDataset, batch_size: int, max_new_tokens: int, blank: bool = False
+    model: Any,
+    processor: Processor,
+    dataset: LlavaDataset,
+    path: Path,
+    settings: dict[str, Any],
+    batch_size: int,
+    blank: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """The model's answer to every question of a data set; with `blank`, each picture is replaced by a white one.
+
+    They are written to `path` as they come, and those that stand there are not asked again; see `answer_questions`.
 
     Returns:
         The predictions in the order of the records, and the `id` and `reason` of each question that could not be
         asked; to every process all of them.
     """
-    state, chat, predictions, bad = this_process(), Chat(processor), [], []
-    what, quiet = "asking, pictures blank" if blank else "asking", not state.is_main_process
-    for share in tqdm(shares(len(dataset), batch_size), what, disable=quiet):
-        found = [askable(model, chat, dataset, i) for i in share]
-        asked = [question for record, _ in found for question in record]
-        if blank:
-            asked = [q | {"images": [Image.new("RGB", i.size, "white") for i in q["images"]]} for q in asked]
-        answered = ask(model, chat, asked, batch_size, max_new_tokens)
-        gathered = gather_object([(answered, [entry for _, entries in found for entry in entries])])
-        predictions += [prediction for one, _ in gathered for prediction in one]
-        bad += [entry for _, one in gathered for entry in one]
-    return predictions, bad
+    asked = list(list_questions(dataset))
 
+    def opened(place: int) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+        messages, images = open_question(dataset, asked[place])
+        return messages, [Image.new("RGB", image.size, "white") for image in images] if blank else images
 
-def first_questions(model: Any, processor: Processor, dataset: LlavaDataset, number: int) -> list[dict[str, Any]]:
-    """The first questions of a data set that can be asked, so many or all."""
-    chat, found = Chat(processor), []
-    for index in range(len(dataset)):
-        found += askable(model, chat, dataset, index)[0]
-        if len(found) >= number:
-            break
-    return found[:number]
+    description = "asking, pictures blank" if blank else "asking"
+    lines, bad = answer_questions(model, Chat(processor), asked, opened, path, settings, batch_size, description)
+    answered = [(question, line) for question, line in zip(asked, lines, strict=True) if line is not None]
+    return [question | {"prediction": line["answer"], "cut": line["cut"]} for question, line in answered], bad
 
 
 def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
@@ -120,18 +117,26 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
     Returns:
         The scores of `LOGGED`, and `answers_runtime` in seconds.
     """
-    started, state, dataset = perf_counter(), this_process(), copy(trainer.eval_dataset.dataset)
-    dataset.at_least = None  # pictures as `evaluate` opens them
-    model, processor, step = trainer.model, trainer.processing_class, trainer.state.global_step
-    asked = first_questions(model, processor, dataset, number)
+    started, state, dataset = perf_counter(), this_process(), trainer.eval_dataset.dataset
+    model, chat, step = trainer.model, Chat(trainer.processing_class), trainer.state.global_step
+    asked, prepared = [], []
+    for question in list_questions(dataset):
+        with suppress(OSError, ValueError):  # it cannot be asked
+            prepared.append(prepare(model, chat, *open_question(dataset, question)))
+            asked.append(question)
+        if len(asked) == number:
+            break
     if not asked:
         raise ValueError("no held-out question can be asked of this model: set --eval_answers 0")
-    mine, share = asked[state.process_index :: state.num_processes], -(-len(asked) // state.num_processes)
-    mine += [asked[0]] * (share - len(mine))  # under ZeRO-3 no process computes alone, and all ask batch by batch
-    batches, chat = [mine[start : start + BATCH] for start in range(0, share, BATCH)], Chat(processor)
+    mine, share = prepared[state.process_index :: state.num_processes], -(-len(asked) // state.num_processes)
+    mine += [prepared[0]] * (share - len(mine))  # under ZeRO-3 no process computes alone, and all ask batch by batch
     with as_opened(model):
-        gathered = gather_object([[p for batch in batches for p in ask(model, chat, batch, BATCH, NEW_TOKENS)]])
-    predictions = [gathered[i % state.num_processes][i // state.num_processes] for i in range(len(asked))]
+        replies = [generate_all(model, chat, mine[start : start + BATCH], BATCH) for start in range(0, share, BATCH)]
+        gathered = gather_object([[answer for batch in replies for answer, _ in batch]])
+    predictions = [
+        question | {"prediction": gathered[i % state.num_processes][i // state.num_processes]}
+        for i, question in enumerate(asked)
+    ]
     if state.is_main_process:
         path = Path(trainer.args.output_dir) / "answers" / f"step-{step:06}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,13 +7,16 @@
 The first two write `metrics.json`, `predictions.jsonl` (id, prompt, reference, prediction) and `captions.png`, a sheet
 of pictures with the reference and the model's answer under each. What cannot be asked (a broken picture, or a
 conversation longer than the model reads) counts for nothing and is named, on standard error and under `bad` in
-`metrics.json`. The third puts such folders side by side, in `comparison.md` and `comparison.png`.
+`metrics.json`. Answers are written to `OUTPUT_DIR.answers.jsonl` as they come, by which a killed run goes on.
+The third puts such folders side by side, in `comparison.md` and `comparison.png`.
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
 from train_llava.cli import (
@@ -73,6 +76,7 @@ if __name__ == "__main__":
 
 import matplotlib
 import torch
+import transformers
 from accelerate.utils import gather_object
 from matplotlib.figure import Figure
 from peft import PeftModel
@@ -80,10 +84,12 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+import train_llava
 from train_llava.adapter import load_model
 from train_llava.answers import predict, write_predictions
+from train_llava.chat import Chat
 from train_llava.data import LlavaDataset
-from train_llava.infer import this_process
+from train_llava.infer import settings_of, this_process
 from train_llava.metrics import (
     METRICS,
     by_language,
@@ -123,6 +129,9 @@ def table(metrics: dict[str, Any]) -> str:
     for metric in [name for name in METRICS if name in metrics and name != "exact_match"]:
         lines.append(line(f"  {METRICS[metric]}", [cell(scores, metric) for scores in ours]))
     lines.append(line("questions", [f"{scores['n']:,}" for scores in ours]))
+    lines += [f"{METRICS[metric]} is not defined: {reason}" for metric, reason in metrics.get("undefined", {}).items()]
+    if "cut_answers" in metrics:
+        lines.append(f"cut at --max_new_tokens {metrics['settings']['max_new_tokens']}: {metrics['cut_answers']:.1%}")
     if "text" in metrics:
         before = f", {metrics['text']['base_loss']:.4f} before" if "base_loss" in metrics["text"] else ""
         lines.append(f"loss per token of the text: {metrics['text']['loss']:.4f}{before}")
@@ -146,11 +155,21 @@ def asked(prediction: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in prediction.items() if key != "prediction"}
 
 
+def differences(settings: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each setting that is not the same in all runs."""
+    lines = []
+    for name in dict.fromkeys(name for given in settings.values() for name in given):
+        values = {run: given.get(name, "unknown") for run, given in settings.items()}
+        if len(set(map(str, values.values()))) > 1:
+            lines.append(f"{name} differs: " + ", ".join(f"{value} in {run}" for run, value in values.items()))
+    return lines
+
+
 def compare(folders: list[Path], output_dir: Path) -> str:
     """Writes `comparison.md` and `comparison.png` into `output_dir` and gives back the table.
 
     The first run is what the others are compared with, on the same questions one by one, which says more than two
-    intervals side by side.
+    intervals side by side. Settings that differ are named below it.
 
     Raises:
         OSError, ValueError: a folder is no evaluation, or was asked other questions than the first.
@@ -169,6 +188,8 @@ def compare(folders: list[Path], output_dir: Path) -> str:
         kept = [f"{scores['text']['loss']:.4f}"] if texts else []
         rows.append([name, *(cell(scores, metric) for metric in metrics), beside, *kept])
     text = markdown(rows)
+    for line in differences({name: scores.get("settings", {}) for name, (scores, _) in runs.items()}):
+        text += f"\n\n{line}"
     (output_dir / "comparison.md").write_text(
         f"{text}\n\n{len(ours):,} questions; intervals: 95 %.\n", encoding="utf-8"
     )
@@ -234,6 +255,12 @@ def language_kept(model: PreTrainedModel | PeftModel, tokenizer: Any, text: str,
     return kept
 
 
+def answers_beside(output_dir: str) -> list[Path]:
+    """Where an evaluation keeps its answers until its folder is whole: those of the model, and of blank pictures."""
+    target = Path(os.path.realpath(output_dir))
+    return [target.with_name(f"{target.name}.{kind}.jsonl") for kind in ("answers", "blank-answers")]
+
+
 def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any]:
     """Asks every question, writes everything into `folder`, where there is one, and gives back the metrics."""
     text = None
@@ -249,14 +276,20 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
     dataset = LlavaDataset(arguments.data_path, arguments.image_dir)
     model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
     kept = None if text is None else language_kept(model, processor.tokenizer, text, arguments.base)
-    settings = (dataset, arguments.batch_size, arguments.max_new_tokens)
-    predictions, bad = predict(model, processor, *settings)
+    dataset.at_least = Chat(processor).at_least  # as training opens pictures
+    settings, files = settings_of(arguments, model), answers_beside(arguments.output_dir)
+    predictions, bad = predict(model, processor, dataset, files[0], settings, arguments.batch_size)
     if not predictions:
+        files[0].unlink()
         raise ValueError(f"no question of {arguments.data_path} could be asked; {bad[0]['id']}: {bad[0]['reason']}")
     controls = {"most_frequent_answer": most_frequent_answer(predictions)}
     if arguments.blank_control:
-        controls["blank_pictures"] = predict(model, processor, *settings, blank=True)[0]
-    metrics = by_language(predictions, score_group) | {"bad": bad}
+        controls["blank_pictures"] = predict(
+            model, processor, dataset, files[1], settings, arguments.batch_size, blank=True
+        )[0]
+    settings |= {"train_llava": train_llava.__version__} | {m.__name__: m.__version__ for m in (transformers, torch)}
+    metrics = by_language(predictions, score_group) | {"cut_answers": mean(p["cut"] for p in predictions)}
+    metrics |= {"settings": settings, "bad": bad}
     if kept is not None:
         metrics["text"] = kept
     metrics["controls"] = {name: by_language(control, score_exact) for name, control in controls.items()}
@@ -284,6 +317,8 @@ def main() -> None:
             text, shown, picture = compare([Path(run) for run in arguments.compare], folder), "plot", "comparison.png"
         else:
             text, shown, picture = table(evaluate(arguments, folder)), "pictures and answers", "captions.png"
+    for file in answers_beside(arguments.output_dir):
+        file.unlink(missing_ok=True)
     print(text)
     if (Path(arguments.output_dir) / picture).exists():
         print(f"{shown}: {Path(arguments.output_dir) / picture}")

@@ -15,6 +15,8 @@ import string
 import sys
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from itertools import islice
@@ -62,6 +64,8 @@ class InferArguments:
     def __post_init__(self) -> None:
         if [self.prompt is not None, self.interactive, self.questions is not None].count(True) != 1:
             raise ValueError("give one of --prompt, --interactive true and --questions")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("--prompt is empty")
         if (self.questions is None) != (self.answers is None):
             raise ValueError("--questions and --answers go together")
         if self.questions is not None and self.image:
@@ -87,7 +91,7 @@ from train_llava.adapter import load_model
 from train_llava.chat import Chat, Processor
 from train_llava.model import Llava
 from train_llava.pictures import open_image
-from train_llava.questions import read_questions, unanswered
+from train_llava.questions import answered_before, locked, read_questions
 from train_llava.records import IMAGE_TOKEN
 from train_llava.run_folder import first_numbers
 from train_llava.template import special_tokens
@@ -157,41 +161,57 @@ def generate(
     Raises:
         ValueError: one of them cannot be asked; see `room_for_answer`.
     """
-    left = iter(images)
+    left, chat = iter(images), Chat(processor)
     tags = [sum(part["type"] == "image" for part in _parts(messages)) for messages in conversations]
     if sum(tags) != len(images):
         raise ValueError(f"{sum(tags)} {IMAGE_TOKEN} tags, {len(images)} pictures")
-    shown = [list(islice(left, number)) for number in tags]
-    return generate_all(model, Chat(processor), conversations, shown, len(conversations), max_new_tokens, **options)
+    prepared = [
+        prepare(model, chat, messages, list(islice(left, number)), max_new_tokens)
+        for messages, number in zip(conversations, tags, strict=True)
+    ]
+    return [answer for answer, _ in generate_all(model, chat, prepared, len(conversations), **options)]
+
+
+def prepare(
+    model: Llava | PeftModel,
+    chat: Chat,
+    messages: list[dict[str, Any]],
+    images: list[Image.Image],
+    max_new_tokens: int = NEW_TOKENS,
+) -> tuple[dict[str, torch.Tensor], int]:
+    """A conversation as `generate_all` takes it: its prompt (see `Chat.prompts`), and the most tokens of its answer.
+
+    Raises:
+        ValueError: it cannot be asked; see `room_for_answer`.
+    """
+    room = room_for_answer(model, chat, messages, images)
+    return dict(chat.prompts([messages], images)), min(room, max_new_tokens)
 
 
 @torch.inference_mode()
 def generate_all(
     model: Llava | PeftModel,
     chat: Chat,
-    conversations: list[list[dict[str, Any]]],
-    images: list[list[Image.Image]],
+    prepared: list[tuple[dict[str, torch.Tensor], int]],
     batch_size: int,
-    max_new_tokens: int = NEW_TOKENS,
     **options: Any,
-) -> list[str]:
-    """As `generate`, of any number of conversations, each with its `images`, so many at once.
+) -> list[tuple[str, bool]]:
+    """As `generate`, of any number of conversations (see `prepare`), so many at once.
 
     In several batches, those of like length stand together, and every answer first gets `FIRST` tokens; those that go
     on are put together anew and get twice as many, and so on, so that no short answer waits for a long one. To go on,
     the model reads the conversation again with what it has said, which is what it would have before it in one go. In
     half precision, where that can change a word, batches are those of the questions in their order, in one go.
 
-    Raises:
-        ValueError: see `generate`.
+    Returns:
+        The answers, and whether each was cut: it has as many tokens as it may, and no end.
     """
-    asked = list(zip(conversations, images, strict=True))
-    limits = [min(room_for_answer(model, chat, *each), max_new_tokens) for each in asked]
-    prompts = [dict(chat.prompts([messages], shown)) for messages, shown in asked]
+    prompts, limits = [prompt for prompt, _ in prepared], [limit for _, limit in prepared]
+    longest = max(limits, default=0)
     ends = torch.tensor(model.generation_config.eos_token_id)
     said = [prompt["input_ids"][0, :0] for prompt in prompts]
-    unended, in_one_go, tokens = list(range(len(asked))), [], max_new_tokens
-    if len(asked) > batch_size and model.dtype == torch.float32:
+    unended, in_one_go, tokens = list(range(len(prompts))), [], longest
+    if len(prompts) > batch_size and model.dtype == torch.float32:
         unended.sort(key=lambda i: prompts[i]["input_ids"].shape[1])
         tokens = FIRST
     while unended:
@@ -215,8 +235,9 @@ def generate_all(
                     unended.append(i)
         tokens *= 2
         if not unended:
-            unended, in_one_go, tokens = in_one_go, [], max_new_tokens
-    return [chat.processor.decode(ids, skip_special_tokens=True).strip() for ids in said]
+            unended, in_one_go, tokens = in_one_go, [], longest
+    texts = [chat.processor.decode(ids, skip_special_tokens=True).strip() for ids in said]
+    return [(text, not torch.isin(ids, ends).any()) for text, ids in zip(texts, said, strict=True)]
 
 
 def side_by_side(
@@ -236,16 +257,18 @@ def side_by_side(
     return batch
 
 
-def fetch_image(name: str) -> Image.Image:
+def fetch_image(name: str, at_least: int | None = None) -> Image.Image:
     """The picture at a path, an http(s) address or in a data URI, or, for "-", on standard input.
+
+    `at_least`: see `open_image`.
 
     Raises:
         OSError, ValueError: it is not there, or no picture.
     """
     if name == "-":
-        return open_image(sys.stdin.buffer.read(), "the picture on standard input")
+        return open_image(sys.stdin.buffer.read(), "the picture on standard input", at_least)
     if not name.startswith(ADDRESSES):
-        return open_image(Path(name))
+        return open_image(Path(name), at_least=at_least)
     short = name if len(name) < 200 else f"{name[:60]}…"
     try:
         # what an address cannot hold, such as Chinese, goes in percent signs
@@ -255,7 +278,7 @@ def fetch_image(name: str) -> Image.Image:
         raise OSError(f"{short} gives no picture: {error!r}") from error
     if len(content) > MAX_BYTES:
         raise ValueError(f"{short} is larger than {MAX_BYTES >> 20} MB")
-    return open_image(content, short)
+    return open_image(content, short, at_least)
 
 
 def question(text: str, pictures: int) -> dict[str, Any]:
@@ -278,7 +301,7 @@ def chat(
 
     "/image FILE" puts a picture before the next question, and "/image" alone takes back those that wait for it.
     """
-    messages, new = [], len(images)
+    messages, new, at_least = [], len(images), Chat(processor).at_least
     while True:
         try:
             text = input("> ").strip()
@@ -296,7 +319,7 @@ def chat(
                 images, new = images[: len(images) - new], 0
                 continue
             if text.startswith("/image "):
-                images = [*images, fetch_image(text.removeprefix("/image ").strip())]
+                images = [*images, fetch_image(text.removeprefix("/image ").strip(), at_least)]
                 new += 1
                 continue
             asked = [*messages, question(text, new)]
@@ -321,13 +344,74 @@ def shares(number: int, batch_size: int) -> list[range]:
     return [range(min(start, number), min(start + share, number)) for start in windows]
 
 
+def settings_of(arguments: Any, model: torch.nn.Module) -> dict[str, Any]:
+    """What decides a model's answers: the arguments of `infer` or `evaluate`, and its weights."""
+    names = ("model_name_or_path", "adapter_name_or_path", "data_path", "image_dir", "bits", "max_new_tokens")
+    settings = {
+        name: getattr(arguments, name) for name in (*names, "temperature", "top_p") if hasattr(arguments, name)
+    }
+    return settings | {"weights": weights_digest(model)}
+
+
+def answer_questions(
+    model: Llava | PeftModel,
+    chat: Chat,
+    asked: list[dict[str, Any]],
+    open_question: Callable[[int], tuple[list[dict[str, Any]], list[Image.Image]]],
+    path: Path,
+    settings: dict[str, Any],
+    batch_size: int,
+    description: str | None = None,
+) -> tuple[list[dict[str, Any] | None], list[dict[str, Any]]]:
+    """Answers questions, every process its share, and writes each answer to a file as it comes (see `questions`).
+
+    Those that the file answers already are not asked again. `open_question` gives the messages and the pictures of one
+    by its place in `asked`; no more pictures are kept than it has.
+
+    Returns:
+        Each question's line of the file, None where it could not be asked; and the `id` and `reason` of these.
+
+    Raises:
+        OSError, ValueError: the file cannot be gone on with; see `locked` and `answered_before`.
+    """
+    state, bad, limit = this_process(), [], settings["max_new_tokens"]
+    options = sampling(settings.get("temperature", 0), settings.get("top_p", 1))
+    writes = state.is_main_process
+    with locked(path) if writes else nullcontext():
+        with state.main_process_first():  # which cuts off what a kill has torn
+            lines = answered_before(path, asked, settings)
+        state.wait_for_everyone()
+        left = [place for place, line in enumerate(lines) if line is None]
+        bar = tqdm(total=len(asked), initial=len(asked) - len(left), desc=description, disable=not writes)
+        with open(path if writes else os.devnull, "ab") as file, bar:
+            for share in shares(len(left), batch_size):
+                places, prepared, refused = [], [], []
+                for place in left[share.start : share.stop]:
+                    try:
+                        prepared.append(prepare(model, chat, *open_question(place), limit))
+                        places.append(place)
+                    except (OSError, ValueError) as error:
+                        refused.append({"id": asked[place]["id"], "reason": str(error)})
+                replies = generate_all(model, chat, prepared, batch_size, **options)
+                for answered, unasked in gather_object([(list(zip(places, replies, strict=True)), refused)]):
+                    for place, (answer, cut) in answered:
+                        named = {key: asked[place][key] for key in ("id", "prompt", "number") if key in asked[place]}
+                        line = lines[place] = named | {"answer": answer, "cut": bool(cut), "settings": settings}
+                        # a half of a surrogate pair, which only an id can hold, is written as it was: escaped
+                        file.write(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+                    bad += unasked
+                    bar.update(len(answered) + len(unasked))
+                file.flush()
+    return lines, bad
+
+
 def answer_file(
     model: Llava | PeftModel,
     processor: Processor,
     questions: Path,
     answers: Path,
-    batch_size: int,
-    **options: Any,
+    settings: dict[str, Any],
+    batch_size: int = BATCH,
 ) -> None:
     """Answers a file of questions; those that the file of answers has already are not asked again.
 
@@ -337,40 +421,20 @@ def answer_file(
         OSError, ValueError: a file or a line cannot be read, and nothing was asked; or some questions could not be
             asked, and all others are answered.
     """
-    asked = read_questions(questions)
+    asked, chat = read_questions(questions), Chat(processor)
     if answers.exists() and answers.samefile(questions):
         raise ValueError(f"--answers {answers} is the file of the questions: choose another")
-    digest, state, refused, chat = weights_digest(model), this_process(), [], Chat(processor)
-    with state.main_process_first():  # which mends the file
-        left = unanswered(asked, answers, digest)
-    state.wait_for_everyone()
-    settings = {"total": len(asked), "initial": len(asked) - len(left), "disable": not state.is_main_process}
-    with open(answers if state.is_main_process else os.devnull, "ab") as file, tqdm(**settings) as bar:
-        for share in shares(len(left), batch_size):
-            entries, images, unasked, lines = [], [], [], []
-            for entry in left[share.start : share.stop]:
-                try:
-                    shown = [fetch_image(name) for name in entry.pictures]
-                    room_for_answer(model, chat, entry.messages, shown)
-                    images.append(shown)
-                    entries.append(entry)
-                except (OSError, ValueError) as error:
-                    unasked.append(f"question {entry.id!r}: {error}")
-            conversations = [entry.messages for entry in entries]
-            replies = generate_all(model, chat, conversations, images, batch_size, **options)
-            for entry, answer in zip(entries, replies, strict=True):
-                line = {"id": entry.id, "prompt": entry.prompt, "answer": answer}
-                line |= {"asked": entry.fingerprint(), "model": digest}
-                # a half of a surrogate pair, which only an id can hold, is written as it was: escaped
-                lines.append(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
-            for written, named in gather_object([(lines, unasked)]):
-                file.writelines(written)
-                bar.update(len(written))
-                refused += named
-            file.flush()
+
+    def open_question(place: int) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+        return asked[place].messages, [fetch_image(name, chat.at_least) for name in asked[place].pictures]
+
+    named = [{"id": question.id, "prompt": question.prompt} for question in asked]
+    lines, bad = answer_questions(model, chat, named, open_question, answers, settings, batch_size)
+    cut, refused = sum(line["cut"] for line in lines if line), [f"question {b['id']!r}: {b['reason']}" for b in bad]
+    notes = [f"{cut} of {len(asked)} answers were cut at --max_new_tokens {settings['max_new_tokens']}"] * bool(cut)
+    if this_process().is_main_process and notes + refused:
+        print(*notes, *refused, sep="\n", file=sys.stderr)
     if refused:
-        if state.is_main_process:
-            print(*refused, sep="\n", file=sys.stderr)
         raise ValueError(f"{len(refused)} of {len(asked)} questions could not be asked; {refused[0]}")
 
 
@@ -379,14 +443,14 @@ def main() -> None:
     this_process()  # before the model is opened: each process has a device of its own
     if arguments.answers is not None:
         Path(arguments.answers).absolute().parent.mkdir(parents=True, exist_ok=True)
-    images = [fetch_image(name) for name in arguments.image]
     model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
+    images = [fetch_image(name, Chat(processor).at_least) for name in arguments.image]
     options = sampling(arguments.temperature, arguments.top_p) | {"max_new_tokens": arguments.max_new_tokens}
     if arguments.interactive:
         chat(model, processor, images, **options)
     elif arguments.questions is not None:
-        paths = Path(arguments.questions), Path(arguments.answers)
-        answer_file(model, processor, *paths, arguments.batch_size, **options)
+        paths, settings = (Path(arguments.questions), Path(arguments.answers)), settings_of(arguments, model)
+        answer_file(model, processor, *paths, settings, arguments.batch_size)
     else:
         conversation = [question(arguments.prompt, len(images))]
         print(generate(model, processor, [conversation], images, **options)[0])

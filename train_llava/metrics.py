@@ -20,8 +20,8 @@ from unicodedata import normalize
 import numpy as np
 import regex
 
-# A word is a run of letters and digits with their combining marks, by which Hindi and Arabic write vowels. Texts with no
-# spaces are cut into characters: Chinese, Japanese, and what Unicode's line breaks call SA (Thai, Lao, Khmer, Burmese)
+# A word is a run of letters and digits with their combining marks, by which Hindi and Arabic write vowels. Characters
+# of texts without spaces are words: Chinese, Japanese, and Unicode's line breaks SA (Thai, Lao, Khmer, Burmese)
 IDEOGRAPH = r"\u3040-\u3098\u309b-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 LETTERS = rf"(?![{IDEOGRAPH}\p{{LB=SA}}])[\p{{L}}\p{{N}}](?:(?![{IDEOGRAPH}\p{{LB=SA}}])[\p{{L}}\p{{N}}\p{{M}}])*"
 WORD = regex.compile(rf"[{IDEOGRAPH}]\p{{M}}*|(?=\p{{LB=SA}})\X|{LETTERS}(?:'{LETTERS})*")

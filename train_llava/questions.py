@@ -2,21 +2,26 @@
 
 A question is a line `{"id", "image", "prompt"}`; `image` or `images` are files, addresses or data URIs, one or a list.
 Ids are those of records (see `records`), and `question` or `text` may stand for `prompt`. A conversation that ends
-with a question may stand under `messages`. An answer is a line
-`{"id", "prompt", "answer", "asked", "model"}`: the last two tell by what it was asked, and of which model.
+with a question may stand under `messages`. An answer is a line `{"id", "prompt", "answer", "cut", "settings"}`. It is
+`cut` where it has as many tokens as it may; `settings` are the model and the options that gave it.
 """
 
-import hashlib
 import json
-import shutil
-import sys
-from collections import defaultdict
+import os
+import reprlib
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train_llava.cli import ADDRESSES, replacing
+from filelock import FileLock, Timeout
+
+from train_llava.cli import ADDRESSES
 from train_llava.readers import BadRecordError, read_jsonl
 from train_llava.records import IMAGE_TOKEN, Record, id_of, pictures_of, text_of, to_messages
+
+OTHERWISE = "choose another name, or remove that file"
 
 
 class Question(NamedTuple):
@@ -26,16 +31,6 @@ class Question(NamedTuple):
     prompt: str
     messages: list[dict[str, Any]]
     pictures: list[str]  # paths, addresses, data URIs
-
-    def fingerprint(self) -> str | None:
-        """What is asked, about which pictures: by their content, where they are files; None where one is not there."""
-        digest = hashlib.sha256(json.dumps(self.messages).encode())
-        for name in self.pictures:
-            is_file = not name.startswith(ADDRESSES)
-            if is_file and not Path(name).is_file():
-                return None
-            digest.update(hashlib.sha256(Path(name).read_bytes() if is_file else name.encode()).digest())
-        return digest.hexdigest()[:16]
 
 
 def read_question(record: Record, number: int, folder: Path) -> Question:
@@ -83,13 +78,32 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def read_answers(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The lines of a file of answers, each with what it says; without a last one that a kill has torn.
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes from writing a file.
+
+    Raises:
+        ValueError: one of them writes it now.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{path} is being written by another process: wait for it, or name another file") from None
+    try:
+        yield
+    finally:
+        os.unlink(lock.lock_file)
+        lock.release()
+
+
+def read_answers(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a file of answers, and how many bytes of one that a kill has torn follow them.
 
     Raises:
         OSError, ValueError: it cannot be read, or another program wrote it.
     """
-    *lines, torn = path.read_bytes().split(b"\n")
+    *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
     read = []
     for number, line in enumerate([*lines, torn], 1):
         try:
@@ -100,46 +114,36 @@ def read_answers(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
                 break
             content = None
         if not (isinstance(content, dict) and {"id", "prompt", "answer"} <= content.keys()):
-            raise ValueError(f"--answers {path}, line {number}, is no answer of this command: choose another file")
-        read.append((line + b"\n", content))
-    return read
+            raise ValueError(f"{path}, line {number}, is no answer of this command: choose another file")
+        read.append(content)
+    return read[: len(lines)], len(torn)
 
 
-def unanswered(questions: list[Question], answers: Path, digest: str) -> list[Question]:
-    """The questions that a file of answers lacks, which are asked of the model of that `weights_digest`.
+def answered_before(path: Path, asked: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any] | None]:
+    """For each question, its line in a file of answers, or None; a question is known by `id`, `prompt` and `number`.
 
-    A line that a kill has torn is cut off it. Answers to what is asked otherwise now, or about another picture, are
-    moved to a file beside it; all else stays as it is, answers about a picture that is not there now included.
+    A last line that a kill has torn is cut off the file.
 
     Raises:
-        OSError, ValueError: see `read_answers`; or another model gave the answers.
+        OSError, ValueError: the file cannot be read, another program wrote it, or it answers other questions, or with
+            other settings.
     """
-    if not answers.exists():
-        return questions
-    lines = read_answers(answers)
-    if any(content.get("model", digest) != digest for _, content in lines):
-        raise ValueError(f"--answers {answers} has answers of another model: choose another file")
-    waiting = defaultdict(list)
-    for asked in questions:
-        waiting[str(asked.id)].append(asked)
-    ids, kept, moved = set(waiting), [], []
-    for line, content in lines:
-        same = [
-            asked
-            for asked in waiting[str(content["id"])]
-            if asked.prompt == content["prompt"]
-            and (None in (told := content.get("asked"), now := asked.fingerprint()) or told == now)
-        ]
-        if same:
-            waiting[str(content["id"])].remove(same[0])
-        (kept if same or str(content["id"]) not in ids else moved).append(line)
-    if moved:
-        earlier = answers.with_name(f"{answers.stem}.earlier.jsonl")
-        with open(earlier, "ab") as file:
-            file.write(b"".join(moved))
-        print(f"{len(moved)} lines of {answers} answer what was asked before: moved to {earlier}", file=sys.stderr)
-    if b"".join(kept) != answers.read_bytes():
-        with replacing(answers) as file:
-            file.write_bytes(b"".join(kept))
-            shutil.copymode(answers, file)
-    return [asked for asked in questions if any(asked is other for other in waiting[str(asked.id)])]
+    found: list[dict[str, Any] | None] = [None] * len(asked)
+    lines, torn = read_answers(path)
+    places = defaultdict(deque)
+    for place, question in enumerate(asked):
+        places[question.get("number"), str(question["id"]), question["prompt"]].append(place)
+    for line in lines:
+        for name, value in settings.items():
+            before = line.get("settings", {}).get(name)
+            if before != value:
+                raise ValueError(f"{path} was answered with {name} {before}, and now it is {value}: {OTHERWISE}")
+        waiting = places[line.get("number"), str(line["id"]), line["prompt"]]
+        if not waiting:
+            now = [reprlib.repr(question["prompt"]) for question in asked if str(question["id"]) == str(line["id"])]
+            before = f"{path} answers {reprlib.repr(line['prompt'])} as question {line['id']!r}"
+            raise ValueError(f"{before}, and that is now {' and '.join(now) or 'not asked'}: {OTHERWISE}")
+        found[waiting.popleft()] = line
+    if torn:
+        os.truncate(path, path.stat().st_size - torn)
+    return found

@@ -173,12 +173,12 @@ def answer(
     Raises:
         OSError, ValueError: a picture or the question cannot be read.
     """
-    turn, images = turns[-1], []
+    turn, images, at_least = turns[-1], [], Chat(processor).at_least
     if not turn.text:
         raise ValueError("there is no question yet")
     for file in [file for turn in turns for file in turn.files]:
         try:
-            images.append(open_image(file))
+            images.append(open_image(file, at_least=at_least))
         except (OSError, ValueError) as error:  # named as the user knows it, without the folder of uploads
             raise ValueError(str(error).replace(file, Path(file).name)) from error
     try:
