@@ -152,6 +152,11 @@ def test_two_processes_write_the_files_of_one(llava, corpus, tmp_path, monkeypat
     options = ["--adapter_name_or_path", adapter, "--max_new_tokens", "8", "--batch_size", "4"]
     evaluated(llava, corpus, tmp_path / "one", monkeypatch, *options)
     arguments = ["--model_name_or_path", llava, "--data_path", corpus, "--output_dir", tmp_path / "two", *options]
+    monkeypatch.setattr(evaluate, "by_language", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # an evaluation that fails leaves its answers
+        evaluated(llava, corpus, tmp_path / "two", monkeypatch, *options)
+    answered = tmp_path / "two.answers.jsonl"
+    answered.write_bytes(answered.read_bytes()[: answered.stat().st_size // 2])
     launch("-m", "train_llava.evaluate", *arguments)
     for name in ("metrics.json", "predictions.jsonl"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

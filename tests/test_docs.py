@@ -11,6 +11,7 @@ import pytest
 import yaml
 from transformers import HfArgumentParser
 
+import train_llava
 from examples.openmoji import compare_modes as openmoji_modes
 from examples.openmoji import four_pictures
 from examples.smollm2 import compare_modes as smollm2_modes
@@ -213,6 +214,7 @@ def test_the_first_sentence_is_true_of_the_run(name):
 def test_one_version_everywhere_and_every_file_in_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     version = project["project"]["version"]
+    assert train_llava.__version__ == version
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
     patterns = ["*.py", *project["tool"]["setuptools"]["package-data"]["train_llava"]]

@@ -280,7 +280,7 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
     settings, files = settings_of(arguments, model), answers_beside(arguments.output_dir)
     predictions, bad = predict(model, processor, dataset, files[0], settings, arguments.batch_size)
     if not predictions:
-        files[0].unlink()
+        files[0].unlink(missing_ok=True)
         raise ValueError(f"no question of {arguments.data_path} could be asked; {bad[0]['id']}: {bad[0]['reason']}")
     controls = {"most_frequent_answer": most_frequent_answer(predictions)}
     if arguments.blank_control:
@@ -312,13 +312,14 @@ def main() -> None:
         if not arguments.compare:
             evaluate(arguments, None)
         return
+    files = [] if arguments.compare else answers_beside(arguments.output_dir)[: 1 + arguments.blank_control]
     with written_whole(arguments.output_dir) as folder:
         if arguments.compare:
             text, shown, picture = compare([Path(run) for run in arguments.compare], folder), "plot", "comparison.png"
         else:
             text, shown, picture = table(evaluate(arguments, folder)), "pictures and answers", "captions.png"
-    for file in answers_beside(arguments.output_dir):
-        file.unlink(missing_ok=True)
+    for file in files:
+        file.unlink()
     print(text)
     if (Path(arguments.output_dir) / picture).exists():
         print(f"{shown}: {Path(arguments.output_dir) / picture}")
