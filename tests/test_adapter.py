@@ -8,12 +8,14 @@ import pytest
 import torch
 from conftest import IMAGES, QUESTIONS, run_train
 from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
 
 from train_llava.adapter import load_model
+from train_llava.build_model import build_model
 from train_llava.chat import Chat
 from train_llava.infer import generate
 from train_llava.merge_lora import merge_lora
-from train_llava.model import load_checkpoint
+from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 
 
 def test_an_adapter_saves_its_projector_and_changes_the_model(llava, adapter):
@@ -144,4 +146,139 @@ def test_an_adapter_of_another_model_is_refused(llava, tmp_path, kind, request):
         load_model(str(llava), str(folder))
     with pytest.raises(ValueError, match="was trained on another model"):
         merge_lora(str(llava), str(folder), str(tmp_path / "merged"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_goes_on_training(llava, corpus, trained_adapter, tmp_path, monkeypatch):
+    """Four steps at once are two steps and, from their adapter, two more; its LoRA is the first run's."""
+    arguments = ["--preflight", "false", "--lora_dropout", "0", "--optim", "sgd", "--lr_scheduler_type", "constant"]
+    arguments += ["--warmup_steps", "0", "--max_grad_norm", "0", "--train_sampling_strategy", "sequential"]
+    arguments += ["--per_device_train_batch_size", "4", "--learning_rate", "1"]
+    lora = ["--lora_r", "4", "--lora_alpha", "3", "--use_rslora", "true"]
+    halves = []
+    for name, part in (("all", slice(16)), ("first", slice(8)), ("second", slice(8, 16))):
+        data = tmp_path / "data" / name
+        data.mkdir(parents=True)
+        (data / "chat.json").write_text(json.dumps(json.loads((corpus / "chat.json").read_text())[part]))
+        more = lora if name != "second" else ["--adapter_name_or_path", str(tmp_path / "first")]
+        steps = ["--max_steps", "4" if name == "all" else "2", "--image_dir", str(corpus / "images_dl")]
+        losses = run_train(monkeypatch, llava, data, tmp_path / name, *arguments, *steps, *more)
+        halves.append(losses)
+    assert halves[1] + halves[2] == pytest.approx(halves[0], abs=1e-6)
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("second", "all"))
+    assert ours.keys() == theirs.keys()
+    assert any("multi_modal_projector" in name for name in ours)
+    for name, tensor in theirs.items():
+        assert torch.allclose(ours[name], tensor, atol=1e-6), name
+    config = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
+    assert [config[name] for name in ("r", "lora_alpha", "use_rslora", "use_dora")] == [4, 3, True, False]
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert "lora_r 4, lora_alpha 3, lora_dropout 0.0, use_dora False, use_rslora True" in card
+    assert "| goes on from | `first` |" in card
+    assert f"adapter_name_or_path: {tmp_path}/first" in (tmp_path / "second" / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lora_r", "8"], "--lora_r 8: {adapter}, which goes on training, has 4"),
+        (["--use_dora", "true"], "--use_dora True: {adapter}, which goes on training, has False"),
+        (["--train_type", "full"], "--adapter_name_or_path goes with --train_type lora"),
+        (["--model_name_or_path", "{adapter}"], "is a LoRA adapter of .*, or merge them by merge_lora first"),
+        (["--adapter_name_or_path", "{llava}"], "{llava} is no adapter folder"),
+    ],
+)
+def test_what_does_not_fit_an_adapter_is_refused(llava, corpus, adapter, tmp_path, monkeypatch, arguments, message):
+    places = {"adapter": adapter, "llava": llava}
+    arguments = ["--adapter_name_or_path", str(adapter), *(word.format(**places) for word in arguments)]
+    with pytest.raises(ValueError, match=message.format(**places)):
+        run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_in_place_of_a_model_is_named_as_one(llava, adapter, parts, tmp_path):
+    for open_it in (
+        lambda: load_model(str(adapter)),
+        lambda: build_model(str(parts["clip"]), str(adapter), str(tmp_path / "out")),
+    ):
+        with pytest.raises(
+            ValueError, match=f"^{adapter} is a LoRA adapter of {llava}: .* --model_name_or_path {llava}"
+        ):
+            open_it()
+
+
+def adapted_layers(llava: Path, adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The base's weights of each adapted layer and, computed in float64 by the papers' formulas, the merged ones."""
+    config, found = json.loads((adapter / "adapter_config.json").read_text()), {}
+    tensors, model = load_file(adapter / "adapter_model.safetensors"), load_checkpoint(str(llava), torch.float32)[0]
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    for name, a in tensors.items():
+        if "lora_A" in name:
+            base = model.get_parameter(name.removeprefix("base_model.model.").replace("lora_A.", "")).double()
+            exact = base + scale * tensors[name.replace("lora_A", "lora_B")].double() @ a.double()
+            if config["use_dora"]:
+                magnitude = tensors[name.replace("lora_A.weight", "lora_magnitude_vector")]
+                exact = exact * (magnitude.double() / exact.norm(dim=1))[:, None]
+            found[name.removeprefix("base_model.model.").replace("lora_A.", "")] = (base.detach(), exact.detach())
+    assert len(found) == 14
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "from_dtype", "dtype"),
+    [
+        ("plain", "bfloat16", "auto"),
+        ("dora", "bfloat16", "auto"),
+        ("rslora", "bfloat16", "float32"),
+        ("dora", "float32", "auto"),
+        ("plain", "float32", "bfloat16"),
+        ("plain", "bfloat16", "float16"),
+    ],
+)
+def test_merging_says_how_much_of_the_change_is_rounded_away(llava, tmp_path, capsys, kind, from_dtype, dtype):
+    """A small change; `auto` keeps the base's precision."""
+    base, processor = load_checkpoint(str(llava), getattr(torch, from_dtype))
+    base.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    arguments = LoraArguments(lora_r=4, lora_alpha=8, use_dora=kind == "dora", use_rslora=kind == "rslora")
+    adapted = set_trainable(base, "lora", arguments)
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or "linear_1" in name:
+            torch.nn.init.normal_(parameter, std=2e-4)
+    adapted.save_pretrained(tmp_path / "adapter")
+    processor.save_pretrained(tmp_path / "adapter")
+    capsys.readouterr()
+    merge_lora(str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "merged"), dtype)
+    told = capsys.readouterr().out.strip().splitlines()[-1]
+    merged, _ = load_checkpoint(str(tmp_path / "merged"))
+    dtype = from_dtype if dtype == "auto" else dtype
+    assert {parameter.dtype for parameter in merged.parameters()} == {getattr(torch, dtype)}
+    errors, changes = {}, {}
+    for name, (before, exact) in adapted_layers(tmp_path / "base", tmp_path / "adapter").items():
+        errors[name] = (merged.get_parameter(name).double() - exact).norm()
+        changes[name] = (exact - before).norm()
+    lost = (sum(e**2 for e in errors.values()) / sum(c**2 for c in changes.values())) ** 0.5
+    worst = max(errors, key=lambda name: errors[name] / changes[name])
+    assert {"float32": lost < 1e-3, "bfloat16": lost > 0.1, "float16": 0.01 < lost < 0.1}[dtype]
+    assert f"took {lost:.1%} of the adapter's change" in told
+    assert dtype == "float32" or f"{errors[worst] / changes[worst]:.1%} in {worst.removesuffix('.weight')}" in told
+    assert ("; --dtype float32 loses nothing" in told) == (lost > 0.1)
+    projector = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name = next(name for name in projector if name.endswith("linear_1.weight"))
+    assert torch.equal(merged.model.multi_modal_projector.linear_1.weight, projector[name].to(merged.dtype))
+
+
+def test_a_merged_model_that_is_not_saved_right_is_refused(llava, adapter, tmp_path, monkeypatch):
+    save = LlavaForConditionalGeneration.save_pretrained
+
+    def save_with_a_fault(self, folder, *args, **kwargs):
+        with torch.no_grad():
+            self.model.language_model.layers[1].mlp.up_proj.weight[3, 2] += 1
+            save(self, folder, *args, **kwargs)
+            self.model.language_model.layers[1].mlp.up_proj.weight[3, 2] -= 1
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "save_pretrained", save_with_a_fault)
+    with pytest.raises(ValueError, match=r"was not saved right: .*layers\.1\.mlp\.up_proj\.weight differs"):
+        merge_lora(str(llava), str(adapter), str(tmp_path / "merged"))
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from train_llava import train
 from train_llava.adapter import load_model
 from train_llava.chat import Chat
 from train_llava.checks import longest_items
-from train_llava.cli import run_command
+from train_llava.cli import parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.lengths import estimate_lengths
 from train_llava.model import LoraArguments, count_parameters, load_checkpoint, set_trainable
@@ -340,7 +341,28 @@ def test_a_wrong_argument_ends_with_one_line(llava, parts, corpus, tmp_path, arg
     ("arguments", "message"),
     [
         (["--fp16", "true"], "--fp16 takes a GPU"),
-        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor is not supported"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1 is not supported: leave it out"),
+        (["--remove_unused_columns", "true"], "--remove_unused_columns True is not supported"),
+        (["--label_names", "labels"], "--label_names ['labels'] is not supported"),
+        (["--fsdp", "full_shard"], "--fsdp True is not supported"),
+        (["--data_weights", "0"], "--data_weights 0.0: weights are numbers from 0, one above it"),
+        (["--data_weights", "1", "1"], "--data_weights names 2 weights for 1 data paths"),
+        (
+            ["--streaming", "true", "--max_steps", "9", "--train_sampling_strategy", "group_by_length"],
+            "--streaming not with",
+        ),
+        (["--train_sampling_strategy", "batch_rebalance"], "not with --train_sampling_strategy batch_rebalance"),
+        (["--eval_image_dir", "images"], "--eval_image_dir takes held-out data: set --eval_data_path"),
+        (["--eval_on_start", "true"], "--eval_on_start takes held-out data: set --eval_data_path"),
+        (["--save_strategy", "best"], "--save_strategy best takes held-out data: set --eval_data_path"),
+        (
+            ["--dataloader_persistent_workers", "true"],
+            "--dataloader_num_workers 0, or what goes with it: persist",
+        ),
+        (["--optim_args", "foo"], "--optim adamw_torch_fused, or what goes with it: not enough values"),
+        (["--torch_compile_mode", "foo"], "--torch_compile True, or what goes with it: Unrecognized mode=foo"),
+        (["--lr_scheduler_kwargs", "{1"], "--lr_scheduler_kwargs {1 is no file, and no object of JSON"),
+        (["--accelerator_config", '{"a": 1}'], "an argument cannot be used: AcceleratorConfig.__init__() got"),
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere is not true, and no folder"),
         (["--metric_for_best_model", "bleu"], "--metric_for_best_model bleu: this run measures loss"),
         (["--metric_for_best_model", "eval_bleu", "--load_best_model_at_end", "true"], "requires the save and eval"),
@@ -374,6 +396,100 @@ def test_an_option_that_cannot_be_is_said_before_data_is_read(
     with pytest.raises(SystemExit, match=rf"^error: .*{re.escape(message)}.*$"):
         run_command(train.main)
     assert not (tmp_path / "out").exists()
+
+
+def test_every_number_has_its_bounds(monkeypatch):
+    """None of the numbers that training takes may be NaN, infinite or below 0; `given` are further limits."""
+    dataclasses = (train.ModelArguments, LoraArguments, train.DataArguments, TrainArguments)
+    outside = {"lora_dropout": ["1"], "adam_beta1": ["1"], "learning_rate": ["0", "2"], "max_bad_fraction": ["1.5"]}
+    outside |= {"seed": ["4294967296"], "ddp_timeout": ["0", "9999999999999999"], "adam_epsilon": ["0"]}
+    positive = (
+        "gradient_accumulation_steps max_steps num_train_epochs per_device_train_batch_size save_steps eval_steps"
+    )
+    outside |= {name: ["0"] for name in [*positive.split(), "lora_r", "lora_alpha", "max_length", "save_total_limit"]}
+    numbers = [
+        field for part in dataclasses for field in fields(part) if re.search(r"\b(int|float)\b", str(field.type))
+    ]
+    assert len(numbers) > 35
+    assert outside.keys() < {field.name for field in numbers}
+    for field in numbers:
+        beyond = ["nan", "inf", "-inf", "-0.5"] if "float" in str(field.type) else ["-2"]
+        for value in beyond + outside.get(field.name, []) if field.name != "bits" else []:
+            words = ["--model_name_or_path", ".", "--data_path", ".", "--output_dir", "x", f"--{field.name}={value}"]
+            monkeypatch.setattr(sys, "argv", ["train", *words])
+            with pytest.raises(ValueError, match=rf"^--{field.name} \S+: it has to lie in [\[(]"):
+                parse_arguments(*dataclasses)
+    for name, value in (("max_steps", "-1"), ("warmup_steps", "0"), ("max_grad_norm", "0"), ("max_bad_fraction", "1")):
+        monkeypatch.setattr(sys, "argv", ["train", *words[:-1], f"--{name}={value}"])
+        assert getattr(parse_arguments(*dataclasses)[-1 if name[:6] != "max_ba" else 2], name) == float(value)
+
+
+def test_what_the_data_arguments_say_reaches_the_data(llava, corpus, tmp_path, monkeypatch, processor):
+    """Held-out pictures of a folder of their own; a part of the records that is spread; the order's own seed."""
+    (tmp_path / "held").mkdir()
+    shutil.copy(corpus / "chat.json", tmp_path / "held")
+    shutil.copytree(corpus / "images_dl", tmp_path / "pictures")
+    (tmp_path / "pictures" / "3.png").unlink()
+    data = [str(corpus), str(tmp_path / "held" / "chat.json")]
+    given = {"image_dir": str(corpus / "images_dl"), "data_weights": [0.5, 2.25], "max_bad_fraction": 0.5}
+    given |= {"eval_data_path": str(tmp_path / "held"), "eval_image_dir": str(tmp_path / "pictures")}
+    args = TrainArguments(output_dir=str(tmp_path / "run"), seed=1, data_seed=2)
+    arguments = train.DataArguments(data, **given)
+    training, held_out = train.load_data(arguments, args, Chat(processor))
+    assert [i for i in range(16) if held_out.good_item(i) is None] == [3]
+    sources = [source for source, _ in training.dataset.index]
+    assert (sources.count(0), sources.count(1)) == (8, 36)
+    rows = [row for source, row in training.dataset.index if source == 0]
+    assert len(set(rows)) == 8
+    assert max(rows) > 8
+    assert (training.limit, training.bad_samples, held_out.limit) == (22, "skip", 8)
+    arguments = train.DataArguments(data, **given, streaming=True, bad_samples="error")
+    seen = {}
+    monkeypatch.setattr(train, "stream_items", lambda *given: seen.update(given=given))
+    train.load_data(arguments, args, chat := Chat(processor))
+    log = tmp_path / "run" / "bad_samples.jsonl"
+    assert seen["given"] == (data, given["image_dir"], [0.5, 2.25], chat, log, "error", 0.5, 2)
+
+
+def test_the_order_of_records_has_a_seed_of_its_own(llava, corpus, tmp_path, monkeypatch):
+    orders, compute_loss = [], train.LlavaTrainer.compute_loss
+
+    def note(self, model, inputs, *args, **kwargs):
+        orders[-1] += inputs["ids"]
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(train.LlavaTrainer, "compute_loss", note)
+    arguments = ["--train_type", "projector", "--max_steps", "1", "--preflight", "false", "--save_strategy", "no"]
+    for more in (["--seed", "3"], ["--seed", "4", "--data_seed", "3"], ["--seed", "4"]):
+        orders.append([])
+        run_train(monkeypatch, llava, corpus, tmp_path / str(len(orders)), *arguments, *more)
+    assert len(orders[0]) == 8
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_preflight_finds_one_number_of_a_gradient_that_is_not_finite(llava, corpus, tmp_path, monkeypatch):
+    compute_loss = train.LlavaTrainer.compute_loss
+
+    def spoil(self, model, *args, **kwargs):
+        bias = model.model.multi_modal_projector.linear_2.bias
+        bias.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([5]), torch.nan))
+        return compute_loss(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(train.LlavaTrainer, "compute_loss", spoil)
+    with pytest.raises(ValueError, match=r"^preflight: .*linear_2\.bias gets a gradient that is not finite"):
+        run_train(monkeypatch, llava, corpus, tmp_path / "run", "--train_type", "projector", "--max_steps", "1")
+
+
+def test_a_batch_that_is_dropped_leaves_something(llava, corpus, tmp_path, monkeypatch):
+    arguments = ["--train_type", "projector", "--max_steps", "1", "--preflight", "false"]
+    arguments += ["--dataloader_drop_last", "true"]
+    with pytest.raises(ValueError, match="leaves nothing of 16 records: all ranks' batch is 17"):
+        run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments, "--per_device_train_batch_size", "17")
+    held_out = ["--eval_data_path", corpus, "--learning_rate", "1e-20", "--eval_answers", "0", "--save_strategy", "no"]
+    for batch in ("16", "10"):  # of held-out records none is dropped
+        each = ["--per_device_eval_batch_size", batch]
+        run_train(monkeypatch, llava, corpus, tmp_path / batch, *arguments, *held_out, *each)
+    assert logged(tmp_path / "10", "eval_loss") == pytest.approx(logged(tmp_path / "16", "eval_loss"), abs=1e-6)
 
 
 @pytest.mark.parametrize("word", ["True", "TRUE", "yes"])

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import psutil
 import pytest
 import torch
@@ -19,8 +21,10 @@ from test_data import ITEMS, gradients
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2Config, Qwen2ForCausalLM, Trainer
 
 from train_llava import checks, pace
+from train_llava import records as records_module
 from train_llava.build_model import build_model
 from train_llava.data import LlavaCollator, LlavaDataset
+from train_llava.merge_lora import merge_lora
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.run_folder import (
     UNFINISHED,
@@ -300,6 +304,43 @@ def test_a_full_disk_costs_no_checkpoint_before_it(llava, corpus, tmp_path, monk
         assert all(is_finished(checkpoint) for checkpoint in (disk / "run").glob("checkpoint-*"))
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.fixture
+def small_files():
+    """No file can grow beyond 50 kB, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("preflight", "what"), [("false", "run"), ("true", "run/preflight")])
+def test_a_full_disk_at_the_last_save_is_named(llava, corpus, tmp_path, monkeypatch, preflight, what, small_files):
+    arguments = [*FAST, "--train_type", "full", "--max_steps", "1", "--save_strategy", "no", "--preflight", preflight]
+    with pytest.raises(
+        OSError, match=f"^{tmp_path}/{what} could not be written: file too large; make room on its disk"
+    ):
+        run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments)
+    assert not list((tmp_path / "run").glob("**/*.safetensors"))
+    assert not (tmp_path / "run" / "trainer_state.json").exists()
+
+
+def test_a_full_disk_is_named_where_a_table_or_a_model_is_written(llava, adapter, tmp_path, monkeypatch, small_files):
+    records = [{"id": str(i), "conversations": turns("What is this? " * 20, "a red square")} for i in range(300)]
+    with open(tmp_path / "chat.jsonl", "w") as file:
+        file.writelines(json.dumps(part) + "\n" for part in records[:50])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = records_module.table_rows
+    monkeypatch.setattr(records_module, "table_rows", lambda *given: (row for _ in range(9) for row in rows(*given)))
+    with pytest.raises(
+        OSError, match=rf"^{tmp_path}/cache/\S+ could not be written: file too .* set HF_DATASETS_CACHE"
+    ):
+        LlavaDataset(str(tmp_path / "chat.jsonl"))
+    assert [path.suffix for path in (tmp_path / "cache" / "train_llava").iterdir()] == [".lock"]
+    with pytest.raises(OSError, match=f"^{tmp_path}/merged could not be written: file too large; make room"):
+        merge_lora(str(llava), str(adapter), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
 
 
 def test_preflight_finds_a_model_that_is_not_saved_as_it_is(llava, corpus, tmp_path, monkeypatch):

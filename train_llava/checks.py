@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import SGD
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import (
     AutoProcessor,
@@ -34,7 +36,8 @@ from transformers.utils import is_liger_kernel_available
 
 from train_llava.answers import LOGGED
 from train_llava.chat import IGNORE, Chat, Processor, form_of
-from train_llava.data import CheckedDataset
+from train_llava.cli import writing
+from train_llava.data import CheckedDataset, weights_of
 from train_llava.lengths import estimate_lengths
 from train_llava.memory import earlier_bytes, precision, state_bytes, update_bytes, zero_of
 from train_llava.model import load_checkpoint
@@ -47,16 +50,35 @@ from train_llava.run_folder import differing_tensor
 from train_llava.trainer import LlavaTrainer
 
 MILLION = 1_000_000  # tokens, where a model's context has no end
+# What `TrainingArguments` has and a LLaVA's training here cannot follow, or would pass over in silence
+UNSUPPORTED = (
+    "batch_eval_metrics",
+    "debug",
+    "fsdp",
+    "include_for_metrics",
+    "label_names",
+    "label_smoothing_factor",
+    "prediction_loss_only",
+    "remove_unused_columns",
+)
 
 
-def check_together(bits: int | None, data_arguments: Any, args: TrainingArguments) -> None:
+def check_together(adapter: str | None, bits: int | None, data_arguments: Any, args: TrainingArguments) -> None:
     """Refuses arguments of training that need each other, or shut each other out.
 
     Raises:
         ValueError: the message names them.
     """
+    if adapter is not None and (args.train_type != "lora" or is_deepspeed_zero3_enabled()):
+        raise ValueError(
+            "--adapter_name_or_path goes with --train_type lora, and not with ZeRO-3: merge_lora it first"
+        )
     if bits and (args.train_type != "lora" or is_deepspeed_zero3_enabled()):
         raise ValueError("--bits goes with --train_type lora, and not with ZeRO-3: weights in few bits cannot train")
+    for field in fields(args):
+        if field.name in UNSUPPORTED and (value := getattr(args, field.name)) not in (field.default, []):
+            raise ValueError(f"--{field.name} {value} is not supported: leave it out")
+    weights_of(data_arguments.data_path, data_arguments.data_weights)
     if data_arguments.streaming and args.max_steps <= 0:
         raise ValueError("--streaming has no end: set --max_steps")
     if args.tokens_per_batch is not None:
@@ -64,13 +86,30 @@ def check_together(bits: int | None, data_arguments: Any, args: TrainingArgument
             raise ValueError("--tokens_per_batch fills the rows of --packing true: set it, too")
         if data_arguments.streaming:
             raise ValueError("--tokens_per_batch counts all records beforehand: not with --streaming")
-        if args.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(f"--tokens_per_batch not with --train_sampling_strategy {args.train_sampling_strategy}")
+    for option, given, orders in (
+        ("--streaming", data_arguments.streaming, ("random",)),
+        ("--tokens_per_batch", args.tokens_per_batch is not None, ("random", "sequential")),
+        ("data of pictures and texts", True, ("random", "sequential", "group_by_length")),
+    ):
+        if given and args.train_sampling_strategy not in orders:
+            raise ValueError(f"{option} not with --train_sampling_strategy {args.train_sampling_strategy}")
     if data_arguments.eval_data_path is None:
-        given = {"eval_strategy": args.eval_strategy != "no", "eval_answers": data_arguments.eval_answers}
-        given["early_stopping_patience"] = args.early_stopping_patience
+        given = {"eval_strategy": args.eval_strategy != "no", "save_strategy best": args.save_strategy == "best"}
+        given |= {name: getattr(data_arguments, name) for name in ("eval_answers", "eval_image_dir")}
+        given |= {name: getattr(args, name) for name in ("early_stopping_patience", "eval_on_start")}
         if any(given.values()):
             raise ValueError(f"--{next(filter(given.get, given))} takes held-out data: set --eval_data_path")
+
+
+def check_batches(number: int, args: TrainingArguments) -> None:
+    """Refuses data, so many records or packed rows, of which `--dataloader_drop_last` leaves nothing.
+
+    Raises:
+        ValueError: they are less than one batch on every rank.
+    """
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and number < batch:
+        raise ValueError(f"--dataloader_drop_last leaves nothing of {number} records: all ranks' batch is {batch}")
 
 
 def check_options(args: TrainingArguments, model: nn.Module, eval_answers: int) -> None:
@@ -84,13 +123,23 @@ def check_options(args: TrainingArguments, model: nn.Module, eval_answers: int) 
         raise ValueError(f"--metric_for_best_model {metric}: this run measures {', '.join(measured)}")
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel")
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args, model)
-        get_scheduler(args.lr_scheduler_type, SGD([torch.zeros(1)]), 1, 2, args.lr_scheduler_kwargs)
-        for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"--optim, --lr_scheduler_type or --report_to: {error}") from error
+    scheduled = (args.lr_scheduler_type, SGD([torch.zeros(1)]), 1, 2, args.lr_scheduler_kwargs)
+    compiled = {"mode": args.torch_compile_mode, "backend": args.torch_compile_backend}
+    options = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")
+    loading = {option: getattr(args, f"dataloader_{option}") for option in options}
+    asked = {
+        "optim": lambda: Trainer.get_optimizer_cls_and_kwargs(args, model),
+        "lr_scheduler_type": lambda: get_scheduler(*scheduled),
+        "report_to": lambda: [callback() for callback in get_reporting_integration_callbacks(args.report_to)],
+        "torch_compile": lambda: args.torch_compile and torch.compile(nn.Identity(), **compiled),
+        "dataloader_num_workers": lambda: DataLoader([0], **loading),
+    }
+    for name, ask in asked.items():
+        try:
+            ask()
+        except (RuntimeError, TypeError, ValueError) as error:
+            value = getattr(args, name)
+            raise ValueError(f"--{name} {getattr(value, 'value', value)}, or what goes with it: {error}") from error
 
 
 def longest_items(trainer: LlavaTrainer) -> list[dict[str, Any]]:
@@ -166,8 +215,9 @@ def _try_once(trainer: LlavaTrainer) -> None:
 
     folder = Path(args.output_dir) / "preflight"
     try:
-        model.save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
+        with writing(folder):
+            model.save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)
         if (name := differing_tensor(folder, model)) is not None:
             raise ValueError(f"preflight: {name} is not saved as it is in memory")
         saved, images = AutoProcessor.from_pretrained(folder), [image for item in items for image in item["images"]]

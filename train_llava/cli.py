@@ -11,9 +11,10 @@ import tempfile
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
+from errno import EDQUOT, EFBIG, ENOSPC
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -57,6 +58,20 @@ ROOT = Path(__file__).parent.parent
 LAUNCHERS_OWN = ("--local_rank=", "--deepspeed=")
 BATCH, NEW_TOKENS = 16, 128  # questions asked at once, and the longest answer, by default
 ADDRESSES = ("http://", "https://", "data:")  # a picture that is no file
+# Which numbers an argument takes, in every command: one that is not named takes those from 0 on. A default is taken
+INTERVALS = {
+    "(-inf, inf)": "vision_feature_layer",
+    "(0, inf)": "eval_steps logging_steps num_train_epochs save_steps",
+    "[1, inf)": "batch_size dataloader_prefetch_factor early_stopping_patience eval_accumulation_steps "
+    "gradient_accumulation_steps lora_alpha lora_r max_length max_new_tokens max_steps num_proc "
+    "per_device_eval_batch_size per_device_train_batch_size save_total_limit tokens_per_batch torch_empty_cache_steps",
+    "[1, 2147483648)": "ddp_bucket_cap_mb ddp_timeout",
+    "(0, 1]": "adam_epsilon learning_rate top_p",
+    "[0, 1]": "max_bad_fraction projector_learning_rate vision_learning_rate",
+    "[0, 1)": "adam_beta1 adam_beta2 lora_dropout",
+    "[0, 4294967296)": "data_seed seed",
+    "[0, 65536)": "port",
+}
 BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
 
@@ -74,7 +89,17 @@ def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
     missing = [f"--{name}" for name in required if name not in given]
     if missing:
         raise ValueError(f"the following arguments are required: {', '.join(missing)}")
-    parsed = HfArgumentParser(dataclasses).parse_dict(given)
+    for field in own:
+        if field.name in given and given[field.name] != field.default:
+            check_number(field.name, given[field.name])
+    for dataclass in dataclasses:
+        for name in getattr(dataclass, "_VALID_DICT_FIELDS", ()):  # of `TrainingArguments`
+            if name in given:
+                check_json(name, given[name])
+    try:
+        parsed = HfArgumentParser(dataclasses).parse_dict(given)
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:  # a library's
+        raise ValueError(f"an argument cannot be used: {error}") from error
     for name, value in [item for arguments in parsed for item in vars(arguments).items()]:
         if name.endswith("name_or_path") and value is not None:
             check_name(f"--{name} {value}", value)
@@ -86,6 +111,34 @@ def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
             for picture in value:
                 check_picture(picture)
     return parsed
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuses a number, or one of a list, that lies outside its argument's interval.
+
+    Raises:
+        ValueError: the message names the argument and the interval.
+    """
+    interval = next((key for key, names in INTERVALS.items() if name in names.split()), "[0, inf)")
+    low, high = map(float, interval[1:-1].split(","))
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            inside = low < number < high or (number == low and interval[0] == "[")
+            if not inside and not (number == high and interval[-1] == "]"):
+                raise ValueError(f"--{name} {number}: it has to lie in {interval}")
+
+
+def check_json(name: str, value: str) -> None:
+    """Refuses a text that is neither a file nor an object of JSON.
+
+    Raises:
+        ValueError: the message names the argument.
+    """
+    parsed = None
+    with suppress(ValueError):
+        parsed = json.loads(value)
+    if not os.path.exists(value) and not isinstance(parsed, dict):
+        raise ValueError(f"--{name} {value} is no file, and no object of JSON")
 
 
 def given_arguments(dataclasses: Iterable[type], words: list[str] | None = None) -> dict[str, Any]:
@@ -375,13 +428,30 @@ def _is_lfs_pointer(file: Path) -> bool:
 
 
 @contextmanager
-def written_whole(output_dir: str) -> Iterator[Path]:
+def writing(path: Path | str, remedy: str = "make room on its disk") -> Iterator[None]:
+    """Names what a block writes where the disk is full, which libraries raise as errors of any type.
+
+    Raises:
+        OSError: it is, or a limit on files is reached. All else passes as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = next((text for text in map(os.strerror, (ENOSPC, EDQUOT, EFBIG)) if text in str(error)), None)
+        if full is None:
+            raise
+        raise OSError(f"{path} could not be written: {full.lower()}; {remedy}") from error
+
+
+@contextmanager
+def written_whole(output_dir: str, remedy: str = "make room on its disk") -> Iterator[Path]:
     """Yields a temporary folder beside `output_dir` that takes its name when the block ends without an error.
 
     So a folder under its final name is always complete. The block reads back what it wrote before it ends.
 
     Raises:
         ValueError: `output_dir` exists and is not an empty folder, or a disk is mounted there; nothing is overwritten.
+        OSError: the disk is full; the message ends with the `remedy`.
     """
     target = Path(os.path.realpath(output_dir))  # behind a link, on the disk where it is to lie
     if os.path.ismount(target):
@@ -391,7 +461,8 @@ def written_whole(output_dir: str) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        yield temporary
+        with writing(target, remedy):
+            yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp made it private to its owner
         if target.exists():
             target.rmdir()  # it is empty, and on Windows a folder takes no other's place
@@ -406,7 +477,8 @@ def replacing(path: Path) -> Iterator[Path]:
     path = path.resolve()  # a link stays one
     beside = path.with_name(f".{path.name}.new")
     try:
-        yield beside
+        with writing(path):
+            yield beside
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

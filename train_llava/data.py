@@ -76,7 +76,8 @@ class LlavaDataset(torch.utils.data.Dataset):
             picked.append(np.stack([np.full(len(rows), source), rows], axis=1).astype(np.int32))
         self.index = np.concatenate(picked)  # (records, 2): source and row
         if not len(self.index):
-            raise ValueError(f"--data_path {' '.join(paths)} holds no records")
+            weighted = f": --data_weights {' '.join(map(str, weights))}" * any(map(len, self.tables))
+            raise ValueError(f"--data_path {' '.join(paths)} holds no records" + weighted)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -96,8 +97,8 @@ def weights_of(paths: list[str], data_weights: list[float] | None) -> list[float
     weights = data_weights or [1.0] * len(paths)
     if len(weights) != len(paths):
         raise ValueError(f"--data_weights names {len(weights)} weights for {len(paths)} data paths")
-    if not all(0 <= weight < np.inf for weight in weights):
-        raise ValueError(f"--data_weights {' '.join(map(str, weights))}: a weight is a number from 0")
+    if not all(0 <= weight < np.inf for weight in weights) or not any(weights):
+        raise ValueError(f"--data_weights {' '.join(map(str, weights))}: weights are numbers from 0, one above it")
     return weights
 
 

@@ -1,7 +1,9 @@
 """Opens a LLaVA checkpoint, older ones too; names its parts; decides what of them trains."""
 
+import json
 import os
 import sys
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
+from transformers.utils import cached_file
 
 from train_llava.chat import Processor, image_side, image_tokens
 from train_llava.cli import device, opening
@@ -88,6 +91,22 @@ def unread_parameters(config: PreTrainedConfig, layers: int | list[int]) -> set[
     return {name for name, parameter in tower.named_parameters() if id(parameter) not in read}
 
 
+def refuse_adapter(name_or_path: str) -> None:
+    """Says of an adapter that was named in place of a model what it is, and how it is used.
+
+    Raises:
+        ValueError: `name_or_path`, a folder or a hub id, is an adapter.
+    """
+    settings = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    with suppress(OSError):  # nothing of that name
+        has_config = cached_file(name_or_path, "config.json", **settings)
+        if not has_config and (path := cached_file(name_or_path, "adapter_config.json", **settings)):
+            with opening(path):
+                base = json.loads(Path(path).read_text())["base_model_name_or_path"]
+            use = f"name it with --adapter_name_or_path {name_or_path} behind --model_name_or_path {base}"
+            raise ValueError(f"{name_or_path} is a LoRA adapter of {base}: {use}, or merge them by merge_lora first")
+
+
 def load_config(model_name_or_path: str) -> LlavaConfig | LlavaNextConfig:
     """The configuration of a LLaVA checkpoint, a folder or a hub id.
 
@@ -98,6 +117,7 @@ def load_config(model_name_or_path: str) -> LlavaConfig | LlavaNextConfig:
         with opening(model_name_or_path):
             config = AutoConfig.from_pretrained(model_name_or_path)
     except (OSError, ValueError) as error:
+        refuse_adapter(model_name_or_path)
         if Path(model_name_or_path).is_dir():
             raise
         raise ValueError(f"{model_name_or_path} is no model folder, and no model that the hub would give") from error

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from train_llava.cli import opening
-from train_llava.model import unread_parameters
+from train_llava.model import refuse_adapter, unread_parameters
 from train_llava.pictures import is_anyres
 from train_llava.records import IMAGE_TOKEN
 from train_llava.template import complete_template, end_of_turn_tokens
@@ -48,6 +48,7 @@ def part_config(name_or_path: str) -> PreTrainedConfig:
     Raises:
         ValueError: it cannot be opened, or no LLaVA could hold such a model; the message says why.
     """
+    refuse_adapter(name_or_path)
     with opening(name_or_path):
         settings, _ = PreTrainedConfig.get_config_dict(name_or_path)
         if (model_type := settings.get("model_type")) not in CONFIG_MAPPING:

@@ -212,7 +212,8 @@ def load_records(data_path: str, image_dir: str | None = None) -> tuple[datasets
     with FileLock(f"{cache}.lock"):  # one rank reads, the others wait for it
         if not cache.exists():
             rows = tqdm(table_rows(data_path, files, images), desc=f"reading {data_path}", unit=" records")
-            with written_whole(str(cache)) as folder:
+            remedy = "make room on its disk, or set HF_DATASETS_CACHE to a folder on another one"
+            with written_whole(str(cache), remedy) as folder:
                 _write_table(rows, folder / "records.arrow")
     return datasets.Dataset.from_file(str(cache / "records.arrow")), images
 

@@ -161,6 +161,8 @@ def write_run_card(
     if lora:
         given = vars(lora_arguments) | {"bits": model_arguments.bits}
         settings["LoRA"] = ", ".join(f"{name} {value}" for name, value in given.items())
+        if model_arguments.adapter_name_or_path is not None:
+            settings["goes on from"] = f"`{shown(model_arguments.adapter_name_or_path)}`"
     judged, which = state.log_history, "last"
     if args.load_best_model_at_end and state.best_model_checkpoint is not None:  # these weights are in the folder
         judged, which = (

@@ -44,8 +44,6 @@ def stream_items(
             placed += [((i + 0.5) / len(shards), shard) for i, shard in enumerate(shards)]
     # ranks and workers get stretches of the list: each is to have its part of every source
     shards = [shard for _, shard in sorted(placed, key=lambda entry: entry[0])]
-    if not shards:
-        raise ValueError(f"--data_weights take nothing of --data_path {' '.join(paths)}")
     settings = {"chat": chat, "log": log, "bad_samples": bad_samples, "max_bad_fraction": max_bad_fraction}
     return datasets.IterableDataset(Passes(good_items, {"shards": shards, "seed": seed} | settings))
 

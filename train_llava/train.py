@@ -17,9 +17,10 @@ from datasets import IterableDataset
 from transformers import EarlyStoppingCallback, IntervalStrategy, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from train_llava.adapter import continued, load_adapter
 from train_llava.chat import Chat
-from train_llava.checks import check_claims, check_options, check_together, preflight
-from train_llava.cli import BITS_HELP, device, parse_arguments, run_command
+from train_llava.checks import check_batches, check_claims, check_options, check_together, preflight
+from train_llava.cli import BITS_HELP, device, given_arguments, parse_arguments, run_command, writing
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.lengths import order_seed
 from train_llava.memory import precision, print_estimate
@@ -38,6 +39,9 @@ TUTORIAL_NAMES = {"use_lora": "lora", "none": "full"}
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "The LLaVA checkpoint to start from, a folder or a hub id."})
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "A LoRA adapter of that model, which goes on training; its LoRA stays."}
+    )
     bits: Literal[4, 8] | None = field(default=None, metadata={"help": f"With lora alone. {BITS_HELP}"})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2 …"})
 
@@ -125,10 +129,8 @@ class TrainArguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         if self.fp16 and self.use_cpu:
             raise ValueError("--fp16 takes a GPU: on a CPU take --bf16 true, or neither")
-        if self.early_stopping_patience is not None:
+        if self.early_stopping_patience is not None or self.save_strategy == "best":
             self.metric_for_best_model = self.metric_for_best_model or "loss"
-        if self.label_smoothing_factor:
-            raise ValueError("--label_smoothing_factor is not supported: set it to 0")
         super().__post_init__()
         self.accelerator_config.dispatch_batches = False  # of a stream, every rank reads shards of its own
 
@@ -156,7 +158,12 @@ def main() -> None:
     model_arguments, lora_arguments, data_arguments, args = parse_arguments(
         ModelArguments, LoraArguments, DataArguments, TrainArguments
     )
-    check_together(model_arguments.bits, data_arguments, args)
+    adapter = model_arguments.adapter_name_or_path
+    check_together(adapter, model_arguments.bits, data_arguments, args)
+    if adapter is not None:
+        lora_arguments = continued(
+            adapter, given_arguments([LoraArguments, ModelArguments, DataArguments, TrainArguments])
+        )
     if data_arguments.eval_data_path is not None and args.eval_strategy == "no":
         args.eval_strategy = IntervalStrategy.EPOCH
     learning_rates = {
@@ -192,7 +199,11 @@ def main() -> None:
     # 5. What trains
     language_model = model.model.language_model
     set_seed(args.seed)  # LoRA's matrices are drawn now, before there is a Trainer to do this
-    model = set_trainable(model, args.train_type, lora_arguments)
+    if adapter is None:
+        model = set_trainable(model, args.train_type, lora_arguments)
+    else:
+        model = set_trainable(model, "projector", lora_arguments)
+        model = load_adapter(model, adapter, model_arguments.model_name_or_path, trains=True)
     model.config.text_config.use_cache = False  # the Trainer turns it off in `config` only
     if args.deepspeed is None:
         # Half-precision weights are too coarse for small updates; DeepSpeed keeps its own fp32 copies. Where the
@@ -211,6 +222,8 @@ def main() -> None:
     records = None if data_arguments.streaming else len(train_dataset)
     if args.tokens_per_batch is not None:
         train_dataset = PackedDataset(train_dataset, args.tokens_per_batch, args.seed)
+    if not data_arguments.streaming:
+        check_batches(len(train_dataset), args)
     trained = {part: learning_rates[part] for part, (count, _) in count_parameters(model).items() if count}
     trainer = LlavaTrainer(
         model=model,
@@ -231,11 +244,12 @@ def main() -> None:
     # 7. Training, and what it leaves
     write_recipe(model_arguments, lora_arguments, data_arguments, args)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    if args.train_type == "projector" and args.process_index == 0:
-        save_projector(Path(args.output_dir))
-    trainer.save_state()  # by which a run is told to be done
-    trainer.create_model_card()
+    with writing(args.output_dir, "make room on its disk, and go on by --resume_from_checkpoint true"):
+        trainer.save_model()
+        if args.train_type == "projector" and args.process_index == 0:
+            save_projector(Path(args.output_dir))
+        trainer.save_state()  # by which a run is told to be done
+        trainer.create_model_card()
     if trainer.is_world_process_zero():
         print(describe_pace(trainer.state.log_history))
         print(f"written to {args.output_dir}")

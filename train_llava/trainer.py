@@ -91,8 +91,11 @@ class LlavaTrainer(Trainer):
         lengths = estimate_lengths(self.train_dataset.dataset, self.train_dataset.chat)
         return GroupedByLength(batch, lengths, order_seed(self.args), epoch=lambda: int(self.state.epoch or 0))
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        loader = super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training  # held-out records count to the last
+        loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        self.args.dataloader_drop_last = drop_last
         loader.base_dataloader.worker_init_fn = partial(outlive_sigterm, begin=loader.worker_init_fn)
         return loader
 
@@ -124,7 +127,7 @@ class LlavaTrainer(Trainer):
         return outcome
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradients' norm, which DeepSpeed gives as -1 where it is NaN. In fp16 a step that overflows is left out."""
+        """The gradients' norm; DeepSpeed may give -1 for NaN. In fp16 a step that overflows is left out."""
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is not None and not self.args.fp16 and not 0 <= norm < math.inf:
             what = f"step {self.state.global_step + 1}: the gradients are not finite (norm {float(norm)})"
@@ -184,9 +187,14 @@ class LlavaTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save and isinstance(self.model, PeftModel):  # before a push takes the folder
             save_base_fingerprint(self.model, folder)
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            read_back(folder, self.model)
+        try:
+            super().save_model(output_dir, _internal_call)
+            if self.args.should_save:
+                read_back(folder, self.model)
+        except Exception:  # of a full disk any; what is written in part is not left behind
+            for written in folder.glob("*.safetensors") if self.args.should_save else []:
+                written.unlink()
+            raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if state_dict is not None:  # DeepSpeed's copies: a tied weight would be written under each of its names
