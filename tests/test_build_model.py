@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPModel,
+    DeepseekV32Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessorPil,
@@ -35,7 +36,8 @@ from transformers import (
 
 from train_llava.adapter import load_model
 from train_llava.build_model import build_model, load_projector
-from train_llava.checks import reference_outputs
+from train_llava.chat import Chat
+from train_llava.checks import check_claims, packing_difference, reference_outputs, tolerance
 from train_llava.data import LlavaCollator
 from train_llava.infer import generate, question, sampling
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
@@ -417,6 +419,31 @@ def test_packing_is_claimed_where_it_holds(parts, tmp_path, capsys, config, pack
     with torch.inference_mode():
         packed, alone = (model(**LlavaCollator(processor, packing=p)(items)).loss for p in (True, False))
     assert (abs(packed - alone) < 1e-6) == packs
+
+
+def test_what_is_taken_for_noise_has_a_ceiling(parts, tmp_path):
+    """A model that chooses tokens by an index sees, in a text longer than it chooses, what follows: in front, too."""
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+    }
+    index = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2, "first_k_dense_replace": 1}
+    save_language_model(
+        tmp_path / "lm", DeepseekV32Config(**LM | {"num_key_value_heads": 2}, **latent, **experts, **index)
+    )
+    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"), skip_checks=True)
+    model, processor = load_checkpoint(str(tmp_path / "llava"))
+    packed, bound = packing_difference(model, Chat(processor))
+    assert packed > 100 * bound
+    assert bound == tolerance(torch.float32)
+    with pytest.raises(ValueError, match="--packing: a deepseek_v32 does not keep"):
+        check_claims(model, processor, packing=True)
+    with pytest.raises(ValueError, match="with a cache, in 256 tokens, its logits differ"):
+        build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "checked"))
 
 
 def test_what_has_no_linear_layer_gets_no_adapter_and_the_table_says_so(parts, tmp_path):

@@ -228,7 +228,10 @@ def test_spaces_are_learnt_where_the_tokenizer_places_them_at_their_end(tmp_path
     ("rope", "tokens"),
     [({"rope_type": "default"}, 4096), ({"rope_type": "linear", "factor": 4.0}, 16384),
      ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 1024}, 8192),
-     ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024}, 4096)],
+     ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024}, 4096),
+     ({"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16,
+       "original_max_position_embeddings": 1024}, 1024),
+     ({"rope_type": "dynamic", "factor": 4.0}, 4096)],
 )  # fmt: skip
 def test_a_model_reads_as_far_as_its_rotations_are_stretched(rope, tokens):
     config = Qwen2Config(max_position_embeddings=4096, rope_parameters=rope | {"rope_theta": 1e4})

@@ -497,19 +497,17 @@ def batching_difference(model: nn.Module, processor: Processor) -> float:
 
 @torch.inference_mode()
 def cached_difference(model: nn.Module, input_ids: torch.Tensor, length: int) -> float:
-    """The largest difference of a text's last logits between reading it at once and, with the cache, one token after
+    """The largest difference of a text's logits between reading it at once and, with the cache, one token after
     the other, as the first and as the last of so many tokens."""
-    found, first = [], input_ids.shape[1] - 4  # the tokens that are read at once
+    sizes, found = [input_ids.shape[1] - 4, 1, 1, 1, 1], []
     for start in (0, length - input_ids.shape[1]):
         position_ids = torch.arange(start, start + input_ids.shape[1])[None]
-        whole = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[:, first - 1 :]
+        whole = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         cache, logits = None, []
-        for ids, positions in zip(
-            *(x.split([first, 1, 1, 1, 1], dim=1) for x in (input_ids, position_ids)), strict=True
-        ):
+        for ids, positions in zip(input_ids.split(sizes, 1), position_ids.split(sizes, 1), strict=True):
             output = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            logits.append(output.logits[:, -1:])
+            logits.append(output.logits)
         found.append(difference(torch.cat(logits, dim=1), whole))
     return max(found)
 
