@@ -49,7 +49,7 @@ from train_llava.records import IMAGE_TOKEN
 from train_llava.run_folder import differing_tensor
 from train_llava.trainer import LlavaTrainer
 
-MILLION = 1_000_000  # tokens, where a model's context has no end
+MILLION = 1_000_000  # tokens, beyond which no context is tried
 # What `TrainingArguments` has and a LLaVA's training here cannot follow, or would pass over in silence
 UNSUPPORTED = (
     "batch_eval_metrics",
