@@ -184,7 +184,7 @@ SMALL = LM | LATENT | LINEAR_ATTENTION | SMALL_EXPERTS | {
 FURTHER = (
     "afmoe", "apertus", "arcee", "aria_text", "biogpt", "bitnet", "doge", "ernie4_5", "ernie4_5_moe", "exaone4",
     "exaone_moe", "flex_olmo", "gemma", "glm", "glm4_moe", "gpt_neox", "gptj", "helium",
-    "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "jais2", "jetmoe", "llama4_text", "mimo_v2_flash",
+    "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "jais2", "jetmoe", "llama4_text",
     "minicpm3", "minimax_m2", "ministral", "ministral3", "nemotron", "olmo", "olmo3", "olmoe", "opt", "persimmon",
     "phi", "phimoe", "qwen2_moe", "seed_oss", "solar_open", "stablelm", "starcoder2", "vaultgemma", "xglm",
 )  # fmt: skip
