@@ -499,7 +499,7 @@ def test_several_turns_and_pictures_go_in_front_of_the_first_question():
     asked = to_messages({"images": ["a", "b"], "texts": texts})
     assert list(map(text_of, asked)) == ["<image>\n<image>\nOne?", "1", "Two?", "2"]
     system = [{"role": "system", "content": "Be brief."}, *messages(0, "And <image>?")]
-    assert list(map(text_of, to_messages({"image": "a", "messages": system})))[1] == "And\n<image>\n?"
+    assert list(map(text_of, to_messages({"image": "a", "messages": system})))[1] == "And \n<image>\n?"
     system[1]["content"] = "What?"
     assert list(map(text_of, to_messages({"image": "a", "messages": system})))[:2] == ["Be brief.", "<image>\nWhat?"]
 
@@ -908,7 +908,7 @@ def test_a_stream_takes_as_much_of_each_source_as_its_weight_says(tmp_path, proc
     assert sorted(name for name in of_one_pass if name[0] == "a") == sorted([f"a{i}" for i in range(40)] * 2)
     with pytest.raises(ValueError, match="1 weights for 2 data paths"):
         stream_items(paths, None, [1], chat, log)
-    with pytest.raises(ValueError, match="a weight is a number from 0"):
+    with pytest.raises(ValueError, match="weights are numbers from 0"):
         stream_items(paths, None, [1, -1], chat, log)
 
 

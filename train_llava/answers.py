@@ -43,7 +43,9 @@ def questions(item: dict[str, Any]) -> list[dict[str, Any]]:
             last = i == len(item["messages"]) - 1
             right = item["references"] if last else []
             question["answers"] = item["answers"] if last else []
-            question["references"] = right if question["reference"] in right else [question["reference"], *right]
+            question["references"] = (
+                right if question["reference"].strip() in right else [question["reference"], *right]
+            )
             asked.append(item | question)
     return asked
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from datetime import date
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,22 @@ def image_tokens(processor: Processor, side: int, size: tuple[int, int]) -> int:
     """
     prepared = {"pixel_values": torch.empty(1, 3, side, side), "image_sizes": [size[::-1]]}
     return processor.replace_image_token(prepared, 0).count(processor.image_token)
+
+
+def _end_of_text(written: str, content: str, begin: int, before: str, behind: str) -> int | None:
+    """Where a text ends that a chat template writes, from `begin` on, between two pieces of its own.
+
+    The template may strip the white space at the text's ends, all or some of it. None: it changes the text otherwise.
+    """
+    core = content.strip()
+    leading, trailing = content.split(core, 1)
+    starts = (leading[n:] + core for n in range(len(leading) + 1))
+    start = next((start for start in starts if written.startswith(before + start, begin)), None)
+    if start is None:
+        return None
+    end = begin + len(before) + len(start)
+    lengths = range(len(trailing), -1, -1)
+    return next((end + n for n in lengths if written.startswith(trailing[:n] + behind, end)), None)
 
 
 class Chat:
@@ -89,9 +106,10 @@ class Chat:
         for i, message in enumerate(messages):
             first, begin = after, place
             for content in (part["text"] for part in message["content"] if part["type"] == "text"):
-                if not text.startswith(pieces[after] + content, place):
+                place = _end_of_text(text, content, place, *pieces[after : after + 2])
+                if place is None:
                     raise ValueError(f"the chat template changes the text of a turn of role {message['role']}")
-                place, after = place + len(pieces[after]) + len(content), after + 1
+                after += 1
             if message["role"] == "assistant":
                 *before, prompt = self.pieces(form[:i], answer_next=True)
                 end = end_of(self.tokenizer, pieces[after])
@@ -121,17 +139,19 @@ class Chat:
                 if token in text_of(message):
                     raise ValueError(f"the control token {token} in a turn of role {message['role']}")
         text, spans, ends = self.answer_spans(messages)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        token_ids, (starts, stops) = np.array(encoding["input_ids"]), np.array(encoding["offset_mapping"]).T
-        # a token of spaces, which some tokenizers place where it ends, begins where the one before it ended
-        starts[1:] = np.where(starts[1:] < stops[1:], starts[1:], stops[:-1])
+        token_ids, starts, stops = self._tokens(text, [])
+        # where an answer's white space joins what is in front of it: apart, as generation goes on from its prompt
+        cuts = [span.start for span in spans if ((starts < span.start) & (span.start < stops)).any()]
+        if cuts:
+            whole = self.tokenizer.decode(token_ids)
+            token_ids, starts, stops = self._tokens(text, cuts)
+            if self.tokenizer.decode(token_ids) != whole:
+                raise ValueError("an answer whose beginning is one token with what the chat template writes before it")
         learnt = np.zeros(len(token_ids), dtype=bool)
         for span, end in zip(spans, ends, strict=True):
             inside = (span.start <= starts) & (starts < span.stop) & (starts < stops)
             if not inside.any() or token_ids[inside][-1] != self.tokenizer.convert_tokens_to_ids(end):
                 raise ValueError(f"an answer whose tokens do not end with {end}")
-            if ((starts < span.start) & (span.start < stops)).any():
-                raise ValueError("an answer whose beginning is one token with what the chat template writes before it")
             learnt |= inside
         is_image, repeats = token_ids == self.processor.image_token_id, np.ones_like(token_ids)
         repeats[is_image] = self.count_image_tokens(sizes, is_image.sum())
@@ -143,6 +163,26 @@ class Chat:
         if not learnt.any():
             raise ValueError("no token to learn")
         return input_ids, labels
+
+    def _tokens(self, text: str, cuts: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A text's token ids, and where each begins and ends in it; what stands between `cuts` is tokenised apart."""
+        bounds = [0, *cuts, len(text)]
+        parts = [text[begin:end] for begin, end in pairwise(bounds)]
+        encoding = self.tokenizer(parts, add_special_tokens=False, return_offsets_mapping=True)
+        token_ids = np.concatenate([np.array(ids, dtype=int) for ids in encoding["input_ids"]])
+        offsets = zip(encoding["offset_mapping"], bounds, strict=False)
+        places = np.concatenate([np.array(part, dtype=int).reshape(-1, 2) + begin for part, begin in offsets])
+        starts, stops = places.T
+        # a token of spaces, which some tokenizers place where it ends, begins where the one before it ended
+        starts[1:] = np.where(starts[1:] < stops[1:], starts[1:], stops[:-1])
+        return token_ids, starts, stops
+
+    def answer(self, token_ids: Iterable[int]) -> str:
+        """The text of an answer's tokens, its indentation kept, without the white space that the template writes."""
+        before = self.tokenizer("a", add_special_tokens=False)["input_ids"]  # some drop a text's first space
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (before, [*before, *token_ids])]
+        prompt, opening = self.pieces(TWO_TURNS[:1], answer_next=True)[1], self.pieces(TWO_TURNS)[1]
+        return texts[1].removeprefix(texts[0]).removeprefix(opening.removeprefix(prompt)).rstrip()
 
     def count_tokens(self, messages: list[dict[str, Any]]) -> int:
         """About how many tokens a conversation has, one for a picture, whether it can be trained on or not."""

@@ -148,30 +148,33 @@ def read_tar(path: PurePath) -> Iterator[Record | BadRecordError]:
                 yield BadRecordError(key, f"{path.name}: {error}")
 
 
-def _members(archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The files of an archive but hidden ones; of a broken one those before the damage, then one of size -1 that says
     where it is. A link to a file of the archive is that file under the link's name."""
-    members, damage = [], None
+    seen: dict[str, tarfile.TarInfo] = {}
+    member, damage, whole = None, None, False
     try:
-        members += archive
+        for member in archive:
+            name, target = plain(member.name), member
+            seen.setdefault(name, member)
+            for _ in range(9):  # a link may lead to a link
+                if target is not None and (target.islnk() or target.issym()):
+                    folder = os.path.dirname(plain(target.name)) if target.issym() else ""
+                    where = plain(os.path.normpath(os.path.join(folder, target.linkname)))
+                    if where not in seen and not whole:  # the target may come behind the link
+                        seen, whole = {plain(other.name): other for other in archive.getmembers()}, True
+                    target = seen.get(where)
+            if target is not None and target.isfile() and not is_hidden(name):
+                yield target.replace(name=name, deep=False)
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # neither a header nor the end
-            damage = f"what follows {members[-1].name}" if members else "its first bytes"
+            damage = f"what follows {member.name}" if member else "its first bytes"
     except (tarfile.TarError, OSError):
-        damage = members[-1].name if members else "its first bytes"
-    by_name, files = {plain(member.name): member for member in members}, []
-    for member in members:
-        name, target = plain(member.name), member
-        for _ in range(9):  # a link may lead to a link
-            if target is not None and (target.islnk() or target.issym()):
-                folder = os.path.dirname(plain(target.name)) if target.issym() else ""
-                target = by_name.get(plain(os.path.normpath(os.path.join(folder, target.linkname))))
-        if target is not None and target.isfile() and not is_hidden(name):
-            files.append(target.replace(name=name, deep=False))
+        damage = member.name if member else "its first bytes"
     if damage is not None:
-        files.append(tarfile.TarInfo(damage))
-        files[-1].size = -1
-    return files
+        broken = tarfile.TarInfo(damage)
+        broken.size = -1
+        yield broken
 
 
 def is_hidden(name: str) -> bool:

@@ -21,6 +21,7 @@ called by the first of `id`, `question_id`, `questionId` and `image_id` that it 
 
 import base64
 import hashlib
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -97,7 +98,8 @@ def _visual_question(question: Any, record: Record) -> list[dict[str, Any]]:
     answer, choices = record.get("answer"), record.get("choices") or record.get("options")
     if isinstance(choices, list):
         choices = texts_of(choices)
-        question, answer = "\n".join([*texts_of(record.get("hint")), str(question), *choices]), str(answer).strip()
+        parts = [*texts_of(record.get("hint") or None), str(question), *choices]
+        question, answer = "\n".join(parts), str(answer).strip()
         if answer not in choices:
             number = int(answer) if answer.isdecimal() else ascii_uppercase.find(answer if len(answer) == 1 else "?")
             if not 0 <= number < len(choices):
@@ -122,8 +124,9 @@ SHAPES: dict[str, Callable[[Any, Record], list[dict[str, Any]]]] = {
 def to_messages(record: Record) -> list[dict[str, Any]]:
     """A record's turns as chat messages, each a list of parts: pictures, and the texts around `<image>` tags.
 
-    White space around a part is dropped here, and the chat template writes one line break between parts, so a picture
-    and its text look the same in training as in any later use.
+    Texts stay as they are, but for the line break on each side of a tag: the chat template writes one line break
+    between parts, so a picture and its text look the same in training as in any later use. White space alone between
+    two tags is no text.
 
     Raises:
         ValueError: the conversation is malformed; the message is the reason.
@@ -170,10 +173,10 @@ def _message(turn: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"a turn of role {role} has no text")
         if "<video>" in text or "<audio>" in text:
             raise ValueError("it has a <video> or <audio> tag, which the model cannot take in")
-        for i, piece in enumerate(text.split(IMAGE_TOKEN)):
+        for i, piece in enumerate(re.split(rf"(?:\r?\n)?{IMAGE_TOKEN}(?:\r?\n)?", text)):
             if i > 0:
                 parts.append({"type": "image"})
-            if piece := piece.strip():
+            if piece.strip():
                 parts.append({"type": "text", "text": piece})
     if role != "user" and any(part["type"] == "image" for part in parts):
         raise ValueError(f"{IMAGE_TOKEN} in a turn of role {role}")
