@@ -354,8 +354,8 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
     hidden = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True).hidden_states
     outcome.append(("vision features", _equal("vision features", hidden[config.vision_feature_layer], features)))
     outcome += check_conversations(chat, model.generation_config)
-    packed, bound = packing_difference(model, chat)
-    packs = "equal" if packed <= bound else "not equal: training refuses --packing"
+    packed, equal = packing_difference(model, chat)
+    packs = "equal" if equal else "not equal: training refuses --packing"
     outcome.append(("packed against alone", f"{packs} (difference {packed:.0e})"))
     length = min(tokenizer.model_max_length, MILLION)
     for name, what, found in (
@@ -400,8 +400,8 @@ def check_claims(model: nn.Module, processor: Processor, packing: bool) -> None:
     chat = Chat(processor)
     check_conversations(chat, model.generation_config)
     if packing and not is_deepspeed_zero3_enabled():  # where no rank holds the whole model
-        packed, bound = packing_difference(model, chat)
-        if not packed <= bound:
+        packed, equal = packing_difference(model, chat)
+        if not equal:
             raise ValueError(
                 f"--packing: a {model.config.text_config.model_type} does not keep the conversations of a row apart "
                 f"(logits differ by {packed:.0e} of the largest from those of each alone)"
@@ -455,26 +455,34 @@ def check_conversations(chat: Chat, generation_config: GenerationConfig) -> list
 
 
 @torch.inference_mode()
-def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, float]:
-    """How much a conversation's logits differ between alone and packed behind another, and what the noise may make.
+def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, bool]:
+    """How much the logits of two conversations in a row differ from those of each alone, and whether it is noise.
 
     Some architectures cannot tell one conversation from the next by `position_ids`: those with linear attention or
-    convolutions, and those that make their masks without them. The noise is three times what the same comparison
-    gives for the conversation in front, which sees nothing of the one behind it, and at most the precision's. If that
-    one differs by more, its difference counts as well.
-
-    Returns the difference, and up to where it is noise.
+    convolutions, and those that make their masks without them. What stands in front of a conversation may change its
+    logits by three times of what the text behind one does, which nothing sees. Neither may exceed the precision.
     """
     rows = []
     for question, answer in (("What is the capital of France?", "Paris."), ("Name a colour.", "Red, or blue.")):
         messages = conversation(question, answer)
         messages[0]["content"].pop(0)
         rows.append(torch.from_numpy(chat.encode(messages)[0])[None].to(model.device))
-    first, second = (model(input_ids=row, use_cache=False).logits for row in rows)
+    first, second = rows
     position_ids = torch.cat([torch.arange(row.shape[1], device=model.device) for row in rows])[None]
-    packed = model(input_ids=torch.cat(rows, dim=1), position_ids=position_ids, use_cache=False).logits
-    front, behind = difference(packed[:, : first.shape[1]], first), difference(packed[:, first.shape[1] :], second)
-    return max(front, behind), min(max(1e-5, 3 * front), tolerance(model.dtype))
+
+    def packed(*rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = model(input_ids=torch.cat(rows, dim=1), position_ids=position_ids, use_cache=False).logits
+        return logits.split([row.shape[1] for row in rows], dim=1)
+
+    front, behind = packed(first, second)
+    noise = difference(packed(first, second.flip(1))[0], front)
+    leak = difference(packed(first.flip(1), second)[1], behind)
+    alone = [
+        difference(ours, model(input_ids=row, use_cache=False).logits)
+        for ours, row in ((front, first), (behind, second))
+    ]
+    within = all(found <= tolerance(model.dtype) for found in (noise, *alone))
+    return max(leak, *alone), within and leak <= max(1e-5, 3 * noise)
 
 
 @torch.inference_mode()
