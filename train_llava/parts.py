@@ -164,8 +164,11 @@ def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
         ValueError: there is none of that name, or not all of its weights.
     """
     model, missing = load_part(AutoModelForCausalLM, name_or_path, dtype)
-    if missing:
-        raise ValueError(f"{name_or_path} lacks weights of the language model, {min(missing)} for one")
+    parts = (decoder_of(model), model.get_output_embeddings())
+    taken = {id(tensor) for part in parts for tensor in part.state_dict(keep_vars=True).values()}
+    tensors = model.state_dict(keep_vars=True).items()
+    if lacking := [name for name, tensor in tensors if name in missing and id(tensor) in taken]:
+        raise ValueError(f"{name_or_path} lacks weights of the language model, {min(lacking)} for one")
     config = model.config.get_text_config(decoder=True)
     if config is model.config:
         return model
