@@ -132,7 +132,7 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
         raise ValueError("no held-out question can be asked of this model: set --eval_answers 0")
     mine, share = prepared[state.process_index :: state.num_processes], -(-len(asked) // state.num_processes)
     mine += [prepared[0]] * (share - len(mine))  # under ZeRO-3 no process computes alone, and all ask batch by batch
-    with as_opened(model):
+    with as_opened(model, trainer.dtype):
         replies = [generate_all(model, chat, mine[start : start + BATCH], BATCH) for start in range(0, share, BATCH)]
         gathered = gather_object([[answer for batch in replies for answer, _ in batch]])
     predictions = [

@@ -9,7 +9,9 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -40,13 +43,14 @@ from train_llava.cli import writing
 from train_llava.data import CheckedDataset, weights_of
 from train_llava.lengths import estimate_lengths
 from train_llava.memory import earlier_bytes, precision, state_bytes, update_bytes, zero_of
-from train_llava.model import load_checkpoint
+from train_llava.model import load_checkpoint, part_of
 from train_llava.pace import peak_memory
 from train_llava.packing import PackedDataset
 from train_llava.parts import decoder_of, running_as_one
 from train_llava.pictures import prepare_pictures
 from train_llava.records import IMAGE_TOKEN
-from train_llava.run_folder import differing_tensor
+from train_llava.run_folder import base_tensors, differing_tensor, save_weights
+from train_llava.template import context_length
 from train_llava.trainer import LlavaTrainer
 
 MILLION = 1_000_000  # tokens, beyond which no context is tried
@@ -79,6 +83,8 @@ def check_together(adapter: str | None, bits: int | None, data_arguments: Any, a
         if field.name in UNSUPPORTED and (value := getattr(args, field.name)) not in (field.default, []):
             raise ValueError(f"--{field.name} {value} is not supported: leave it out")
     weights_of(data_arguments.data_path, data_arguments.data_weights)
+    if args.save_dtype != "auto" and args.train_type == "lora":
+        raise ValueError("--save_dtype is for whole models, and lora writes an adapter: leave it out")
     if data_arguments.streaming and args.max_steps <= 0:
         raise ValueError("--streaming has no end: set --max_steps")
     if args.tokens_per_batch is not None:
@@ -176,16 +182,19 @@ def preflight(trainer: LlavaTrainer) -> None:
     mine = range(args.process_index, len(held_out or ()), args.world_size)
     for i in tqdm(mine, "held-out records", disable=len(mine) < 1000 or args.process_index > 0):
         held_out.good_item(i)
+    untrained: list[set[str]] = [set()]
     if trainer.is_world_process_zero():
         if is_deepspeed_zero3_enabled():
             print("preflight left out: under ZeRO-3 no rank holds the whole model")
         else:
             with torch.random.fork_rng():
-                _try_once(trainer)
-    trainer.accelerator.wait_for_everyone()
+                untrained = [_try_once(trainer)]
+    for name in broadcast_object_list(untrained)[0]:
+        trainer.model.get_parameter(name).requires_grad_(False)
 
 
-def _try_once(trainer: LlavaTrainer) -> None:
+def _try_once(trainer: LlavaTrainer) -> set[str]:
+    """See `preflight`. Returns the names of the parameters that are not to train: see `unreached_parameters`."""
     args = trainer.args
     model = trainer.model.to(args.device).train()
     items = longest_items(trainer)
@@ -202,24 +211,26 @@ def _try_once(trainer: LlavaTrainer) -> None:
         parameter.grad = None  # under ZeRO-2 no rank holds all gradients
 
     hooks = [parameter.register_post_accumulate_grad_hook(check_gradient) for parameter in trained.values()]
-    with trainer.accelerator.autocast():
-        loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
+
+    def compute_loss() -> torch.Tensor:
+        with trainer.accelerator.autocast():
+            return trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
+
+    loss = compute_loss()
     loss.backward()
     for hook in hooks:
         hook.remove()
     for name, parameter in trained.items():
-        if not finite.get(parameter):
-            fault = "a gradient that is not finite" if parameter in finite else "no gradient"
-            raise ValueError(f"preflight: {name} gets {fault} (loss {loss.item():.4f})")
+        if not finite.get(parameter, True):
+            raise ValueError(f"preflight: {name} gets a gradient that is not finite (loss {loss.item():.4f})")
+    without = {name: parameter for name, parameter in trained.items() if parameter not in finite}
+    untrained = unreached_parameters(model, without, compute_loss) if without else set()
     peak = peak_memory(args.device)
 
     folder = Path(args.output_dir) / "preflight"
     try:
         with writing(folder):
-            model.save_pretrained(folder)
-            trainer.processing_class.save_pretrained(folder)
-        if (name := differing_tensor(folder, model)) is not None:
-            raise ValueError(f"preflight: {name} is not saved as it is in memory")
+            trainer._save(str(folder))
         saved, images = AutoProcessor.from_pretrained(folder), [image for item in items for image in item["images"]]
         ours, theirs = (
             processor.tokenizer.apply_chat_template([item["messages"] for item in items], return_dict=False)
@@ -228,6 +239,8 @@ def _try_once(trainer: LlavaTrainer) -> None:
         prepared = prepare_pictures(saved.image_processor, images)["pixel_values"] if images else pixel_values
         if ours != theirs or not prepared.equal(pixel_values):
             raise ValueError("preflight: the processor is not saved as it is in memory")
+    except OSError as error:
+        raise ValueError(f"preflight: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -241,6 +254,57 @@ def _try_once(trainer: LlavaTrainer) -> None:
         f"preflight: {what} forward and backward, saved, read back alike (loss {loss.item():.4f}); "
         f"{peak / 1e9:.1f} GB, and {more / 1e9:.1f} GB more a rank for gradients and optimizer"
     )
+    return untrained
+
+
+def unreached_parameters(
+    model: nn.Module, without: dict[str, nn.Parameter], compute_loss: Callable[[], torch.Tensor]
+) -> set[str]:
+    """Tells why parameters got no gradient, and returns the names of those that are not to train.
+
+    A fault is one that acts on the loss: where it is changed, so is the loss of the batch, and so is what the language
+    model alone makes of two tokens. What only chooses among tokens, as the indexer of DeepSeek-V3.2 does, has nothing
+    to choose among two, and what nothing reads changes neither. These are not trained by design, unless many tokens
+    of text alone give them a gradient: an expert that no token of the batch has reached goes on training.
+
+    Args:
+        without: the parameters that got no gradient, by name.
+        compute_loss: gives the loss of the batch.
+
+    Raises:
+        ValueError: one of them acts on the loss, or is no part of the language model; the message names it.
+    """
+    language_model = next(m for name, m in model.named_modules() if name.endswith("model.language_model"))
+
+    def text_alone(tokens: int) -> torch.Tensor:
+        ids = torch.arange(tokens, device=model.device) * 7919 % language_model.config.vocab_size
+        with torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):
+            return language_model(input_ids=ids[None], use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def acts_on(compute: Callable[[], torch.Tensor], parameter: nn.Parameter) -> bool:
+        before, held = compute(), parameter.detach().clone()
+        parameter.add_(torch.randn_like(parameter) * (held.abs().mean() + 0.01))
+        changed = not compute().equal(before)
+        parameter.copy_(held)
+        return changed
+
+    training = model.training
+    model.eval()  # without dropout
+    for name, parameter in without.items():
+        outside = part_of(name) != "language model" or "lm_head" in name
+        if outside or (acts_on(partial(text_alone, 2), parameter) and acts_on(compute_loss, parameter)):
+            raise ValueError(f"preflight: {name} gets no gradient")
+    text_alone(min(1024, context_length(language_model.config))).float().square().mean().backward()
+    untrained = {name for name, parameter in without.items() if parameter.grad is None}
+    model.zero_grad()
+    model.train(training)
+    if untrained:
+        print(
+            f"not trained, since the language model by its design gives them no gradient: {len(untrained)} tensors, "
+            f"{min(untrained)} for one"
+        )
+    return untrained
 
 
 def example_inputs(processor: Processor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -370,6 +434,13 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
         if not found <= tolerance(model.dtype):
             raise ValueError(f"{what} its logits differ from those alone by {found:.0e} of the largest")
         outcome.append((name, f"equal (difference {found:.0e})"))
+
+    again, written = folder / "again", base_tensors(str(folder))
+    save_weights(model, again, base=written)
+    if (name := differing_tensor(again, written)) is not None:
+        raise ValueError(f"opened and saved again, its {name} is another")
+    shutil.rmtree(again)
+    outcome.append(("opened and saved again", f"{len(written)} tensors, the same to the bit"))
 
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)

@@ -253,9 +253,20 @@ def skip_unread_layers(model: Llava) -> set[str]:
     return unread
 
 
+def untrained_by_design(language_model: nn.Module) -> set[str]:
+    """The names of the parameters that a language model's own class excludes from training, such as ERNIE 4.5 MoE's
+    correction of its experts' scores. A fresh one, without weights, shows them: opening a checkpoint loses that."""
+    with torch.device("meta"):
+        fresh = type(language_model)(language_model.config)
+    return {name for name, parameter in fresh.named_parameters() if not parameter.requires_grad}
+
+
 def set_trainable(model: Llava, train_type: str, arguments: LoraArguments) -> Llava | PeftModel:
-    """Decides what trains, by `TRAIN_TYPES`. All else is frozen, and what of the tower the projector never uses."""
-    unread = {f"model.vision_tower.{name}" for name in skip_unread_layers(model)}
+    """Decides what trains, by `TRAIN_TYPES`. All else is frozen, what of the tower the projector never uses, and what
+    is `untrained_by_design`."""
+    frozen = {f"model.vision_tower.{name}" for name in skip_unread_layers(model)}
+    language_model = model.model.language_model
+    frozen |= {f"model.language_model.{name}" for name in untrained_by_design(language_model)}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in TRAIN_TYPES[train_type][1] and name not in unread)
-    return get_peft_model(model, lora_config(model.model.language_model, arguments)) if train_type == "lora" else model
+        parameter.requires_grad_(part_of(name) in TRAIN_TYPES[train_type][1] and name not in frozen)
+    return get_peft_model(model, lora_config(language_model, arguments)) if train_type == "lora" else model

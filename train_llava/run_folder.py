@@ -6,9 +6,10 @@ import shutil
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -22,11 +23,11 @@ from transformers import TrainingArguments
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils import cached_file
+from transformers.modeling_utils import _get_resolved_checkpoint_files, load_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from train_llava.cli import ROOT, given_arguments, replacing
-from train_llava.model import count_parameters, part_of
+from train_llava.model import part_of
 
 FINGERPRINT = "base_fingerprint.json"  # of the model that an adapter was trained on, in the adapter's folder
 RECIPE = "recipe.yaml"
@@ -164,36 +165,142 @@ def check_resumable(checkpoint: Path, ranks: int) -> None:
         raise ValueError(f"{checkpoint} was written by {written_by} ranks and this run has {ranks}: take as many")
 
 
-def read_back(folder: Path, model: nn.Module) -> None:
-    """Looks at the weights just saved: as many numbers as the model has (an adapter: as many as train), none missing.
+def base_tensors(model_name_or_path: str) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint's files by their names there.
+
+    They are mapped from the disk: they take no memory, and stay when the folder is removed.
+    """
+    files, _ = _get_resolved_checkpoint_files(model_name_or_path, None, None, None, None, is_remote_code=False)
+    return {name: tensor for file in files for name, tensor in load_state_dict(file).items()}
+
+
+def tensors_in_files(model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """A model's tensors, persistent buffers among them, by their names in files; with an adapter, the adapter's alone.
+
+    The names are those of the checkpoint that the model was read from. A tied weight is there once.
+
+    Args:
+        state_dict: what DeepSpeed has gathered of the model; None: the model itself holds everything.
 
     Raises:
-        ValueError: they are not all there.
+        OSError: a tensor was not gathered, or not whole.
     """
-    counts = count_parameters(model).values()
-    expected = sum(trainable if isinstance(model, PeftModel) else total for trainable, total in counts)
-    numbers = {}
-    for path in set(folder.glob("*.safetensors")) - {folder / PROJECTOR}:
+    fault = "was not gathered whole: ZeRO-3 needs stage3_gather_16bit_weights_on_model_save"
+    if isinstance(model, PeftModel):
+        tensors = get_peft_model_state_dict(model, state_dict)
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        if sum(tensor.numel() for tensor in tensors.values()) < trained:
+            raise OSError(f"the adapter {fault}")
+        return tensors
+    held = model.state_dict() if state_dict is None else dict(state_dict)
+    for name, place in model.state_dict(keep_vars=True).items():
+        if name not in held or held[name].shape != getattr(place, "ds_shape", place.shape):
+            raise OSError(f"{name} {fault}")
+        if name in model.all_tied_weights_keys:  # of which DeepSpeed hands over copies
+            held.pop(name)
+    return revert_weight_conversion(model, held)
+
+
+def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two tensors have one type and shape and hold the same, NaN included."""
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return False
+    ours, theirs = (tensor.cpu().contiguous().flatten().view(torch.uint8) for tensor in (ours, theirs))
+    return ours.equal(theirs)
+
+
+def as_read(name: str, held: torch.Tensor, base: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The tensor of `base` that gives `held` when it is loaded in its precision; `held` itself where training has
+    changed it. A name that is not in `base`, such as a tied weight's other one, is found by its values."""
+    if name in base and base[name].dtype == held.dtype:
+        return held
+    candidates = [base[name]] if name in base else [t for t in base.values() if t.shape == held.shape]
+    return next((tensor for tensor in candidates if same_bits(tensor.to(held.dtype), held)), held)
+
+
+def save_weights(
+    model: nn.Module,
+    folder: Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    base: dict[str, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    write_in: Literal["held", "base", "dtype"] = "held",
+) -> dict[str, torch.Tensor]:
+    """Writes a model's weights and configuration, or an adapter's. Returns the tensors as written, for `read_back`.
+
+    What training has left as it was read is written as it was read: see `as_read`.
+
+    Args:
+        state_dict: see `tensors_in_files`.
+        base: the tensors of the checkpoint that the model was read from: see `base_tensors`.
+        dtype: the precision that the configuration names, in which the model is opened; float32 where a value is too
+            large for it.
+        write_in: what the other tensors are written in: as the model holds them, or as `base` has them. With "dtype"
+            all tensors are written in that.
+
+    Raises:
+        OSError: see `tensors_in_files`.
+    """
+    tensors, base, dtype = tensors_in_files(model, state_dict), base or {}, dtype or model.dtype
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, state_dict=state_dict)
+        return tensors
+    for name, held in tensors.items():
+        if not held.is_floating_point():
+            continue
+        tensor = as_read(name, held, base)
+        target = {"held": tensor.dtype, "base": base[name].dtype if name in base else dtype, "dtype": dtype}[write_in]
+        limit = min(torch.finfo(target).max, torch.finfo(dtype).max)
+        if torch.finfo(tensor.dtype).max > limit and (largest := max(map(abs, tensor.aminmax()))) > limit:
+            print(f"{folder} is to be opened in float32: {name} holds {largest:.3g}, too large for {dtype}")
+            dtype = torch.float32
+        elif target != tensor.dtype:
+            tensor = tensor.to("cpu", target)
+        # with a storage of its own: of those that share one, as experts do, transformers would make copies
+        tensors[name] = torch.from_dlpack(tensor.contiguous())
+    model.save_pretrained(folder, state_dict=dict(tensors), save_original_format=False)
+    config = deepcopy(model.config)
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype
+    config.save_pretrained(folder)
+    return tensors
+
+
+def differing_tensor(folder: Path, tensors: dict[str, torch.Tensor]) -> str | None:
+    """The first tensor that a folder's files do not hold as given, by name, type, shape and values, or hold beside
+    these; or their index, where it says otherwise than they do. None: all is as given."""
+    files: dict[str, str] = {}
+    for path in sorted(set(folder.glob("*.safetensors")) - {folder / PROJECTOR}):
         with safe_open(path, framework="pt") as file:
-            numbers |= {name: torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys()}  # noqa: SIM118
-    if model.config.get_text_config().tie_word_embeddings:  # DeepSpeed writes the one tensor under both names
-        numbers = {name: number for name, number in numbers.items() if not name.endswith("lm_head.weight")}
-    empty = [name for name, number in numbers.items() if number == 0]
-    if empty or sum(numbers.values()) != expected or not any("multi_modal_projector" in name for name in numbers):
-        what = f"{empty[0]} is empty" if empty else f"{sum(numbers.values()):,} numbers in place of {expected:,}"
-        raise ValueError(f"{folder} was not saved whole: {what}")
+            for name in file.keys():  # noqa: SIM118
+                if name in files or name not in tensors or not same_bits(file.get_tensor(name), tensors[name]):
+                    return name
+                files[name] = path.name
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    right = not index.exists() or json.loads(index.read_text())["weight_map"] == files
+    return next(iter(tensors.keys() - files.keys()), None if right else index.name)
+
+
+def read_back(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Makes sure that the weights just saved are those that were to be saved: see `differing_tensor`.
+
+    Raises:
+        OSError: they are not. It is no ValueError, which `Trainer` takes for another thing under DeepSpeed.
+    """
+    if (name := differing_tensor(folder, tensors)) is not None:
+        raise OSError(f"{folder} was not saved whole: {name} is not saved as it is in memory")
 
 
 @contextmanager
-def as_opened(model: nn.Module) -> Iterator[None]:
+def as_opened(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Gives a model in training, for a while, the precision that it has once it is saved and opened again.
 
     What trains is held in float32 by training without DeepSpeed, and LoRA's matrices in half precision by training
-    with it, each otherwise than by `from_pretrained`.
+    with it, each otherwise than by `from_pretrained`. `dtype` is what a model that is held in float32 is opened in.
     """
-    held, saved_in = {}, model.dtype
+    held, opened_in = {}, dtype if model.dtype == torch.float32 else model.dtype
     for name, parameter in model.named_parameters():
-        dtype = torch.float32 if "lora_" in name else saved_in
+        dtype = torch.float32 if "lora_" in name else opened_in
         if parameter.is_floating_point() and parameter.dtype != dtype and not is_deepspeed_zero3_enabled():
             held[parameter] = parameter.data
             parameter.data = parameter.data.to(dtype)
@@ -279,23 +386,6 @@ def check_base(adapter_name_or_path: str, model: nn.Module, model_name: str) -> 
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not same:
         raise ValueError(f"the adapter {adapter_name_or_path} was trained on another model than {model_name}")
-
-
-def differing_tensor(folder: Path, model: nn.Module) -> str | None:
-    """The first tensor of a model just saved that is not in the folder as it is in memory; None where all are.
-
-    One is read at a time. In files, a whole model's have the names of the checkpoint that it was read from.
-    """
-    if isinstance(model, PeftModel):
-        expected = get_peft_model_state_dict(model)
-    else:
-        expected = revert_weight_conversion(model, remove_tied_weights_from_state_dict(model.state_dict(), model))
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                if name not in expected or not torch.equal(file.get_tensor(name), expected.pop(name).cpu()):
-                    return name
-    return next(iter(expected), None)
 
 
 def check_output_dir(output_dir: str, checkpoint: str | None, resume: bool) -> None:

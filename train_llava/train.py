@@ -107,6 +107,9 @@ class TrainArguments(TrainingArguments):
     )
     tokens_per_batch: int | None = field(default=None, metadata={"help": "Packing: fill batches to so many tokens."})
     bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16; default: where the GPU can."})
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "What the outcome is written in; auto: as the model that it began with."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Stays false: the collator needs them all."})
     prediction_loss_only: bool = field(default=True, metadata={"help": "Stays true: logits are kept at labels only."})
 

@@ -27,6 +27,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerState
+from transformers.modeling_utils import get_state_dict_dtype
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from train_llava.answers import score_answers
@@ -34,9 +36,18 @@ from train_llava.chat import IGNORE
 from train_llava.data import LlavaCollator
 from train_llava.lengths import GroupedByLength, estimate_lengths, order_seed
 from train_llava.memory import precision
-from train_llava.model import load_checkpoint, part_of
+from train_llava.model import load_checkpoint, load_config, part_of
 from train_llava.pace import Pace
-from train_llava.run_folder import check_base, read_back, rotate_checkpoints, save_base_fingerprint, unfinished
+from train_llava.run_folder import (
+    base_tensors,
+    check_base,
+    number_of,
+    read_back,
+    rotate_checkpoints,
+    save_base_fingerprint,
+    save_weights,
+    unfinished,
+)
 from train_llava.stopping import StopOnSignal, outlive_sigterm
 
 
@@ -82,6 +93,11 @@ class LlavaTrainer(Trainer):
         # Trainer would remove older checkpoints too early, and of a run that was stopped its last one
         self.limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.pace = Pace(self.args.device, precision(self.args), self.args.world_size)
+        name = self.model.config.name_or_path
+        self.base = base_tensors(name)
+        # what the saved model is opened in
+        dtype = load_config(name).dtype or get_state_dict_dtype(self.base)
+        self.dtype = dtype if self.args.save_dtype == "auto" else getattr(torch, self.args.save_dtype)
         self.add_callback(StopOnSignal())
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -189,18 +205,25 @@ class LlavaTrainer(Trainer):
             save_base_fingerprint(self.model, folder)
         try:
             super().save_model(output_dir, _internal_call)
-            if self.args.should_save:
-                read_back(folder, self.model)
         except Exception:  # of a full disk any; what is written in part is not left behind
             for written in folder.glob("*.safetensors") if self.args.should_save else []:
                 written.unlink()
             raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if state_dict is not None:  # DeepSpeed's copies: a tied weight would be written under each of its names
-            tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
-        super()._save(output_dir, state_dict)
+        """Writes a model, which is read back. Checkpoints, from which a run goes on, hold what trains as memory does;
+        the outcome has the precision of the model that it began with, or that of --save_dtype."""
+        if not self.args.should_save:
+            return
+        folder, output = Path(output_dir or self.args.output_dir), Path(self.args.output_dir)
+        if folder.parent == output and number_of(folder) is not None:
+            write_in = "held"
+        else:
+            write_in = "base" if self.args.save_dtype == "auto" else "dtype"
+        tensors = save_weights(self.model, folder, state_dict, self.base, self.dtype, write_in)
+        self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        read_back(folder, tensors)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         if self.is_world_process_zero():
