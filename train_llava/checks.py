@@ -295,9 +295,9 @@ def unreached_parameters(
         outside = part_of(name) != "language model" or "lm_head" in name
         if outside or (acts_on(partial(text_alone, 2), parameter) and acts_on(compute_loss, parameter)):
             raise ValueError(f"preflight: {name} gets no gradient")
-    text_alone(min(1024, context_length(language_model.config))).float().square().mean().backward()
-    untrained = {name for name, parameter in without.items() if parameter.grad is None}
-    model.zero_grad()
+    many = text_alone(min(1024, context_length(language_model.config))).float().square().mean()
+    gradients = torch.autograd.grad(many, list(without.values()), allow_unused=True)
+    untrained = {name for name, gradient in zip(without, gradients, strict=True) if gradient is None}
     model.train(training)
     if untrained:
         print(
