@@ -141,7 +141,7 @@ def test_the_outcome_is_written_in_what_is_given(half, corpus, tmp_path, monkeyp
     after = tensors_of(tmp_path / "run")
     assert {tensor.dtype for tensor in after.values()} == {getattr(torch, save_dtype)}
     assert load_checkpoint(str(tmp_path / "run"))[0].dtype == getattr(torch, save_dtype)
-    frozen = "model.language_model.embed_tokens.weight"
+    frozen = "language_model.model.embed_tokens.weight"
     assert torch.equal(after[frozen], tensors_of(half)[frozen].to(after[frozen].dtype))
 
 
@@ -153,7 +153,7 @@ def test_a_value_too_large_for_the_base_is_kept(half, tmp_path, capsys):
     assert "linear_1.weight holds 1e+06, too large for torch.float16" in capsys.readouterr().out
     again, _ = load_checkpoint(str(tmp_path))
     assert again.model.multi_modal_projector.linear_1.weight[0, 0] == -1e6
-    kept = tensors_of(tmp_path)["model.language_model.embed_tokens.weight"]
+    kept = tensors_of(tmp_path)["language_model.model.embed_tokens.weight"]
     assert kept.dtype == torch.float16
 
 

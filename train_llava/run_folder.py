@@ -187,7 +187,10 @@ def tensors_in_files(model: nn.Module, state_dict: dict[str, torch.Tensor] | Non
     """
     fault = "was not gathered whole: ZeRO-3 needs stage3_gather_16bit_weights_on_model_save"
     if isinstance(model, PeftModel):
-        tensors = {} if state_dict == {} else get_peft_model_state_dict(model, state_dict)
+        try:
+            tensors = get_peft_model_state_dict(model, state_dict)
+        except KeyError as error:
+            raise OSError(f"{error} {fault}") from error
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         if sum(tensor.numel() for tensor in tensors.values()) < trained:
             raise OSError(f"the adapter {fault}")
