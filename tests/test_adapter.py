@@ -269,6 +269,18 @@ def test_merging_says_how_much_of_the_change_is_rounded_away(llava, tmp_path, ca
     assert torch.equal(merged.model.multi_modal_projector.linear_1.weight, projector[name].to(merged.dtype))
 
 
+@pytest.mark.parametrize(("value", "remedy"), [(1e6, ": take --dtype float32"), (float("nan"), "$")])
+def test_merging_refuses_what_is_not_finite(llava, adapter, tmp_path, value, remedy):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in tensors if "layers.1.mlp.up_proj.lora_B" in name)
+    tensors[name][2] = value
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=rf"layers\.1\.mlp\.up_proj is not finite in torch\.float16{remedy}"):
+        merge_lora(str(llava), str(tmp_path / "adapter"), str(tmp_path / "merged"), "float16")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_merged_model_that_is_not_saved_right_is_refused(llava, adapter, tmp_path, monkeypatch):
     save = LlavaForConditionalGeneration.save_pretrained
 

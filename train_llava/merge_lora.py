@@ -43,7 +43,7 @@ def merge_layers(model: PeftModel, dtype: torch.dtype) -> str:
     Returns how much of the updates is rounded away, by their norms, and where most of it.
 
     Raises:
-        ValueError: `dtype` cannot hold a weight.
+        ValueError: a weight is not finite, or not in `dtype`.
     """
     lost, changed, worst = 0.0, 0.0, (0.0, "")
     for name, layer in model.named_modules():
@@ -54,7 +54,8 @@ def merge_layers(model: PeftModel, dtype: torch.dtype) -> str:
         for held, sum_ in zip(layer.get_base_layer().parameters(), exact.get_base_layer().parameters(), strict=True):
             written = sum_.data.to(dtype)
             if not written.isfinite().all():
-                raise ValueError(f"{name} holds numbers that {dtype} does not: take --dtype float32")
+                remedy = ": take --dtype float32" * bool(sum_.isfinite().all())
+                raise ValueError(f"{name} is not finite in {dtype}{remedy}")
             error += (written.float() - sum_).square().sum().item()
             change += (sum_ - held.float()).square().sum().item()
             held.data = written
