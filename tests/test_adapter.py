@@ -248,6 +248,8 @@ def test_merging_says_how_much_of_the_change_is_rounded_away(llava, tmp_path, ca
             torch.nn.init.normal_(parameter, std=2e-4)
     adapted.save_pretrained(tmp_path / "adapter")
     processor.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["use_dora"], config["use_rslora"]) == (kind == "dora", kind == "rslora")
     capsys.readouterr()
     merge_lora(str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "merged"), dtype)
     told = capsys.readouterr().out.strip().splitlines()[-1]

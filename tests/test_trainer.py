@@ -74,7 +74,9 @@ def test_only_checkpoints_of_the_run_itself_are_removed(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     for name in ("checkpoint-best", "checkpoint-2-good", "checkpoint-3", "checkpoint-007", "checkpoint-0x2"):
         shutil.copytree(tmp_path / "checkpoint-2", tmp_path / name)
-    (tmp_path / "checkpoint-1").symlink_to(tmp_path / "checkpoint-2")
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "trainer_state.json").write_text(json.dumps({"global_step": 1}))
+    (tmp_path / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "checkpoint-5").mkdir()
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-9")
     (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("torn")

@@ -68,8 +68,14 @@ def tower_states(
     config = deepcopy(config)
     for name, value in (settings | {"_attn_implementation": "eager"}).items():
         setattr(config, name, value)
-    # memory that nobody writes to takes none
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), no_init_weights():
+    # memory that nobody writes to takes none; what a tower draws as it is made is not drawn from the run's numbers
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.device("cpu"),
+        torch.random.fork_rng([]),
+        no_init_weights(),
+    ):
         # not by `from_config`, which under ZeRO-3 shares the weights out
         tower = AutoModel._model_mapping[type(config)](config).eval()
         return tower, tower(torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states
