@@ -67,13 +67,12 @@ def learnt(chat, answer: str, question: str = "What?") -> str:
 
 @pytest.mark.parametrize("name", ["the same for all", "white space around answers", "a prompt that ends with a space"])
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_an_answer_is_learnt_with_its_white_space_and_said_with_it(tmp_path, name, answer):
+def test_an_answer_is_learnt_with_its_white_space(tmp_path, name, answer):
     chat = chat_of(tmp_path, CASES[name][0])
     around = CASES[name][1].partition("»")[2].partition("«")[0].split("red")
     assert learnt(chat, answer) == f"{around[0]}{answer}{around[1]}"
     record = {"prompt": "What?", "completion": answer}
     input_ids, labels = chat.encode(to_messages(record))
-    assert chat.answer(input_ids[labels != IGNORE]) == answer.rstrip()
     begin = int(np.flatnonzero(labels != IGNORE)[0])
     asked = chat.prompts([read_question({"prompt": "What?"}, 0, Path()).messages], [])["input_ids"][0]
     assert asked.tolist() == input_ids[:begin].tolist()

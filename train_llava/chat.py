@@ -177,13 +177,6 @@ class Chat:
         starts[1:] = np.where(starts[1:] < stops[1:], starts[1:], stops[:-1])
         return token_ids, starts, stops
 
-    def answer(self, token_ids: Iterable[int]) -> str:
-        """The text of an answer's tokens, its indentation kept, without the white space that the template writes."""
-        before = self.tokenizer("a", add_special_tokens=False)["input_ids"]  # some drop a text's first space
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (before, [*before, *token_ids])]
-        prompt, opening = self.pieces(TWO_TURNS[:1], answer_next=True)[1], self.pieces(TWO_TURNS)[1]
-        return texts[1].removeprefix(texts[0]).removeprefix(opening.removeprefix(prompt)).rstrip()
-
     def count_tokens(self, messages: list[dict[str, Any]]) -> int:
         """About how many tokens a conversation has, one for a picture, whether it can be trained on or not."""
         try:
