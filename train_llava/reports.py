@@ -22,6 +22,7 @@ from yaml import YAMLError
 from train_llava.metrics import METRICS, is_exact
 from train_llava.model import LoraArguments, count_parameters
 from train_llava.records import IMAGE_TOKEN
+from train_llava.resume import changes_of
 from train_llava.run_folder import find_file
 
 FILE = "README.md"
@@ -163,6 +164,9 @@ def write_run_card(
         settings["LoRA"] = ", ".join(f"{name} {value}" for name, value in given.items())
         if model_arguments.adapter_name_or_path is not None:
             settings["goes on from"] = f"`{shown(model_arguments.adapter_name_or_path)}`"
+    changes = changes_of(folder)
+    if changes:
+        settings["changed by a resume"] = "; ".join(changes)
     judged, which = state.log_history, "last"
     if args.load_best_model_at_end and state.best_model_checkpoint is not None:  # these weights are in the folder
         judged, which = (

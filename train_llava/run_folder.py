@@ -1,10 +1,12 @@
 """What is on disk of a run: what is finished, what it can go on from, and whether what was saved is whole."""
 
 import json
+import os
+import platform
 import re
 import shutil
 from argparse import ArgumentTypeError
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import fields
@@ -14,7 +16,8 @@ from typing import Any, Literal
 import torch
 import yaml
 from accelerate import Accelerator
-from filelock import FileLock
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -33,6 +36,7 @@ FINGERPRINT = "base_fingerprint.json"  # of the model that an adapter was traine
 RECIPE = "recipe.yaml"
 DERIVED = ("train_type", "learning_rate", "projector_learning_rate", "vision_learning_rate", "bf16", "seed")
 PROJECTOR = "projector.safetensors"  # of a run that trained it alone
+LOCK = "_lock"  # held by the run that is at work in a folder; a push to the hub leaves out such names
 UNFINISHED = "unfinished"  # a file that a checkpoint holds while it is being written
 _known: dict[Path, tuple[int, set[int | str]]] = {}  # of each log of bad records, how much is read, and the records
 
@@ -93,11 +97,61 @@ def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> Non
             shutil.rmtree(own.pop(number), ignore_errors=True)
 
 
-def starting_point(args: TrainingArguments) -> str | None:
-    """The checkpoint that a run goes on from: the last finished one, or what is named; None: it starts anew.
+@contextmanager
+def locked(args: TrainingArguments) -> Iterator[None]:
+    """Keeps every other run out of a run's folder; the system frees it of a run that dies.
 
     Raises:
-        ValueError: there is none to go on from, or the folder to write to holds a model already.
+        OSError, ValueError: another run is at work in it, or it cannot be written to.
+    """
+    folder = Path(args.output_dir)
+    file, is_new = folder / LOCK, not folder.exists()
+    lock = FileLock(file)
+
+    def acquire() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            holder = file.read_text()
+            raise ValueError(f"--output_dir {folder}: another run is at work in it ({holder})") from None
+        file.write_text(f"process {os.getpid()} on {platform.node()}")
+
+    on_first_rank(args, acquire)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            file.unlink(missing_ok=True)
+            lock.release()
+            if is_new and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def on_first_rank(args: TrainingArguments, task: Callable[[], Any]) -> Any:
+    """What a task returns on the first rank, for all ranks; the others wait for it.
+
+    Raises:
+        ValueError: the task has raised it, or an OSError.
+    """
+    outcome, error = None, None
+    if args.process_index == 0:
+        try:
+            outcome = task()
+        except (OSError, ValueError) as raised:
+            error = str(raised)
+    if args.world_size > 1:
+        outcome, error = broadcast_object_list([outcome, error])
+    if error is not None:
+        raise ValueError(error)
+    return outcome
+
+
+def requested_checkpoint(args: TrainingArguments) -> tuple[bool | str, str | None]:
+    """What `--resume_from_checkpoint` says, a folder or whether to go on, and the checkpoint that this means.
+
+    Raises:
+        ValueError: it says neither.
     """
     resume, checkpoint = args.resume_from_checkpoint or "false", None
     if not Path(resume).is_dir():
@@ -107,6 +161,16 @@ def starting_point(args: TrainingArguments) -> str | None:
             raise ValueError(f"--resume_from_checkpoint {resume} is not true, and no folder") from error
     if resume:
         checkpoint = finished_checkpoint(args.output_dir) if resume is True else resume
+    return resume, checkpoint
+
+
+def starting_point(args: TrainingArguments) -> str | None:
+    """The checkpoint that a run goes on from: the last finished one, or what is named; None: it starts anew.
+
+    Raises:
+        ValueError: there is none to go on from, or the folder to write to holds a model already.
+    """
+    resume, checkpoint = requested_checkpoint(args)
     check_output_dir(args.output_dir, checkpoint, resume is True)
     if resume and args.process_index == 0:
         start = "no checkpoint was finished: training from the start"

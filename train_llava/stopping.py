@@ -1,6 +1,7 @@
-"""Where a run may end before its last step: at a SIGTERM, or where a score rises no more; and nowhere else."""
+"""Where a run may end before its last step: at a SIGTERM, or where a score improves no more; and nowhere else."""
 
 import atexit
+import math
 import multiprocessing.util  # whose own function at exit runs after those that are registered later
 import signal
 from collections.abc import Callable
@@ -27,12 +28,25 @@ def end_workers() -> None:
         worker.kill()
 
 
+def stopped_early(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether `early_stopping_patience` evaluations have followed the best one.
+
+    They are counted in the log, which each checkpoint keeps: a resumed run stops where an unbroken one does.
+    """
+    if not args.early_stopping_patience:
+        return False
+    key, sign = f"eval_{args.metric_for_best_model.removeprefix('eval_')}", 1 if args.greater_is_better else -1
+    scores = {entry["step"]: sign * entry[key] for entry in state.log_history if key in entry}
+    scores = [-math.inf if math.isnan(score) else score for score in scores.values()]
+    return bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= args.early_stopping_patience
+
+
 class StopOnSignal(TrainerCallback):
-    """Ends the run at the end of a step, with a checkpoint, once any rank has got a SIGTERM; without one, or a score
-    that rises no more, no end is early."""
+    """Ends the run at the end of a step, with a checkpoint, once any rank has got a SIGTERM, and behind an evaluation
+    by `stopped_early`. Another early end is an error."""
 
     def __init__(self) -> None:
-        self.received = self.rises_no_more = False
+        self.received = False
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "received", True))
@@ -47,9 +61,9 @@ class StopOnSignal(TrainerCallback):
             self.received = control.should_save = control.should_training_stop = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.rises_no_more = control.should_training_stop  # by EarlyStoppingCallback, which is called before
+        control.should_training_stop |= stopped_early(args, state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if state.global_step < state.max_steps and not self.received and not self.rises_no_more:
+        if state.global_step < state.max_steps and not self.received and not stopped_early(args, state):
             raise ValueError(f"the data ended after {state.global_step} of {state.max_steps} steps")

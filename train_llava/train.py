@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate import PartialState
 from datasets import IterableDataset
-from transformers import EarlyStoppingCallback, IntervalStrategy, TrainingArguments, set_seed
+from transformers import IntervalStrategy, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train_llava.adapter import continued, load_adapter
@@ -28,7 +29,16 @@ from train_llava.model import TRAIN_TYPES, LoraArguments, count_parameters, load
 from train_llava.pace import describe_pace
 from train_llava.packing import PackedDataset
 from train_llava.reports import describe_trainable, write_run_card
-from train_llava.run_folder import save_projector, starting_point, write_recipe
+from train_llava.resume import (
+    SETTINGS,
+    compare,
+    completed,
+    data_fingerprint,
+    model_fingerprint,
+    settings_of,
+    write_settings,
+)
+from train_llava.run_folder import locked, on_first_rank, save_projector, starting_point, write_recipe
 from train_llava.stream import stream_items
 from train_llava.trainer import LlavaTrainer
 
@@ -169,21 +179,42 @@ def main() -> None:
         )
     if data_arguments.eval_data_path is not None and args.eval_strategy == "no":
         args.eval_strategy = IntervalStrategy.EPOCH
+    with locked(args):
+        run(model_arguments, lora_arguments, data_arguments, args)
+
+
+def run(
+    model_arguments: ModelArguments, lora_arguments: LoraArguments, data_arguments: DataArguments, args: TrainArguments
+) -> None:
+    """The run itself, in a folder that is its own."""
     learning_rates = {
         "vision tower": args.vision_learning_rate,
         "projector": args.projector_learning_rate,
         "language model": args.learning_rate,
     }
+
+    # 2. Where the run begins: anew, or at a checkpoint, with what a resume may change
+    settings = settings_of(model_arguments, lora_arguments, data_arguments, args)
+    if (line := on_first_rank(args, lambda: completed(args, settings))) is not None:
+        PartialState().print(line)
+        return
     if args.process_index == 0:
         print(f"train_type {args.train_type}, learning rate {args.learning_rate:g}, bf16 {args.bf16}")
-
-    # 2. Where the run begins: anew, or at a checkpoint
     checkpoint = starting_point(args)
+    changes = compare(checkpoint, settings, args)
+    if args.process_index == 0 and checkpoint is not None:
+        if not (Path(checkpoint) / SETTINGS).exists():
+            changes = [f"{checkpoint} does not tell its run's settings, which have to be given again as they were"]
+        print(*changes, sep="\n", end="\n" * bool(changes))
 
     # 3. The model
     if args.preflight and args.process_index == 0:
         more = (model_arguments.bits, data_arguments.packing, data_arguments.max_length)
         print_estimate(model_arguments.model_name_or_path, lora_arguments, args, *more)
+    if args.deepspeed is not None:
+        from train_llava.extension import build_extensions  # here, since DeepSpeed takes seconds
+
+        build_extensions(args)
     if is_deepspeed_zero3_enabled():
         # Weights are shared out while they are loaded, before a Trainer has told DeepSpeed of the other ranks
         from deepspeed import init_distributed  # here, since it takes seconds and complains where it is not needed
@@ -198,6 +229,14 @@ def main() -> None:
     # 4. The data
     collator = LlavaCollator(processor, data_arguments.max_length, data_arguments.packing)
     train_dataset, eval_dataset = load_data(data_arguments, args, collator.chat)
+
+    def add_fingerprints() -> None:
+        path, dataset = data_arguments.data_path, None if data_arguments.streaming else train_dataset.dataset
+        settings["data_path"] = data_fingerprint(dataset, path, data_arguments.image_dir)
+        settings["model_name_or_path"] = model_fingerprint(model_arguments.model_name_or_path, model)
+        compare(checkpoint, settings, args)
+
+    on_first_rank(args, add_fingerprints)
 
     # 5. What trains
     language_model = model.model.language_model
@@ -238,7 +277,6 @@ def main() -> None:
         learning_rates=learning_rates,
         write_card=partial(write_run_card, model_arguments, lora_arguments, data_arguments, args, records, trained),
         eval_answers=data_arguments.eval_answers,
-        callbacks=[EarlyStoppingCallback(patience)] if (patience := args.early_stopping_patience) else [],
     )
     if args.preflight:
         trainer.pace.learn_operations(model.config, lora_arguments, args)
@@ -246,6 +284,7 @@ def main() -> None:
 
     # 7. Training, and what it leaves
     write_recipe(model_arguments, lora_arguments, data_arguments, args)
+    on_first_rank(args, lambda: write_settings(args.output_dir, settings, changes))
     trainer.train(resume_from_checkpoint=checkpoint)
     with writing(args.output_dir, "make room on its disk, and go on by --resume_from_checkpoint true"):
         trainer.save_model()

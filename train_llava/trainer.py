@@ -9,6 +9,7 @@ What differs from `Trainer`:
 - the vision tower and the projector may have learning rates of their own
 - a whole model is loaded from a checkpoint by `from_pretrained`: its parameters have other names in files than
   in memory, and `Trainer`, which looks for the latter, would find none and resume from the model as it is
+- a resumed run takes rates, decay, schedule and intervals from its arguments, and does no step beyond its last
 - a checkpoint that was being written when the run died is never resumed from, and never costs an older one
 - SIGTERM ends the run at the next step, with a checkpoint
 - a loss that is not finite stops the run, and says at which records; so do gradients and weights, before any save
@@ -16,6 +17,7 @@ What differs from `Trainer`:
 """
 
 import math
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerState
 from transformers.modeling_utils import get_state_dict_dtype
@@ -38,7 +41,9 @@ from train_llava.lengths import GroupedByLength, estimate_lengths, order_seed
 from train_llava.memory import precision
 from train_llava.model import load_checkpoint, load_config, part_of
 from train_llava.pace import Pace
+from train_llava.resume import SETTINGS, is_complete
 from train_llava.run_folder import (
+    RECIPE,
     base_tensors,
     check_base,
     number_of,
@@ -119,18 +124,52 @@ class LlavaTrainer(Trainer):
         return SequentialSampler(eval_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the arguments, its two groups (with weight decay, and without) split by learning rate."""
+        """The optimizer of the arguments, its two groups (with weight decay, and without) split by part of a model."""
         optimizer = super().create_optimizer(model)
         names = {parameter: name for name, parameter in (model or self.model).named_parameters()}
-        groups = []
-        for group in optimizer.param_groups:
-            by_rate: dict[float, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                by_rate.setdefault(self.learning_rates[part_of(names[parameter])], []).append(parameter)
-            groups += [group | {"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
-        # what is logged as the learning rate is the first group's
-        optimizer.param_groups[:] = sorted(groups, key=lambda group: group["lr"] != self.args.learning_rate)
+        groups = []  # what is logged as the learning rate is the first one's
+        for part in reversed(self.learning_rates):
+            for group in optimizer.param_groups:
+                parameters = [parameter for parameter in group["params"] if part_of(names[parameter]) == part]
+                if parameters:
+                    groups.append(group | {"params": parameters, "lr": self.learning_rates[part]})
+        optimizer.param_groups[:] = groups
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        groups = (optimizer or self.optimizer).param_groups
+        self.given = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads their states, and puts the arguments' rates, decay and schedule in force in place of theirs."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        groups, scheduler = self.optimizer.param_groups, self.lr_scheduler
+        for group, given in zip(groups, self.given, strict=True):
+            group |= {name: given[name] for name in ("weight_decay", "betas", "eps") if name in given}
+        if isinstance(scheduler, LambdaLR):  # all but those whose rate comes of the scores so far
+            scheduler.base_lrs = [given["initial_lr"] for given in self.given]
+            for group, rate, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                group |= {"initial_lr": rate, "lr": rate * factor(scheduler.last_epoch)}
+            scheduler._last_lr = [group["lr"] for group in groups]
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """Takes the intervals of logging, saving and evaluating, and the folder of the best checkpoint, from the
+        arguments, where a checkpoint holds those of the start before."""
+        outcome = super()._init_training_state(max_steps, *args)
+        self.state.max_steps = max(max_steps, self.state.global_step)
+        self.state.compute_steps(self.args, max_steps)
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        return outcome
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if is_complete(self.state, self.args):  # a resumed run of which the final model alone is missing
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         ids, size, *_ = (inputs.pop(name) for name in ("ids", "size", "answer_tokens", "stand_in"))
@@ -233,5 +272,8 @@ class LlavaTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         with unfinished(folder, self.accelerator), self.pace.pausing():
             super()._save_checkpoint(model, trial)
+            for name in (RECIPE, SETTINGS):
+                if self.args.should_save and (folder.parent / name).exists():
+                    shutil.copy(folder.parent / name, folder)
         if self.args.should_save:  # only now may an older one go
             rotate_checkpoints(folder.parent, self.limit, self.state.best_model_checkpoint)

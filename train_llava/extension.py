@@ -1,0 +1,85 @@
+"""DeepSpeed's extensions in C++, which are compiled at their first use: said aloud, and never waited for in vain.
+
+torch keeps two builds apart by a file, `lock`, in the extension's folder. A build that is killed leaves it there, and
+every later one would wait for ever. Here a lock of the system's stands around the build, which ends with its process.
+"""
+
+import os
+import platform
+import time
+from pathlib import Path
+
+import psutil
+from deepspeed.accelerator import get_accelerator
+from filelock import FileLock, Timeout
+from torch.utils.cpp_extension import _get_build_directory
+from transformers import TrainingArguments
+
+from train_llava.cli import device
+from train_llava.memory import zero_of
+
+
+def build_extensions(args: TrainingArguments) -> None:
+    """Builds and loads what DeepSpeed would build on its own in the middle of a run."""
+    if device().type == "cpu":
+        build_extension("ShareMemCommBuilder")
+    if zero_of(args)[1]:
+        build_extension("CPUAdamBuilder")
+
+
+def build_extension(builder: str) -> None:
+    """Builds one of DeepSpeed's extensions where it is not built yet, and loads it.
+
+    Args:
+        builder: the name of its class, such as `CPUAdamBuilder`.
+    """
+    extension = get_accelerator().create_op_builder(builder)
+    folder = Path(_get_build_directory(extension.name, verbose=False))
+    holder = folder / "builder.lock"
+    lock = FileLock(holder)
+    try:
+        lock.acquire(timeout=1)  # another rank's look at what is built takes less
+    except Timeout:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"waiting for {holder.read_text()}, which builds DeepSpeed's {extension.name}", flush=True)
+        lock.acquire()
+    try:
+        holder.write_text(f"process {os.getpid()} on {platform.node()}")
+        wait_for_others(folder)
+        if not (folder / f"{extension.name}.so").exists():
+            print(f"building DeepSpeed's CPU extension {extension.name}, about a minute", flush=True)
+        extension.load(verbose=False)
+    finally:
+        lock.release()
+
+
+def wait_for_others(folder: Path) -> None:
+    """Waits for the process that builds in a folder by torch alone; what nobody builds any more is given free."""
+    lock, named = folder / "lock", None
+    while lock.exists():
+        process = builder_of(folder)
+        owner = lock.owner() if lock.exists() else None
+        if process is not None:
+            found = f"process {process.pid}, which holds {lock}"
+        elif owner == psutil.Process().username() or os.getuid() == 0:
+            lock.unlink(missing_ok=True)
+            print(f"{lock} was left by a build that was interrupted: removed", flush=True)
+            break
+        else:
+            found = f"{lock} of the user {owner}, who may remove it if no build is running"
+        if found != named:
+            print(f"waiting for {found}", flush=True)
+        named = found
+        time.sleep(0.5)
+
+
+def builder_of(folder: Path) -> psutil.Process | None:
+    """The process of this machine that builds in a folder: one that has its lock open, or a ninja at work there."""
+    for process in psutil.process_iter():
+        try:
+            opened = [file.path for file in process.open_files()]
+            if str(folder / "lock") in opened or (process.name() == "ninja" and process.cwd() == str(folder)):
+                return process
+        except psutil.Error:  # it has ended meanwhile, or is another user's
+            continue
+    return None

@@ -1,0 +1,175 @@
+"""What a run that goes on from a checkpoint may change, what has to stay, and whether it is complete already."""
+
+import hashlib
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+
+from train_llava.cli import replacing
+from train_llava.data import LlavaDataset
+from train_llava.memory import zero_of
+from train_llava.readers import find_records
+from train_llava.run_folder import first_numbers, requested_checkpoint
+from train_llava.stopping import stopped_early
+
+SETTINGS = "resume.json"  # in a run's folder and in each checkpoint: the settings that a resume compares
+# Changed by a resume: `LlavaTrainer` puts them in force behind the optimizer's state. Each change is printed and kept.
+RATES = {"learning_rate", "projector_learning_rate", "vision_learning_rate"}
+SCHEDULE = {"lr_scheduler_type", "lr_scheduler_kwargs"}
+LENGTH = {"max_steps", "num_train_epochs"}
+HONOURED = RATES | SCHEDULE | LENGTH | {"warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
+HONOURED |= {"max_grad_norm", "lora_dropout"}
+# Free, since they do not touch the order of the records, the optimizer's state or the loss. What stands neither here
+# nor above has to stay as it was
+LOGGING = """logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
+    log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+    trackio_static_space_id include_num_input_tokens_seen debug skip_memory_metrics"""
+SAVING = """output_dir save_only_model save_strategy save_steps save_on_each_node save_total_limit
+    enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push
+    hub_revision"""
+EVALUATION = """eval_data_path eval_image_dir eval_answers eval_strategy eval_steps eval_delay eval_on_start
+    per_device_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object
+    eval_accumulation_steps include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval
+    load_best_model_at_end early_stopping_patience do_train do_eval do_predict"""
+COMPUTING = """attn_implementation activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing
+    gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode use_liger_kernel
+    liger_kernel_config use_cache torch_empty_cache_steps use_cpu local_rank preflight dataloader_num_workers
+    dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+    ddp_static_graph ddp_backend ddp_timeout"""
+DATA = "image_dir bad_samples max_bad_fraction"  # the records themselves are compared by their fingerprint
+RESUMING = "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint"
+FREE = {*" ".join([LOGGING, SAVING, EVALUATION, COMPUTING, DATA, RESUMING]).split()}
+SCORE = {"metric_for_best_model", "greater_is_better"}  # may be added and dropped, and not exchanged
+STATEFUL = {"reduce_lr_on_plateau", "greedy"}  # schedules whose rate comes of the scores so far
+
+
+def settings_of(*arguments: Any) -> dict[str, Any]:
+    """The arguments of a run that a resume compares, by name, as JSON holds them.
+
+    A value that is written in several ways, or shown otherwise than it is compared, is a dict of `text` and `same`.
+
+    Args:
+        arguments: the instances of the run's dataclasses; the last are its `TrainingArguments`.
+    """
+    args = arguments[-1]
+    values = {field.name: getattr(part, field.name) for part in arguments for field in fields(part)}
+    kept = {name: value for name, value in values.items() if name not in FREE}
+    for name in ("model_name_or_path", "data_path", "per_device_train_batch_size"):
+        del kept[name]
+    # The same records make up a step, whether or not it takes them at once
+    batch, steps = args.per_device_train_batch_size, kept.pop("gradient_accumulation_steps")
+    name = "per_device_train_batch_size x --gradient_accumulation_steps"
+    kept[name] = {"text": f"{batch} x {steps}", "same": batch * steps}
+    stage, offload = zero_of(args)
+    kept["deepspeed"] = stage if stage is None else f"ZeRO-{stage}" + " with offload" * offload
+    if values["streaming"]:  # each worker reads shards of its own
+        kept["dataloader_num_workers"] = args.dataloader_num_workers
+    return json.loads(json.dumps(kept, default=str))
+
+
+def model_fingerprint(name: str, model: nn.Module) -> dict[str, str]:
+    """What tells the model that a run starts from, just opened, from another one."""
+    numbers = hashlib.sha256(json.dumps(first_numbers(model)).encode()).hexdigest()[:12]
+    return {"text": f"{name}, fingerprint {numbers}", "same": numbers}
+
+
+def data_fingerprint(dataset: LlavaDataset | None, data_path: list[str], image_dir: str | None) -> str:
+    """How many records, or files of a stream (where there is no `dataset`), each source has, and what tells them, and
+    their order, from others: their ids and texts, read at the pace of the disk; of a stream, names and sizes."""
+    counts, fingerprint = [], xxhash.xxh3_64()
+    if dataset is None:
+        for path in data_path:
+            files, _ = find_records(path, image_dir)
+            counts.append(f"{len(files):,} files")
+            fingerprint.update(repr([(file.name, file.stat().st_size) for file in files] or path))
+        return f"{' + '.join(counts)}, fingerprint {fingerprint.hexdigest()}"
+    for table in dataset.tables:
+        counts.append(f"{len(table):,} records")
+        for name in ("id", "messages"):
+            for chunk in table.data.column(name).chunks:
+                for buffer in filter(None, chunk.buffers()):
+                    fingerprint.update(buffer)
+    return f"{' + '.join(counts)}, fingerprint {fingerprint.hexdigest()}"
+
+
+def compare(checkpoint: str | None, settings: dict[str, Any], args: TrainingArguments) -> list[str]:
+    """The changes against the settings of a checkpoint's run that the new run honours, earlier resumes' among them.
+
+    Where the run is complete, nothing is left that a change of its rates could have an effect on.
+
+    Raises:
+        ValueError: a setting differs that a resume cannot change; the message names both values.
+    """
+    if checkpoint is None or not (Path(checkpoint) / SETTINGS).exists():
+        return []
+    saved = json.loads((Path(checkpoint) / SETTINGS).read_text(encoding="utf-8"))
+    earlier, changes = saved["settings"], saved["changes"]
+    schedules = {earlier.get("lr_scheduler_type"), settings.get("lr_scheduler_type")}
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    complete = is_complete(state, args)
+    honoured = LENGTH if complete else HONOURED - (RATES | SCHEDULE if schedules & STATEFUL else set())
+    for name, now in settings.items():
+        before = earlier.get(name, now)
+        (text, same), (text_before, same_before) = map(_text_and_same, (now, before))
+        if same == same_before or (name in SCORE and None in (now, before)):
+            continue
+        if name not in honoured:
+            raise ValueError(
+                f"--{name} {text}: {checkpoint} was trained with {text_before}, which a resume cannot change: "
+                "give that, or begin anew in another --output_dir"
+            )
+        if not complete:
+            changes = [*changes, f"{name} {text_before} → {text} from step {state.global_step}"]
+    return changes
+
+
+def _text_and_same(value: Any) -> tuple[Any, Any]:
+    """How a value of the settings is shown, and what it is compared by."""
+    return (value["text"], value["same"]) if isinstance(value, dict) and "same" in value else (value, value)
+
+
+def write_settings(output_dir: str, settings: dict[str, Any], changes: list[str]) -> None:
+    """Writes to a run's folder what a resume compares; each checkpoint gets a copy."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    with replacing(Path(output_dir) / SETTINGS) as file:
+        text = json.dumps({"settings": settings, "changes": changes}, indent=1, ensure_ascii=False)
+        file.write_text(text, encoding="utf-8")
+
+
+def changes_of(output_dir: Path) -> list[str]:
+    """What resumes have changed in a run, by its folder."""
+    path = output_dir / SETTINGS
+    return json.loads(path.read_text(encoding="utf-8"))["changes"] if path.exists() else []
+
+
+def is_complete(state: TrainerState, args: TrainingArguments) -> bool:
+    """Whether a run in this state has done all steps that the arguments ask for, or was stopped early."""
+    by_steps = args.max_steps > 0
+    done = state.global_step >= args.max_steps if by_steps else state.epoch >= args.num_train_epochs - 1e-9
+    return done or stopped_early(args, state)
+
+
+def completed(args: TrainingArguments, settings: dict[str, Any]) -> str | None:
+    """A line that says so, where a run that is to go on is complete and its model written; else None.
+
+    Raises:
+        ValueError: it was another run by its settings; see `compare`.
+    """
+    folder, (resume, checkpoint) = Path(args.output_dir), requested_checkpoint(args)
+    own = resume is True or (checkpoint and Path(checkpoint).absolute().parent.resolve() == folder.resolve())
+    # it is the last file that a run writes
+    if not own or not (folder / "trainer_state.json").exists() or not any(folder.glob("*.safetensors")):
+        return None
+    state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    if not is_complete(state, args):
+        return None
+    compare(args.output_dir, settings, args)
+    early = ", stopped early" * stopped_early(args, state)
+    more = "a higher --max_steps or --num_train_epochs trains on"
+    return f"done: {state.global_step} of {state.max_steps} steps{early}; the model is in {folder}; {more}"
