@@ -2,15 +2,16 @@
 
 import json
 import math
+import multiprocessing
 import shutil
-import subprocess
-import sys
+import time
 from dataclasses import fields
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, logged, run_train, run_zero2
+from conftest import logged, run_train, run_zero2
 from test_trainer import FAST
 from transformers import TrainerState
 
@@ -268,28 +269,26 @@ def test_a_resumed_run_stops_early_where_an_unbroken_one_does(llava, corpus, tmp
     assert (run / "model.safetensors").exists()
 
 
-HOLDER = """
-import sys, time
-from types import SimpleNamespace
-from train_llava.run_folder import locked
-with locked(SimpleNamespace(output_dir=sys.argv[1], process_index=0, world_size=1)):
-    print("locked", flush=True)
-    time.sleep(600)
-"""
+def hold(args: SimpleNamespace, begun: Event) -> None:
+    with locked(args):
+        begun.set()
+        time.sleep(600)
 
 
 def test_a_folder_has_one_run_until_that_ends_or_dies(llava, corpus, tmp_path, monkeypatch):
-    command = [sys.executable, "-c", HOLDER, tmp_path / "run"]
-    holder = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "locked\n"
+    args = SimpleNamespace(output_dir=str(tmp_path / "run"), process_index=0, world_size=1)
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Event()
+    holder = fork.Process(target=hold, args=(args, begun))
+    holder.start()
+    begun.wait()
     with pytest.raises(
         ValueError, match=rf"^--output_dir {tmp_path}/run: .* at work in it \(process {holder.pid} on "
     ):
         run_train(monkeypatch, llava, corpus, tmp_path / "run", *RUN)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
     holder.kill()
-    holder.wait()
-    args = SimpleNamespace(output_dir=str(tmp_path / "run"), process_index=0, world_size=1)
+    holder.join()
     with locked(args):
         assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / LOCK]
     assert list((tmp_path / "run").iterdir()) == []
