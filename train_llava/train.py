@@ -204,7 +204,7 @@ def run(
     changes = compare(checkpoint, settings, args)
     if args.process_index == 0 and checkpoint is not None:
         if not (Path(checkpoint) / SETTINGS).exists():
-            changes = [f"{checkpoint} does not tell its run's settings, which have to be given again as they were"]
+            print(f"{checkpoint} does not tell its run's settings, which have to be given again as they were")
         print(*changes, sep="\n", end="\n" * bool(changes))
 
     # 3. The model
@@ -239,6 +239,7 @@ def run(
     on_first_rank(args, add_fingerprints)
 
     # 5. What trains
+    adapter = model_arguments.adapter_name_or_path
     language_model = model.model.language_model
     set_seed(args.seed)  # LoRA's matrices are drawn now, before there is a Trainer to do this
     if adapter is None:
