@@ -167,9 +167,12 @@ def completed(args: TrainingArguments, settings: dict[str, Any]) -> str | None:
     if not own or not (folder / "trainer_state.json").exists() or not any(folder.glob("*.safetensors")):
         return None
     state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-    if not is_complete(state, args):
+    early, states = ", stopped early" * stopped_early(args, state), [state]
+    if checkpoint is not None and args.save_strategy in ("steps", "epoch") and not early:
+        # The last step of a whole run has a checkpoint: who has removed it goes back to the one before
+        states.append(TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")))
+    if not all(is_complete(state, args) for state in states):
         return None
     compare(args.output_dir, settings, args)
-    early = ", stopped early" * stopped_early(args, state)
     more = "a higher --max_steps or --num_train_epochs trains on"
     return f"done: {state.global_step} of {state.max_steps} steps{early}; the model is in {folder}; {more}"
