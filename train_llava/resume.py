@@ -30,7 +30,7 @@ LOGGING = """logging_strategy logging_steps logging_first_step log_on_each_node 
     log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
     trackio_static_space_id include_num_input_tokens_seen debug skip_memory_metrics"""
 SAVING = """output_dir save_only_model save_strategy save_steps save_on_each_node save_total_limit
-    enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push
+    enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push save_dtype
     hub_revision"""
 EVALUATION = """eval_data_path eval_image_dir eval_answers eval_strategy eval_steps eval_delay eval_on_start
     per_device_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object
