@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from zipfile import ZIP_STORED
+from zipfile import ZIP_STORED, ZipFile
 
 import pytest
 from conftest import turns
@@ -145,6 +145,15 @@ def imagefolder(root: Path, metadata: str, below: str = "") -> None:
         write(root / "test", {metadata: b'{"file_name": "a.png", "caption": "a"}', "a.png": PICTURES[0]})
 
 
+def in_an_archive(root: Path) -> None:
+    """The same in one file, which `datasets` reads."""
+    with ZipFile(root / "train.zip", "w") as archive:
+        rows = [{"file_name": f"{i}.png", "text": ANSWERS[i]} for i in range(3)]
+        archive.writestr("metadata.jsonl", "\n".join(map(json.dumps, rows)))
+        for i in range(3):
+            archive.writestr(f"{i}.png", PICTURES[i])
+
+
 def jsonl(answers: list[str]) -> bytes:
     rows = [{"id": i, "image": f"{i}.png", "conversations": turns(QUESTION, said)} for i, said in enumerate(answers)]
     return "\n".join(map(json.dumps, rows)).encode()
@@ -163,7 +172,7 @@ def configurations(root: Path) -> None:
 
 def splits_beside_pictures(root: Path) -> None:
     pictures = {f"images/{i}.png": PICTURES[i] for i in range(3)}
-    write(root, {"train.jsonl": jsonl(ANSWERS), "test.jsonl": jsonl(["no"]), **pictures})
+    write(root, {"data/train.json": jsonl(ANSWERS), "data/test.json": jsonl(["no"]), **pictures})
 
 
 def pretrain(root: Path) -> None:
@@ -174,7 +183,7 @@ def pretrain(root: Path) -> None:
 
 
 def names_in_a_table(root: Path, ending: str) -> None:
-    """Rows that name pictures of the repository, in Parquet or in what `datasets` alone reads."""
+    """Rows that name pictures of the repository."""
     rows = {"image": [f"sub/{i}.png" for i in range(3)], "caption": ANSWERS}
     write(root, {f"sub/{i}.png": PICTURES[i] for i in range(3)})
     head = f"---\nconfigs:\n- config_name: default\n  data_files: train.{ending}\n---\n"
@@ -204,6 +213,7 @@ def test_what_opens_as_a_folder_opens_by_its_id(hub, tmp_path, llava):
         published(FORMATS[name])
     published(lambda root: imagefolder(root, "metadata.csv"))
     published(lambda root: imagefolder(root, "metadata.jsonl", "train"))
+    published(in_an_archive)
     published(lambda root: names_in_a_table(root, "csv"))
     published(lambda root: names_in_a_table(root, "parquet"))
     published(configurations, ":two:test")
@@ -212,7 +222,7 @@ def test_what_opens_as_a_folder_opens_by_its_id(hub, tmp_path, llava):
     published(shards_in_a_folder)
     write(hub.folder("datasets", "a/gated"), {"chat.json": b"[]"})
     hub.gated.add("a/gated")
-    by_datasets, named, (two, *_), shards = ids[3:5], ids[5:7], ids[7].split(":"), ids[-1]
+    by_datasets, named, (two, *_), shards = ids[5], ids[7], ids[8].split(":"), ids[-1]
     page = f"{hub.address}/datasets/a/gated"
     wrong = {
         "a/none": " is no folder here, and no data set that the hub gives",
@@ -221,7 +231,7 @@ def test_what_opens_as_a_folder_opens_by_its_id(hub, tmp_path, llava):
         two: ": Config name is missing.\nPlease pick one among the available configs: ['one', 'two'] (owner/",
         f"{two}:three": ": BuilderConfig 'three' not found. Available: ['one', 'two'] (owner/",
     }
-    fetched = [name for name in ids if name not in named]  # pictures that a table names are read as they come
+    fetched = [name for name in ids if name != named]  # pictures that a table names are read as they come
     run = [sys.executable, "-c", OPEN, json.dumps([ids, list(wrong), fetched]), str(llava)]
     environment = hub.environment(tmp_path / "home")
     done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -237,4 +247,4 @@ def test_what_opens_as_a_folder_opens_by_its_id(hub, tmp_path, llava):
     unreached = "is no folder here, and the hub cannot be reached to ask for it"
     assert seen["unreached"] == f"--data_path nobody/nothing {unreached}"
     for name, found in zip(fetched, seen["offline"], strict=True):  # all but what `datasets` reads is on this disk
-        assert found == (f"--data_path {name} {unreached}" if name in by_datasets else right)
+        assert found == (f"--data_path {name} {unreached}" if name == by_datasets else right)

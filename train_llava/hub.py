@@ -9,7 +9,6 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from hashlib import sha256
-from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any
 
@@ -23,7 +22,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionResol
 from train_llava.cli import replacing
 
 BESIDE = ("images_dl", "images", "images.zip")  # where pictures are looked for beside a file of records
-TEXTS = (".json", ".jsonl")  # files that name their pictures
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the hub's `imagefolder`: records by file name
+TEXTS = (".json", ".jsonl", ".csv", "metadata.parquet")  # files that name their pictures
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:/]*){0,2}")
 ABOUT = re.compile(r"(^|[^a-z])(metadata|meta|dataset_infos?|config)\.jsonl?$")  # JSON files that are no records
 BLOCKS = {"block_size": 8 << 20, "cache_type": "mmap"}  # what was read of a file lies in a temporary one
@@ -119,17 +119,19 @@ def _choose(
                 raise ValueError(f"it has no split {split}, but {', '.join(map(str, files))}")
             records = [file.removeprefix(f"hf://{on_hub}/") for file in files[split]]
             if isinstance(builder, ImageFolder):  # where pictures outnumber records it sees the pictures alone
-                by_datasets = any("metadata." in record for record in records)
-                texts = [] if by_datasets else [name for name in names if PurePath(name).suffix.lower() in endings]
-                records = [text for text in texts if split in re.split("[^a-z]", text.lower())] or texts
+                metadata = [record for record in records if PurePath(record).name in METADATA]
+                texts = [name for name in names if PurePath(name).suffix.lower() in endings]
+                texts = [text for text in texts if split in re.split("[^a-z]", text.lower())] or texts
+                records = metadata * (len(metadata) == 1) if metadata else texts  # several are of a folder each
             records = [name for name in records if PurePath(name).suffix.lower() in endings]
             records = [name for name in records if not ABOUT.search(name)] or records
 
         # Its pictures, as a folder has them
         chosen = None
         if records:
-            parent = PurePath(records[0]).parent
-            places = [str(parent / place) for place in BESIDE] if records[0].lower().endswith(TEXTS) else []
+            parent, beside = PurePath(records[0]).parent, BESIDE * records[0].lower().endswith(TEXTS)
+            beside *= PurePath(records[0]).name not in METADATA
+            places = [str(folder / name) for folder in (parent, PurePath()) for name in beside]
             found = [place for place in places if any(f"{name}/".startswith(f"{place}/") for name in names)]
             chosen = (records, found[0] if found else str(parent))
         with replacing(memo) as file:
@@ -150,10 +152,11 @@ def rows_on_hub(data_path: str, place: PurePath) -> Iterator[dict[str, Any]]:
     except ConnectionError as error:
         what = f"--data_path {data_path} is no folder here, and the hub cannot be reached to ask for it"
         raise ValueError(what) from error
-    with ThreadPool(8) as threads:
-        # in batches: iterated as it is, it would give a loading worker a share of its rows; of Arrow: as they are
-        for table in hub.with_format("arrow").iter(batch_size=16):
-            yield from threads.map(_with_pictures, table.to_pylist())
+    if hub.features is not None:
+        hub = hub.decode(False)
+    # in batches: iterated as it is, it would give a loading worker a share of its rows; as Arrow: of any features
+    for table in hub.with_format("arrow").iter(batch_size=1):
+        yield from map(_with_pictures, table.to_pylist())
 
 
 def _with_pictures(value: Any) -> Any:

@@ -4,7 +4,8 @@ What `--data_path` names, and what one record of it and its pictures are:
 
 - a folder with `chat.json`, or a `.json` file: an object of the list; files in `image_dir`. LLaVA's pretrain 595K and
   558K and `llava_v1_5_mix665k.json` are such files
-- a `.jsonl` file: a line; files in `image_dir`
+- a `.jsonl` or `.csv` file, or a folder with a `metadata.jsonl` or `metadata.csv`, as the hub's `imagefolder`: a line;
+  files in `image_dir`
 - a `.parquet` file, or a folder of them: a row; bytes in the columns `image`, `images` or `image_bytes`
 - a `.tar` file, or a folder of them (WebDataset): the files of one key, `.json`, or `.txt` with a caption; its others
 - anything else of the form `owner/name` or `owner/name:config:split`: that data set on the hub, of the split `train`
@@ -16,6 +17,7 @@ the records' own folder.
 A sample that cannot be read comes as a `BadRecordError` in place of a record, and reading goes on behind it.
 """
 
+import csv
 import json
 import mmap
 import os
@@ -30,7 +32,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from train_llava.hub import BESIDE, HUB_ID, find_on_hub, opened, rows_on_hub
+from train_llava.hub import BESIDE, HUB_ID, METADATA, find_on_hub, opened, rows_on_hub
 from train_llava.pictures import Place, is_archive, is_picture, plain
 
 BATCH_BYTES = 64 << 20  # of rows that are held at once, as they may hold pictures
@@ -48,9 +50,10 @@ class BadRecordError(ValueError):
 def pictures_of(record: Record) -> list[Any]:
     """The pictures a record names, in order: names, bytes, or `{"bytes", "path"}` as `datasets` keeps them.
 
-    They stand under `images`, `image` or `image_bytes`, or inside the `messages`.
+    They stand under `images`, `image` or `image_bytes`, under what ends in `file_name`, or inside the `messages`.
     """
-    for key in ("images", "image", "image_bytes"):
+    named = [key for key in record if str(key).endswith(("file_name", "file_names"))]
+    for key in ("images", "image", "image_bytes", *named):
         value = record.get(key) or []
         if pictures := [picture for picture in value if picture] if isinstance(value, list) else [value]:
             return pictures
@@ -96,7 +99,13 @@ def read_json(path: Path) -> Iterator[Any]:
     """The objects of a JSON list, parsed one after the other: half a million take a gigabyte as Python objects."""
     with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
-    records = parse_json(data, str(path), list[msgspec.Raw])
+    try:
+        records = parse_json(data, str(path), list[msgspec.Raw])
+    except ValueError:
+        if data[:1] != b"{":
+            raise
+        yield from read_jsonl(path)  # lines under the other ending, as some publish them
+        return
     if not isinstance(records, list):
         raise ValueError(f"{path} is not a list of records")
     for record in records:
@@ -115,6 +124,16 @@ def read_jsonl(path: PurePath) -> Iterator[Any]:
                         yield BadRecordError(f"line {number}", str(error))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not in UTF-8: save it anew with this encoding") from error
+
+
+def read_csv(path: PurePath) -> Iterator[Record]:
+    """The rows of a CSV file with a head; an empty cell is absent."""
+    with opened(path, "r", encoding="utf-8-sig", newline="") as file:
+        try:
+            for row in csv.DictReader(file):
+                yield {name: cell for name, cell in row.items() if cell}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read as CSV in UTF-8: {error}") from error
 
 
 def read_parquet(path: PurePath) -> Iterator[Record]:
@@ -230,7 +249,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 SPLITS = {"train", "val", "valid", "validation", "dev", "test"}  # as which files of a published data set begin
-READERS = {".json": read_json, ".jsonl": read_jsonl, ".parquet": read_parquet, ".tar": read_tar}
+READERS = {".json": read_json, ".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet, ".tar": read_tar}
 
 
 def raw_records(data_path: str, files: list[PurePath]) -> Iterator[Any]:
@@ -263,6 +282,7 @@ def find_records(
         there = sorted(file for file in path.iterdir() if not is_hidden(file.name))
         for ending in (".parquet", ".tar"):
             files = files or [file for file in there if file.suffix.lower() == ending]
+        files = files or [file for file in there if file.name in METADATA]
         splits = {re.split("[^a-z]", file.name.lower())[0] for file in files} & SPLITS
         if len(splits) > 1:
             what = f"--data_path {data_path} has files of {' and '.join(sorted(splits))} side by side"
@@ -273,5 +293,5 @@ def find_records(
         files = [path]
     if files[0].suffix.lower() not in READERS:
         raise FileNotFoundError(f"--data_path {data_path} is none of {', '.join(READERS)}")
-    beside = [files[0].parent / name for name in BESIDE]
+    beside = [files[0].parent / name for name in BESIDE if files[0].name not in METADATA]
     return files, Path(image_dir) if image_dir else next((p for p in beside if p.exists()), files[0].parent)

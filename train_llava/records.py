@@ -10,13 +10,14 @@ A record holds its conversation in the first of these that it has; null is absen
 - `prompt` and `completion`: two texts, or two lists of messages, as TRL
 - `question` and `answer`: two texts; of `choices`, which follow the question, the answer may be the text, its number
   from 0 or its letter, as ScienceQA; without `answer`, the commonest of the `answers`, as VQAv2, TextVQA and DocVQA
-- `caption`: a text for one picture, or a list of them, of which the first is learnt
+- `caption`, or `text`: a text for one picture, or a list of them, of which the first is learnt
 
-and names its pictures under `images`, `image` or `image_bytes`, one or a list, in the order of their tags, or inside
-the messages: a file's name, the bytes, or a data URI. Where no tag is, but for `conversations`, the pictures stand in
-front of the first question. A record may name its `language` and, for evaluation, `answers`: what several people said
-to its last question, texts or VQA's objects of `answer`; and `references`: texts that are right answers to it. It is
-called by the first of `id`, `question_id`, `questionId` and `image_id` that it has, or by its number.
+and names its pictures under `images`, `image`, `image_bytes` or `file_name`, one or a list, in the order of their
+tags, or inside the messages: a file's name, the bytes, or a data URI. Where no tag is, but for `conversations`, the
+pictures stand in front of the first question. A record may name its `language` and, for evaluation, `answers`: what
+several people said to its last question, texts or VQA's objects of `answer`; and `references`: texts that are right
+answers to it. It is called by the first of `id`, `question_id`, `questionId` and `image_id` that it has, or by its
+number.
 """
 
 import base64
@@ -118,6 +119,7 @@ SHAPES: dict[str, Callable[[Any, Record], list[dict[str, Any]]]] = {
     "completion": lambda completion, record: _completion(record.get("prompt"), completion),
     "question": _visual_question,
     "caption": lambda text, _: _pairs((CAPTION_QUESTION, text[0] if isinstance(text, list) and text else text)),
+    "text": lambda text, record: SHAPES["caption"](text, record),
 }
 
 
