@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from train_llava.cli import opening, written_whole
+from train_llava.cli import opening, replacing, run_command, written_whole
 from train_llava.model import load_checkpoint
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
@@ -72,6 +72,75 @@ def test_a_folder_takes_the_place_of_an_empty_one_and_of_no_other(tmp_path):
         pass
     assert (tmp_path / "out" / "file").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_what_is_written_may_be_read_by_whom_the_umask_says(llava, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with written_whole(str(tmp_path / "out")) as folder:
+            load_checkpoint(str(llava))[0].save_pretrained(folder)
+            with replacing(folder / "config.json") as file:
+                file.write_text("{}")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+    assert len(modes) >= 3
+
+
+def test_a_file_is_replaced_whole_or_stays_and_a_link_stays_one(tmp_path):
+    (tmp_path / "there").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with pytest.raises(IsADirectoryError), replacing(tmp_path / "link") as file:
+        file.write_bytes(b"half" + Path(tmp_path).read_bytes())
+    assert (tmp_path / "there").read_text() == "old"
+    with replacing(tmp_path / "link") as file:
+        file.write_text("new")
+        assert (tmp_path / "there").read_text() == "old"
+    assert (tmp_path / "there").read_text() == "new"
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "adapter_model.bin", "config.json", "data.parquet"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_pointer_of_git_lfs_is_told_whatever_it_stands_for(tmp_path, name, alone):
+    (tmp_path / name).write_bytes(POINTER)
+    (tmp_path / "vocab.json").write_text('{"a": 1}')
+    opened = str(tmp_path / name if alone else tmp_path)
+    with pytest.raises(ValueError, match=f"^{tmp_path / name} cannot be opened: {PULL}$"), opening(opened):
+        raise ValueError(f"{opened} is wrong")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "error: CUDA out of memory: a smaller"),
+        (KeyboardInterrupt(), "stopped"),
+        (ValueError("Caught in worker 0.\nOriginal Traceback (most recent call last):\nValueError: a.png is torn"),
+         "error: a.png is torn"),
+        (ImportError("no  such\npackage"), "error: no such package"),
+    ],
+)  # fmt: skip
+def test_what_the_user_can_mend_is_one_line(error, said):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert ended.value.code.startswith(said)
+    assert "\n" not in ended.value.code
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    def main():
+        raise RuntimeError("inconsistent tensor size")
+
+    with pytest.raises(RuntimeError):
+        run_command(main)
 
 
 @pytest.mark.parametrize("there", [True, False])

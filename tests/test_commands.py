@@ -234,6 +234,24 @@ def test_a_python_that_is_not_fit_is_told_before_anything_is_fetched(tmp_path, k
     assert kind == "old .venv" or not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.parametrize(("minor", "fits"), [(10, False), (11, True), (13, True), (14, False)])
+def test_a_python_that_fits_makes_a_whole_environment_or_none(tmp_path, minor, fits):
+    shutil.copy(ROOT / "env.sh", tmp_path)
+    (tmp_path / "requirements.txt").write_text("torch==0.0.1\n")
+    python = f"""case "$1 $2" in
+    --version*) echo "Python 3.{minor}.0" ;;
+    "-c "*) exec {sys.executable} -c "import sys; sys.version_info = 3, {minor}, 0; exec(sys.argv[1])" "$2" ;;
+    "-m venv") mkdir -p "$3/bin"; exit 1 ;; # the disk is full
+    *) exit 1 ;;
+    esac"""
+    write_program(tmp_path / "bin" / "python3", python)
+    done = bash(tmp_path, "source env.sh requirements.txt", tmp_path / "bin")
+    assert done.returncode == 1
+    assert done.stdout == f"making {tmp_path}/.venv with Python 3.{minor}.0\n" * fits
+    assert ("Python 3.11, 3.12 or 3.13 is needed" in done.stderr) != fits
+    assert not (tmp_path / ".venv").exists()
+
+
 def test_an_environment_that_has_what_is_pinned_is_used_as_it_is(tmp_path):
     shutil.copy(ROOT / "env.sh", tmp_path)
     pins = (ROOT / "requirements.txt").read_text()

@@ -361,6 +361,7 @@ REFUSED = [
     ({"pre_tokenizer": steps(split(gguf_engine.QWEN2), WORDS)}, "no byte-level BPE"),
     ({"pre_tokenizer": steps({"type": "Digits", "individual_digits": False}, WORDS)}, "no byte-level BPE"),
     ({"pre_tokenizer": None}, "no byte-level BPE"),
+    ({"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["a", -1.0]], "unk_id": 0}}, "no byte-level BPE"),
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, free_port, run_train
 from PIL import Image
 from torch.optim import AdamW
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from train_llava import memory, train
 from train_llava.build_model import build_model
@@ -117,6 +118,91 @@ def test_what_zero_divides(llava):
     updates = [update_bytes(empty, torch.bfloat16, 8, zero=stage) for stage in (None, 1, 2, 3)]
     assert updates == [0, *[total / 8 * (2 + 4)] * 3]
     assert update_bytes(empty, torch.bfloat16, 1, zero=2, offload=True) == 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_few_bits_hold_what_of_the_language_model_is_frozen(llava, bits):
+    empty = empty_model(load_config(str(llava)), "lora", LORA, torch.bfloat16)[1]
+    whole, few = (state_bytes(empty, torch.bfloat16, 1, zero=2, bits=given) for given in (None, bits))
+    attention, mlp = 32 * (32 + 16 + 16 + 32), 3 * 32 * 64
+    assert whole.pop("weights") - few.pop("weights") == 2 * (attention + mlp) * (2 - bits / 8)
+    assert whole == few
+
+
+def test_what_is_offloaded_is_the_optimizer_and_gradients_and_under_zero_3_the_weights(llava):
+    empty = empty_model(load_config(str(llava)), "lora", LORA, torch.bfloat16)[1]
+    for stage in (1, 2, 3):
+        sizes = state_bytes(empty, torch.bfloat16, 2, zero=stage)
+        kept = {"weights": sizes["weights"]} if stage < 3 else {}
+        assert state_bytes(empty, torch.bfloat16, 2, zero=stage, offload=True) == dict.fromkeys(sizes, 0) | kept
+
+
+def test_without_deepspeed_what_trains_has_a_copy_in_half_precision(llava):
+    empty = empty_model(load_config(str(llava)), "projector", LORA, torch.bfloat16)[1]
+    trained, total = (sum(column) for column in zip(*count_parameters(empty).values(), strict=True))
+    sizes = {"weights": total * 2 + trained * 4, "gradients": trained * 4, "optimizer": trained * 8}
+    assert state_bytes(empty, torch.bfloat16) == sizes
+
+
+def test_zero_3_updates_a_group_at_a_time(llava, monkeypatch):
+    monkeypatch.setattr(memory, "SUB_GROUP", 100)
+    empty = empty_model(load_config(str(llava)), "full", LORA, torch.bfloat16)[1]
+    assert update_bytes(empty, torch.bfloat16, 2, zero=3) == 100 * (2 + 4)
+
+
+# what differs from two records of 16 + 64 tokens each on one rank: a run, its state, its step, and what is said of it
+STEP = (2, 80, 2, 64, False)
+NOTE = "2 x 80 tokens, a picture in each"
+OFFLOADED = "; ZeRO-2 divides optimizer, gradients by 4; what is offloaded is not counted"
+ESTIMATES = [
+    ({}, {}, STEP, NOTE),
+    ({"train_type": "full", "learning_rate": 1e-5}, {}, STEP, NOTE),
+    ({"bits": 4}, {"bits": 4}, STEP, NOTE),
+    ({"max_length": 40}, {}, (2, 40, 2, 64, False), NOTE.replace("80", "40")),
+    ({"packing": True}, {}, (1, 160, 2, 64, False), NOTE),
+    ({"packing": True, "tokens_per_batch": 250}, {}, (1, 250, 3, 96, False), "a row of 250 tokens, 3 pictures in it"),
+    ({"activation_checkpointing": True}, {}, (*STEP[:4], True), NOTE),
+    ({"per_device_train_batch_size": 5}, {}, (5, 80, 5, 160, False), NOTE.replace("2 x", "5 x")),
+    ({"zero": (2, False), "world_size": 4, "gradient_accumulation_steps": 3}, {"zero": 2, "world_size": 4}, STEP,
+     NOTE + OFFLOADED.partition("; what")[0]),
+    ({"zero": (2, True), "world_size": 4}, {"zero": 2, "world_size": 4, "offload": True}, STEP, NOTE + OFFLOADED),
+    ({"zero": (3, False), "world_size": 1}, {"zero": 3}, STEP, NOTE),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("run", "state", "step", "note"), ESTIMATES)
+def test_an_estimate_is_that_of_the_run_at_hand(llava, monkeypatch, run, state, step, note):
+    own = {"bits": None, "packing": False, "max_length": None, "zero": (None, False), "world_size": 1} | run
+    zero, _ = own["zero"]
+    monkeypatch.setattr(memory, "zero_of", lambda _: own["zero"])
+    monkeypatch.setattr(train.TrainArguments, "world_size", own["world_size"])
+    given = {"per_device_train_batch_size": 2} | {name: value for name, value in run.items() if name not in (
+        "bits", "packing", "max_length", "zero", "world_size")}  # fmt: skip
+    arguments = train.TrainArguments(output_dir="run", report_to="none", **given)
+    config = load_config(str(llava))
+    whole, model = empty_model(config, arguments.train_type, LORA, torch.float32)
+    sizes = state_bytes(model, torch.float32, **state) | activation_bytes(whole, *step)
+    if run.get("gradient_accumulation_steps"):
+        sizes["gradients of the batches before"] = sizes["gradients"]
+    update = update_bytes(model, torch.float32, own["world_size"], zero, own["zero"][1])
+    estimate = memory.estimate_memory(config, LORA, arguments, own["bits"], own["packing"], own["max_length"])
+    assert estimate == (sizes, update, note)
+
+
+def test_the_precision_and_the_settings_of_deepspeed_are_those_of_the_run():
+    for bf16, fp16, dtype in (
+        (True, False, torch.bfloat16),
+        (False, True, torch.float16),
+        (False, False, torch.float32),
+    ):
+        assert memory.precision(SimpleNamespace(bf16=bf16, fp16=fp16)) == dtype
+    for name, found in (
+        ("ds_zero2_no_offload.json", (2, False)), ("ds_zero3.json", (3, False)), ("ds_zero3_offload.json", (3, True)),
+    ):  # fmt: skip
+        config = HfDeepSpeedConfig(str(ROOT / name))
+        assert memory.zero_of(SimpleNamespace(deepspeed=name, hf_deepspeed_config=config)) == found
+    unset_hf_deepspeed_config()
+    assert memory.zero_of(SimpleNamespace(deepspeed=None)) == (None, False)
 
 
 UPDATE = """

@@ -1,6 +1,8 @@
 """The card of a model: written by every command that makes one, completed by an evaluation, pushed with the model."""
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +10,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import run_train
 from huggingface_hub import EvalResult, ModelCard
+from matplotlib.figure import Figure
+from PIL import Image
 
 from train_llava import evaluate, model_card
 from train_llava.merge_lora import merge_lora
-from train_llava.reports import ancestors, plot_loss, write_card
+from train_llava.model import LoraArguments
+from train_llava.reports import ancestors, carry_card, draw_sheet, plot_loss, write_card, write_run_card
 
 SHORT = ["--max_steps", "1", "--preflight", "false", "--lora_r", "4"]
 
@@ -70,10 +75,143 @@ def test_a_card_tells_how_far_a_run_came_and_the_scores_of_what_is_kept(llava, c
     assert "| length | 3 of 3 steps, 1.5 epochs |" in text
 
 
+CARDS = [
+    ({}, {}, {}),
+    ({"bf16": True, "tokens_per_batch": 900}, {"precision": "bf16", "batch": "16,200 tokens (900 x 3 x 6 ranks)"}, {}),
+    ({"fp16": True, "train_type": "lora"},
+     {"precision": "fp16", "what trained": "`lora`",
+      "LoRA": "lora_r 8, lora_alpha 256, lora_dropout 0.05, use_rslora True, use_dora False, bits 4"}, {}),
+    ({"load_best_model_at_end": True},
+     {"held-out loss, of the step that is kept": "0.9000", "held-out CIDEr-D, of the step that is kept": "1.23",
+      "held-out exact match, of the step that is kept": "50.0%"}, {}),
+    ({}, {"records": "streamed"}, {"records": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("run", "otherwise", "given"), CARDS)
+def test_every_setting_of_a_run_is_in_its_card(tmp_path, run, otherwise, given):
+    args = SimpleNamespace(**{
+        "output_dir": str(tmp_path), "train_type": "full", "tokens_per_batch": None, "train_batch_size": 5,
+        "gradient_accumulation_steps": 3, "world_size": 6, "lr_scheduler_type": "linear", "warmup_steps": 0.07,
+        "weight_decay": 0.2, "optim": "sgd", "bf16": False, "fp16": False, "seed": 17, "load_best_model_at_end": False,
+    } | run)  # fmt: skip
+    log = [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "eval_loss": 0.9, "eval_exact_match": 0.5, "eval_cider": 1.234},
+        {"step": 3, "loss": 2.0},
+        {"step": 4, "eval_loss": 1.5, "eval_exact_match": 0.25, "eval_cider": 0.5},
+        {"step": 4, "train_loss": 2.5},
+    ]
+    state = SimpleNamespace(
+        log_history=log, global_step=1004, max_steps=2000, epoch=1.256, best_model_checkpoint="x", best_global_step=2
+    )
+    model, data = (
+        SimpleNamespace(model_name_or_path="me/base", bits=4),
+        SimpleNamespace(max_length=99, data_path=["d"]),
+    )
+    lora = LoraArguments(lora_r=8, use_rslora=True)
+    rates = {"projector": 2e-5, "language model": 3e-4}
+    write_run_card(model, lora, data, args, *{"records": 1234, "rates": rates, **given}.values(), state)
+    table = re.findall(r"\| (.+) \| (.+) \|", ModelCard.load(tmp_path / "README.md").text)
+    expected = {
+        "what trained": "`full`", "learning rates": "projector 2e-05, language model 0.0003",
+        "schedule": "linear, warm-up 0.07, weight decay 0.2", "records": "1,234", "batch": "90 (5 x 3 x 6 ranks)",
+        "length": "1,004 of 2,000 steps, 1.26 epochs", "longest conversation": "99 tokens", "optimizer": "sgd",
+        "precision": "fp32", "seed": "17", "training loss, last": "2.0000", "training loss, mean": "2.5000",
+        "held-out loss, last": "1.5000", "held-out exact match, last": "25.0%", "held-out CIDEr-D, last": "0.50",
+    } | otherwise  # fmt: skip
+    if args.load_best_model_at_end:
+        expected = {name: value for name, value in expected.items() if "held-out" not in name or "last" not in name}
+    assert dict(table) == expected
+
+
+def test_an_evaluation_is_a_table_by_language_and_results_for_the_hub(adapter, tmp_path):
+    scores = {"n": 1200, "exact_match": 0.25, "cider": 1.234}
+    chinese = {"n": 7, "exact_match": 0.5}
+    metrics = scores | {"intervals": {"exact_match": [0.1, 0.625]}, "by_language": {"zh": chinese}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "captions.png").write_bytes(b"a sheet")
+    (tmp_path / "README.md").write_bytes((adapter / "README.md").read_bytes())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "README.md").rename(tmp_path / "run" / "README.md")
+    model_card.add_evaluation(tmp_path / "run", tmp_path)
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    section = card.text.partition("## Held-out answers\n\n")[2].partition("\n## ")[0]
+    assert section.rstrip() == (
+        "|  | all | zh |\n|---|---|---|\n| exact match | 25.0% | 50.0% |\n| CIDEr-D | 1.23 |  |\n"
+        "| questions | 1,200 | 7 |\n\nThe exact match of all lies between 10.0% and 62.5% (95 %).\n\n"
+        "![Held-out pictures, references and answers](captions.png)"
+    )
+    assert (tmp_path / "run" / "captions.png").read_bytes() == b"a sheet"
+    assert card.data.model_name == "run"
+    found = [
+        (r.task_type, r.dataset_type, r.dataset_name, r.metric_type, r.metric_name, r.metric_value)
+        for r in card.data.eval_results
+    ]
+    same = ("image-text-to-text", "held-out", "held-out pictures")
+    assert found == [(*same, "exact_match", "exact match", 0.25), (*same, "cider", "CIDEr-D", 1.234)]
+
+
+def test_a_merged_model_has_the_pictures_of_its_adapters_card(llava, adapter, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(adapter, folder)
+    (folder / "captions.png").write_bytes(b"a sheet")
+    (tmp_path / "merged").mkdir()
+    carry_card(str(folder), str(llava), tmp_path / "merged", "merged")
+    assert (tmp_path / "merged" / "captions.png").read_bytes() == b"a sheet"
+    assert (tmp_path / "merged" / "loss.png").read_bytes() == (adapter / "loss.png").read_bytes()
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures that are drawn, in place of files."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    return figures
+
+
+def test_the_curves_are_those_of_the_log(drawn, tmp_path):
+    log = [
+        {"step": 5, "loss": 3.0},
+        {"step": 10, "loss": 2.0},
+        {"step": 10, "eval_loss": 1.5, "eval_token_f1": 0.25, "eval_cider": 4.0},
+    ]
+    plot_loss(log, tmp_path / "loss.png")
+    plot_loss(log[:2], tmp_path / "loss.png")
+    lines = [
+        {line.get_label(): line.get_xydata().tolist() for axes in figure.axes for line in axes.get_lines()}
+        for figure in drawn
+    ]
+    training = {"training": [[5, 3], [10, 2]]}
+    assert lines[0] == training | {"held out": [[10, 1.5]], "token F1": [[10, 0.25]], "CIDEr-D": [[10, 4]]}
+    assert lines[1] == training
+    assert [axes.get_ylabel() for axes in drawn[1].axes] == ["loss per answer token"]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_sheet_shows_questions_spread_evenly_and_which_are_right(drawn, tmp_path, asked):
+    pictures = [{"images": [Image.new("RGB", (9, 9), (i, 0, 0))]} for i in range(6)]
+    predictions = [
+        {"prompt": f"<image>\nQ{i}", "reference": f"r{i}", "prediction": f"r{i}" if i < 3 else "no",
+         "pictures": 1, "index": i}
+        for i in range(6)
+    ]  # fmt: skip
+    predictions.insert(0, predictions[0] | {"pictures": 0})  # there is none to draw
+    draw_sheet(pictures, predictions, tmp_path / "sheet.png", (1, 3), asked)
+    found = []
+    for axes in drawn[0].axes:
+        (text,), (image,) = axes.texts, axes.images
+        found.append((axes.get_title(), text.get_text(), text.get_color(), int(image.get_array()[0, 0, 0])))
+    titles = [f"Q{i}\nr{i}" if asked else f"r{i}" for i in (0, 2, 4)]
+    answers = [("r0", "green", 0), ("r2", "green", 2), ("no", "firebrick", 4)]
+    assert found == [(title, *answer) for title, answer in zip(titles, answers, strict=True)]
+
+
 def test_names_of_the_hub_are_linked(tmp_path):
     made_of = ["openai/clip-vit-large-patch14-336", "parts/of/mine", "Qwen/Qwen1.5-4B-Chat"]
     write_card(tmp_path, "m", made_of, ["liuhaotian/LLaVA-CC3M-Pretrain-595K"], [])
     data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.pipeline_tag, data.library_name, data.tags) == ("image-text-to-text", "transformers", ["llava"])
     assert data.base_model == [made_of[0], made_of[2]]
     assert data.datasets == ["liuhaotian/LLaVA-CC3M-Pretrain-595K"]
     write_card(tmp_path, "m", [], ["HuggingFaceM4/the_cauldron:vqav2", "HuggingFaceM4/the_cauldron:ai2d:train"], [])

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from html import unescape
 from pathlib import Path
 from threading import Event, Lock
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -313,6 +314,46 @@ def test_a_bad_start_is_told(llava, corpus, monkeypatch, arguments, message):
         monkeypatch.setattr(sys, "argv", ["web_demo", *words])
         with pytest.raises((OSError, ValueError), match=re.escape(message.format(**names))):
             web_demo.main()
+
+
+def test_every_argument_reaches_the_page(llava, adapter, corpus, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in "cba":
+        for i in range(4):
+            shutil.copy(corpus / "images_dl" / "0.png", folder / f"{name}{i}.png")
+    launched, opened, made = {}, [], []
+    page = SimpleNamespace(launch=lambda **settings: launched.update(settings))
+    monkeypatch.setattr(web_demo, "load_model", lambda *given: opened.append(given) or ("model", "processor"))
+    monkeypatch.setattr(web_demo, "make_page", lambda *given: made.append(given) or (page, "words"))
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "example.org")
+    with socket.create_server(("127.0.0.3", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = ["--model_name_or_path", llava, "--adapter_name_or_path", adapter, "--host", "127.0.0.3",
+                 "--port", port, "--max_new_tokens", 7, "--bits", 4, "--examples", folder]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["web_demo", *map(str, arguments)])
+    web_demo.main()
+    examples = [str(folder / f"{name}{i}.png") for name in "abc" for i in range(4)][:10]
+    assert opened == [(str(llava), str(adapter), 4)]
+    assert made == [("model", "processor", adapter.name, 7, examples, [llava.name])]
+    expected = {
+        "server_name": "127.0.0.3", "server_port": port, "share": False, "enable_monitoring": False,
+        "max_file_size": 20 << 20, "allowed_paths": examples, "i18n": "words", "footer_links": [],
+    }  # fmt: skip
+    assert {name: launched[name] for name in expected} == expected
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "example.org,localhost,127.0.0.1,127.0.0.3"
+    assert capsys.readouterr().out == f"http://127.0.0.3:{port}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("--port 0", "1 to 65535"), ("--port 65536", "1 to 65535"), ("--max_new_tokens 0", "above 0")],
+)
+def test_a_limit_of_the_page_is_told(llava, monkeypatch, words, message):
+    monkeypatch.setattr(sys, "argv", ["web_demo", "--model_name_or_path", str(llava), *words.split()])
+    with pytest.raises(ValueError, match=message):
+        web_demo.main()
 
 
 def test_a_port_in_use_ends_the_command_in_one_line(llava):

@@ -144,14 +144,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
         ValueError: it splits a text otherwise, or normalizes texts in another way.
     """
     ours, written = tokenizer.backend_tokenizer, json.loads(tokenizer.backend_tokenizer.to_str())
+    ignore_merges = pre_tokenizer(written) == WHOLE_WORDS
     normalizer = written["normalizer"] or {"normalizers": []}
     kinds = [step["type"] for step in normalizer.get("normalizers", [normalizer])]
     if set(kinds) - {"NFC"}:
         raise ValueError(f"a tokenizer that normalizes texts ({', '.join(kinds)}) cannot be exported to GGUF")
 
     # the tokenizer with all that llama.cpp has, and nothing else
-    model = {key: written["model"][key] for key in ("type", "vocab", "merges")}
-    model["ignore_merges"] = pre_tokenizer(written) == WHOLE_WORDS
+    model = {key: written["model"][key] for key in ("type", "vocab", "merges")} | {"ignore_merges": ignore_merges}
     added = [token | dict.fromkeys(FLAGS, False) for token in written["added_tokens"]]
     plain = {"model": model, "added_tokens": added, "decoder": BYTES | {"trim_offsets": True}}
     theirs = Tokenizer.from_str(json.dumps(written | plain))
