@@ -77,10 +77,10 @@ def test_a_card_tells_how_far_a_run_came_and_the_scores_of_what_is_kept(llava, c
 
 CARDS = [
     ({}, {}, {}),
-    ({"bf16": True, "tokens_per_batch": 900}, {"precision": "bf16", "batch": "16,200 tokens (900 x 3 x 6 ranks)"}, {}),
+    ({"bf16": True, "tokens_per_batch": 900}, {"precision": "bf16", "batch": "16200 tokens (900 x 3 x 6 ranks)"}, {}),
     ({"fp16": True, "train_type": "lora"},
      {"precision": "fp16", "what trained": "`lora`",
-      "LoRA": "lora_r 8, lora_alpha 256, lora_dropout 0.05, use_rslora True, use_dora False, bits 4"}, {}),
+      "LoRA": "lora_r 8, lora_alpha 256, lora_dropout 0.05, use_dora False, use_rslora True, bits 4"}, {}),
     ({"load_best_model_at_end": True},
      {"held-out loss, of the step that is kept": "0.9000", "held-out CIDEr-D, of the step that is kept": "1.23",
       "held-out exact match, of the step that is kept": "50.0%"}, {}),
@@ -127,7 +127,7 @@ def test_every_setting_of_a_run_is_in_its_card(tmp_path, run, otherwise, given):
 
 def test_an_evaluation_is_a_table_by_language_and_results_for_the_hub(adapter, tmp_path):
     scores = {"n": 1200, "exact_match": 0.25, "cider": 1.234}
-    chinese = {"n": 7, "exact_match": 0.5}
+    chinese = {"n": 7, "exact_match": 0.5, "intervals": {"exact_match": [0.2, 0.8]}}
     metrics = scores | {"intervals": {"exact_match": [0.1, 0.625]}, "by_language": {"zh": chinese}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     (tmp_path / "captions.png").write_bytes(b"a sheet")

@@ -463,7 +463,9 @@ def written_whole(output_dir: str, remedy: str = "make room on its disk") -> Ite
     try:
         with writing(target, remedy):
             yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp made it private to its owner
+        mask = _umask()
+        for path in (temporary, *temporary.rglob("*")):  # mkdtemp and safetensors make theirs private to the owner
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         if target.exists():
             target.rmdir()  # it is empty, and on Windows a folder takes no other's place
         os.replace(temporary, target)
