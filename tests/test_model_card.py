@@ -106,7 +106,7 @@ def test_every_setting_of_a_run_is_in_its_card(tmp_path, run, otherwise, given):
         log_history=log, global_step=1004, max_steps=2000, epoch=1.256, best_model_checkpoint="x", best_global_step=2
     )
     model, data = (
-        SimpleNamespace(model_name_or_path="me/base", bits=4),
+        SimpleNamespace(model_name_or_path="me/base", adapter_name_or_path=None, bits=4),
         SimpleNamespace(max_length=99, data_path=["d"]),
     )
     lora = LoraArguments(lora_r=8, use_rslora=True)
