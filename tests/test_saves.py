@@ -45,7 +45,7 @@ LANGUAGE_MODELS = {
     "DeepSeek-V3.2": DeepseekV32Config(
         **MIXTURE, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
         first_k_dense_replace=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
-        head_dim=8, index_topk=4, index_n_heads=2, index_head_dim=16,
+        head_dim=8, index_topk=256, index_n_heads=2, index_head_dim=16,
     ),
     "Mixtral": MixtralConfig(**LM, num_local_experts=4, num_experts_per_tok=2),
     "Qwen2, tied": Qwen2Config(**NARROW, num_hidden_layers=2, num_key_value_heads=1, tie_word_embeddings=True),
