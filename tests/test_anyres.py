@@ -200,7 +200,7 @@ def test_an_adapter_leaves_the_newline_and_merges_to_the_same_answers(anyres, ph
         "          generate_kwargs={'max_new_tokens': 8, 'do_sample': False})[0]['generated_text'].strip())"
     )
     done = subprocess.run([sys.executable, "-c", outside], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == together[1]
+    assert done.stdout.strip() == together[1].strip()
 
 
 def test_lengths_are_counted_by_heads_alone(anyres, photos, tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def test_other_programs_see_of_the_written_files_what_is_seen_here(merged, opene
     for path, answer in zip(written, answers, strict=True):
         asked = [{"role": "user", "content": [{"type": "image", "path": str(path)}, *ask[0]["content"][1:]]}]
         (found,) = pipe(text=asked, max_new_tokens=6, return_full_text=False)
-        assert found["generated_text"].strip() == answer
+        assert found["generated_text"].strip() == answer.strip()
 
 
 @pytest.mark.parametrize(

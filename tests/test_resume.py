@@ -7,7 +7,7 @@ import shutil
 import time
 from dataclasses import fields
 from multiprocessing.synchronize import Event
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
 import pytest
@@ -39,6 +39,19 @@ def checkpoint_of(tmp_path: Path, earlier: dict) -> str:
     (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
     resume.write_settings(str(tmp_path), earlier, [])
     return str(tmp_path)
+
+
+@pytest.mark.parametrize("place", [Path, PurePosixPath])
+def test_a_stream_is_known_by_its_files(tmp_path, monkeypatch, place):
+    """Files on this disk have a size, and files on the hub a commit in their name."""
+    found = {}
+    for name, content in (("a", b"123"), ("b", b"123"), ("c", b"1234")):
+        (tmp_path / name).write_bytes(content)
+        monkeypatch.setattr(resume, "find_records", lambda *_, name=name, **__: ([place(tmp_path / name)], None))
+        found[name] = resume.data_fingerprint(None, ["me/data"], None)
+        assert found[name].startswith("1 files, fingerprint ")
+        assert found[name] == resume.data_fingerprint(None, ["me/data"], None)
+    assert len(set(found.values())) == 3
 
 
 def test_every_argument_is_honoured_or_free_or_refused(tmp_path):

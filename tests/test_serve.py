@@ -66,7 +66,7 @@ def test_transformers_serves_the_checkpoint(llava, corpus, server):
         "temperature": 0,
     }
     answer = ask(f"{server}/v1/chat/completions", request)
-    assert answer["choices"][0]["message"]["content"].strip() == ours
+    assert answer["choices"][0]["message"]["content"].strip() == ours.strip()
 
 
 # of its `LlavaForConditionalGeneration.hf_to_vllm_mapper`

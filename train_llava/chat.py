@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from datetime import date
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -176,6 +176,30 @@ class Chat:
         # a token of spaces, which some tokenizers place where it ends, begins where the one before it ended
         starts[1:] = np.where(starts[1:] < stops[1:], starts[1:], stops[:-1])
         return token_ids, starts, stops
+
+    def answer(self, token_ids: list[int]) -> str:
+        """The text of an answer's tokens. Its indentation stays; the template's own white space does not."""
+        text = self._decode(token_ids).rstrip()
+        return text.lstrip() if self._opening is None else text.removeprefix(self._opening)
+
+    @cached_property
+    def _opening(self) -> str | None:
+        """The white space in front of an answer that the template or the tokenizer writes, as measured on one.
+
+        None: the template writes no answer that could be trained on.
+        """
+        messages = [{"role": role, "content": [{"type": "text", "text": "red"}]} for role in ("user", "assistant")]
+        try:
+            input_ids, labels = self.encode(messages)
+        except ValueError:
+            return None
+        return self._decode(input_ids[labels != IGNORE].tolist()).partition("red")[0]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        """Tokens as text without special ones. Decoded first in a text, some tokens would lose their space."""
+        before = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (before, [*before, *token_ids])]
+        return texts[1].removeprefix(texts[0])
 
     def count_tokens(self, messages: list[dict[str, Any]]) -> int:
         """About how many tokens a conversation has, one for a picture, whether it can be trained on or not."""

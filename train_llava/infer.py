@@ -236,7 +236,7 @@ def generate_all(
         tokens *= 2
         if not unended:
             unended, in_one_go, tokens = in_one_go, [], longest
-    texts = [chat.processor.decode(ids, skip_special_tokens=True).strip() for ids in said]
+    texts = [chat.answer(ids.tolist()) for ids in said]
     return [(text, not torch.isin(ids, ends).any()) for text, ids in zip(texts, said, strict=True)]
 
 

@@ -6,7 +6,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
@@ -82,12 +81,14 @@ def model_fingerprint(name: str, model: nn.Module) -> dict[str, str]:
 def data_fingerprint(dataset: LlavaDataset | None, data_path: list[str], image_dir: str | None) -> str:
     """How many records, or files of a stream (where there is no `dataset`), each source has, and what tells them, and
     their order, from others: their ids and texts, read at the pace of the disk; of a stream, names and sizes."""
-    counts, fingerprint = [], xxhash.xxh3_64()
+    counts, fingerprint = [], hashlib.blake2b(digest_size=8)
     if dataset is None:
         for path in data_path:
-            files, _ = find_records(path, image_dir)
+            files, _ = find_records(path, image_dir, streaming=True)
             counts.append(f"{len(files):,} files")
-            fingerprint.update(repr([(file.name, file.stat().st_size) for file in files] or path))
+            for file in files:  # one on the hub is called by its commit, too
+                name = f"{file.name} {file.stat().st_size}" if isinstance(file, Path) else str(file)
+                fingerprint.update(name.encode())
         return f"{' + '.join(counts)}, fingerprint {fingerprint.hexdigest()}"
     for table in dataset.tables:
         counts.append(f"{len(table):,} records")

@@ -59,7 +59,9 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data_path: list[str] = field(
-        metadata={"help": "One or several: a folder with chat.json, a .json, .jsonl, .parquet or .tar file, a hub id."}
+        metadata={
+            "help": "One or several: a folder with chat.json, a .json, .jsonl, .csv, .parquet or .tar file, an id."
+        }
     )
     data_weights: list[float] | None = field(default=None, metadata={"help": "How often a pass takes each path."})
     image_dir: str | None = field(

@@ -157,7 +157,7 @@ def stream(
         if piece and streamer.text_queue.empty():  # a page takes longer to show a word than a fast model to write it
             yield answered.strip()
     # what the streamer decodes piece by piece can differ from the whole in a space or a character of several tokens
-    yield processor.decode(output.result()[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    yield chat.answer(output.result()[0, inputs["input_ids"].shape[1] :].tolist())
 
 
 def answer(
