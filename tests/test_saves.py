@@ -118,6 +118,8 @@ def test_what_is_frozen_stays_to_the_bit(half, corpus, tmp_path, monkeypatch, tr
     if train_type != "lora":
         monkeypatch.setattr(train, "preflight", lambda trainer: (shutil.rmtree(base), preflight(trainer)))
     run_train(monkeypatch, base, corpus, run, *STEP, "--train_type", train_type, "--bf16", precision == "bfloat16")
+    modes = {path.name: path.stat().st_mode for path in run.iterdir() if path.suffix in (".json", ".safetensors")}
+    assert len(set(modes.values())) == 1, modes  # safetensors makes files private
     if train_type == "lora":
         merge_lora(str(base), str(run), str(tmp_path / "merged"))
         run = tmp_path / "merged"

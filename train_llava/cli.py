@@ -463,9 +463,7 @@ def written_whole(output_dir: str, remedy: str = "make room on its disk") -> Ite
     try:
         with writing(target, remedy):
             yield temporary
-        mask = _umask()
-        for path in (temporary, *temporary.rglob("*")):  # mkdtemp and safetensors make theirs private to the owner
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        apply_umask(temporary, *temporary.rglob("*"))
         if target.exists():
             target.rmdir()  # it is empty, and on Windows a folder takes no other's place
         os.replace(temporary, target)
@@ -481,9 +479,17 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with writing(path):
             yield beside
+        apply_umask(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def apply_umask(*paths: Path) -> None:
+    """Gives new files and folders the modes of the process's umask: mkdtemp and safetensors make theirs private."""
+    mask = _umask()
+    for path in paths:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _umask() -> int:

@@ -29,7 +29,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import _get_resolved_checkpoint_files, load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from train_llava.cli import ROOT, given_arguments, replacing
+from train_llava.cli import ROOT, apply_umask, given_arguments, replacing
 from train_llava.model import part_of
 
 FINGERPRINT = "base_fingerprint.json"  # of the model that an adapter was trained on, in the adapter's folder
@@ -311,6 +311,7 @@ def save_weights(
     tensors, base, dtype = tensors_in_files(model, state_dict), base or {}, dtype or model.dtype
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, state_dict=state_dict)
+        apply_umask(*folder.glob("*.safetensors"))
         return tensors
     for name, held in tensors.items():
         if not held.is_floating_point():
@@ -326,6 +327,7 @@ def save_weights(
         # with a storage of its own: of those that share one, as experts do, transformers would make copies
         tensors[name] = torch.from_dlpack(tensor.contiguous())
     model.save_pretrained(folder, state_dict=dict(tensors), save_original_format=False)
+    apply_umask(*folder.glob("*.safetensors"))
     config = deepcopy(model.config)
     for part in (config, config.text_config, config.vision_config):
         part.dtype = dtype
