@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
-    EarlyStoppingCallback,
     GenerationMixin,
 )
 from transformers.integrations import TensorBoardCallback
@@ -512,9 +511,7 @@ CASES = {
                 "tokens_per_batch": lambda s: (
                     len(batch(s)["input_ids"]) == 1 and batch(s)["input_ids"].shape[1] <= 120
                 ),
-                "early_stopping_patience": lambda s: (
-                    callbacks(s, EarlyStoppingCallback)[0].early_stopping_patience == 4
-                ),
+                "early_stopping_patience": lambda s: s.trainer.args.early_stopping_patience == 4,
             },
         },
     ),

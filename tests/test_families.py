@@ -421,7 +421,7 @@ def test_a_checkpoint_of_llava_hf_opens_and_learns_to_stop(llava, tmp_path, caps
     said = processor.tokenizer.decode(labels[labels != -100])
     assert said == f" a red square{eos} yes{eos}"
     prompt = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
-    assert prompt == f"USER: <image>\nWhat is ? ASSISTANT: a red square{eos} USER: Sure? ASSISTANT:"
+    assert prompt == f"USER: <image>\nWhat is  ? ASSISTANT: a red square{eos} USER: Sure? ASSISTANT:"
     assert processor.tokenizer.decode(input_ids).replace("<image>" * 16, "<image>") == f"{prompt} yes{eos} "
 
 

@@ -154,6 +154,7 @@ def test_changed_rates_decay_and_schedule_are_in_force(llava, corpus, finished, 
     assert json.loads((run / "checkpoint-5" / "resume.json").read_text())["settings"]["adam_beta1"] == 0.8
 
 
+@pytest.mark.slow
 def test_changed_rates_are_in_force_under_deepspeed(llava, corpus, tmp_path):
     done = run_zero2(llava, corpus, tmp_path / "run", *RUN)
     assert done.returncode == 0, done.stderr[-3000:]

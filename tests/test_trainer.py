@@ -134,7 +134,8 @@ def start(command: list, environment: dict, output: Path, checkpoint: str) -> su
     return run
 
 
-@pytest.mark.parametrize("train_type", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("train_type", ["lora", "full"])
 def test_a_killed_run_goes_on_to_the_same_losses(llava, corpus, tmp_path, train_type):
     arguments = [*FAST, "--train_type", train_type, "--max_steps", "60", "--save_steps", "5"]
     done = run_zero2(llava, corpus, tmp_path / "whole", *arguments)
@@ -317,12 +318,11 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize(("preflight", "what"), [("false", "run"), ("true", "run/preflight")])
+@pytest.mark.parametrize(("preflight", "what"), [("false", "{run}"), ("true", "preflight: {run}/preflight")])
 def test_a_full_disk_at_the_last_save_is_named(llava, corpus, tmp_path, monkeypatch, preflight, what, small_files):
     arguments = [*FAST, "--train_type", "full", "--max_steps", "1", "--save_strategy", "no", "--preflight", preflight]
-    with pytest.raises(
-        OSError, match=f"^{tmp_path}/{what} could not be written: file too large; make room on its disk"
-    ):
+    named = what.format(run=tmp_path / "run")
+    with pytest.raises((OSError, ValueError), match=f"^{named} could not be written: file too large; make room on"):
         run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments)
     assert not list((tmp_path / "run").glob("**/*.safetensors"))
     assert not (tmp_path / "run" / "trainer_state.json").exists()
@@ -620,7 +620,8 @@ def test_a_rank_with_pictures_and_one_without_stay_in_step(llava, corpus, tmp_pa
     assert logged(tmp_path / "two") == pytest.approx(both, abs=1e-4)
 
 
-@pytest.mark.parametrize("train_type", [pytest.param("lora", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("train_type", ["lora", "full"])
 def test_zero3_trains_to_the_same_losses_and_saves_one_whole_checkpoint(llava, corpus, tmp_path, train_type):
     arguments = [*FAST, "--train_type", train_type, "--max_steps", "5", "--lora_dropout", "0"]
     losses = {}

@@ -70,7 +70,7 @@ INTERVALS = {
     "[0, 1]": "max_bad_fraction projector_learning_rate vision_learning_rate",
     "[0, 1)": "adam_beta1 adam_beta2 lora_dropout",
     "[0, 4294967296)": "data_seed seed",
-    "[0, 65536)": "port",
+    "[1, 65535]": "port",
 }
 BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
