@@ -236,6 +236,13 @@ QUESTIONS = [
 IMAGES = [Image.new("RGB", (40, 40), color) for color in ("red", "green", "blue")]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests on what the default run leaves share one process, so that it runs once."""
+    for item in items:
+        if "default_run" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("default_run"))
+
+
 @pytest.fixture(scope="session")
 def default_run() -> Path:
     """`bash run_zero2.sh` without arguments, in the environment of the tests, made anew."""
