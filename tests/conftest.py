@@ -236,6 +236,7 @@ QUESTIONS = [
 IMAGES = [Image.new("RGB", (40, 40), color) for color in ("red", "green", "blue")]
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests on what the default run leaves share one process, so that it runs once."""
     for item in items:
