@@ -248,7 +248,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def default_run() -> Path:
     """`bash run_zero2.sh` without arguments, in the environment of the tests, made anew."""
     shutil.rmtree(ROOT / "output/openmoji", ignore_errors=True)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "MASTER_PORT": free_port()}
     environment.pop("OMP_NUM_THREADS", None)
     done = subprocess.run(
         ["bash", "run_zero2.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
