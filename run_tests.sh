@@ -11,4 +11,4 @@ for argument in "$@"; do
   case $previous in -k | -m | -n | -p) ;; *) [ ! -e "${argument%%::*}" ] || tests=() ;; esac
   previous=$argument
 done
-exec python3 -m pytest -c "$repo/pyproject.toml" -n 2 --dist loadgroup "$@" ${tests[@]+"${tests[@]}"}
+exec python3 -m pytest -c "$repo/pyproject.toml" -n 2 "$@" ${tests[@]+"${tests[@]}"}

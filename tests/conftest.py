@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and thread
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -236,23 +237,20 @@ QUESTIONS = [
 IMAGES = [Image.new("RGB", (40, 40), color) for color in ("red", "green", "blue")]
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are looked at
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests on what the default run leaves share one process, so that it runs once."""
-    for item in items:
-        if "default_run" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("default_run"))
-
-
 @pytest.fixture(scope="session")
-def default_run() -> Path:
-    """`bash run_zero2.sh` without arguments, in the environment of the tests, made anew."""
-    shutil.rmtree(ROOT / "output/openmoji", ignore_errors=True)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "MASTER_PORT": free_port()}
-    environment.pop("OMP_NUM_THREADS", None)
-    done = subprocess.run(
-        ["bash", "run_zero2.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+def default_run(tmp_path_factory, worker_id) -> Path:
+    """`bash run_zero2.sh` without arguments, in the environment of the tests, made anew, by one of their processes."""
+    session = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        session = session.parent
+    with FileLock(session / "default_run.lock"):
+        if not (session / "default_run").exists():
+            shutil.rmtree(ROOT / "output/openmoji", ignore_errors=True)
+            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+            environment = os.environ | {"PATH": path, "MASTER_PORT": free_port()}
+            environment.pop("OMP_NUM_THREADS", None)
+            command = ["bash", "run_zero2.sh"]
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            (session / "default_run").touch()
     return ROOT / "output" / "openmoji"

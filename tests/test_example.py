@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import free_port
 from nbclient import NotebookClient
 
 from examples.openmoji.compare_modes import Comparison, by_mode, compare
@@ -92,7 +93,8 @@ def test_a_comparison_keeps_what_it_has_and_begins_nothing_behind_a_failure(tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_notebook_runs_from_top_to_bottom(default_run, name):
+def test_a_notebook_runs_from_top_to_bottom(default_run, name, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", free_port())
     notebook = nbformat.read(ROOT / name, as_version=4)
     NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": ROOT}}).execute()
 
