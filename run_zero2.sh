@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a LLaVA with DeepSpeed ZeRO-2, on every GPU or, on a machine without one, on two CPU ranks.
-#   bash run_zero2.sh                                           the embedded example: OpenMoji pictures, some minutes
+#   bash run_zero2.sh                                           the toy example: OpenMoji pictures, some minutes
 #   bash run_zero2.sh recipes/one-gpu-stage1.yaml               the arguments in a file; those behind it override it
 #   bash run_zero2.sh --model_name_or_path M --data_path D --train_type lora --output_dir O …     your own run
 # The arguments are those of `python -m train_llava.train`, and paths those of the folder the command is given in.

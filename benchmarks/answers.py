@@ -1,4 +1,4 @@
-"""Questions a second: batches in the order of the questions beside `generate_all`, on a model of the embedded example.
+"""Questions a second: batches in the order of the questions beside `generate_all`, on a model of the toy example.
 
     PYTHONPATH=. python benchmarks/answers.py > benchmarks/results/answers.md
 

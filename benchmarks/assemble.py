@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/assemble.py --work_dir /tmp/assemble
 
-Takes 26 GB of disk. The parts have the published shapes, and random values; the tokenizer is the embedded example's,
-so only the number of `<image>` tokens is not the real pair's. Peak memory is the operating system's figure for the
+Takes 26 GB of disk. The parts have the published shapes, and random values; the tokenizer is the toy example's,
+so only the number of `<image>` tokens is not the 4B setup's. Peak memory is the operating system's figure for the
 whole process.
 """
 

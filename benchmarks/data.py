@@ -39,7 +39,7 @@ CAPTION = "a red double decker bus drives down a wet street between old houses"
 
 
 def make_processor() -> LlavaProcessor:
-    """A 336-pixel CLIP's image processor beside the embedded example's tokenizer."""
+    """A 336-pixel CLIP's image processor beside the toy example's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(QWEN2)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     complete_template(tokenizer)

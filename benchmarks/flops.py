@@ -1,4 +1,4 @@
-"""Counts the floating-point operations of a training step for the real pair, without loading or downloading anything.
+"""Counts the floating-point operations of a training step for the 4B setup, without loading or downloading anything.
 
     PYTHONPATH=. python benchmarks/flops.py
 

@@ -1,4 +1,4 @@
-"""Computes what fits a GPU for the real pair, without loading or downloading anything.
+"""Computes what fits a GPU for the 4B setup, without loading or downloading anything.
 
     PYTHONPATH=. python benchmarks/memory.py
 

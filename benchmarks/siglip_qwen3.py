@@ -1,4 +1,4 @@
-"""Trains a small SigLIP with a small Qwen3, both from random weights, until they know 200 of the embedded example's
+"""Trains a small SigLIP with a small Qwen3, both from random weights, until they know 200 of the toy example's
 pictures by heart.
 
     PYTHONPATH=. python benchmarks/siglip_qwen3.py

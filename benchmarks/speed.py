@@ -6,7 +6,7 @@
 
 One batch of two captioned 336-pixel pictures, fp32 (on a GPU: bf16), random weights, LoRA of rank 8 on every linear
 layer of the language model, the projector in full. `small` takes minutes; `middle` lies between it and `0.5b`, which
-has the shapes of CLIP-L/14-336 and Qwen1.5-0.5B; `4b` has those of the real pair. The contenders take turns, each time
+has the shapes of CLIP-L/14-336 and Qwen1.5-0.5B; `4b` has those of the 4B setup. The contenders take turns, each time
 in a process of its own, so that one's memory is not another's. Their first losses have to agree. Ours stands there
 twice, padded and packed, and so does TRL: with its defaults, and without the gradient checkpointing that is one of
 them.

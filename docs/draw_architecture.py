@@ -4,7 +4,7 @@
 
 writes docs/architecture.png and docs/architecture_zh.png. The picture, the questions and the answers are the
 example's, from what `bash run_zero2.sh` left in output/openmoji; its 16 patches are drawn. The sizes are counted from
-the configurations of the real pair. The second needs a font with Chinese characters.
+the configurations of the 4B setup. The second needs a font with Chinese characters.
 """
 
 import json
@@ -59,7 +59,7 @@ WORDS = {
 
 
 def sizes() -> dict[str, float]:
-    """Pixels, patches, widths and parameters of the real pair."""
+    """Pixels, patches, widths and parameters of the 4B setup."""
     model = empty_model(LlavaConfig(vision_config=CLIP, text_config=QWEN), "full", LoraArguments(), torch.bfloat16)[1]
     parts = {name: total for name, (_, total) in count_parameters(model).items()}
     return {

@@ -1,4 +1,4 @@
-"""The embedded example from end to end, and the notebooks on what it leaves behind."""
+"""The toy example from end to end, and the notebooks on what it leaves behind."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The task that gives the embedded example's held-out pictures to lmms-eval."""
+"""The task that gives the toy example's held-out pictures to lmms-eval."""
 
 import importlib.util
 import json

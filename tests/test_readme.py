@@ -1,4 +1,4 @@
-"""The README's commands for the real pair, word for word, against a hub with tiny parts in the published layout."""
+"""The README's commands for the 4B setup, word for word, against a hub with tiny parts in the published layout."""
 
 import io
 import json
@@ -138,7 +138,7 @@ def publish_data(folder: Path, records: int) -> None:
 
 
 def commands(name: str) -> list[str]:
-    """The commands of the README's section, word for word, without those of the embedded example."""
+    """The commands of the README's section, word for word, without those of the toy example."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split(f"\n## {name}\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
     lines = [line for block in blocks for line in re.split(r"(?<!\\)\n", block)]

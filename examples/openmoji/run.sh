@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The embedded example from end to end: draw the data, assemble, train in two stages on two ranks, judge on held-out
+# The toy example from end to end: draw the data, assemble, train in two stages on two ranks, judge on held-out
 # pictures. `bash run_zero2.sh` without arguments runs this in the right environment. What an earlier start has finished
 # is kept; what it began goes on.
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real language model gets eyes: SmolLM2-135M-Instruct and the embedded example's CLIP, trained on two ranks, judged on
+# A real language model gets eyes: SmolLM2-135M-Instruct and the toy example's CLIP, trained on two ranks, judged on
 # held-out pictures, asked in a conversation. What an earlier start has finished is kept; what it began goes on.
 #   bash examples/smollm2/run.sh
 set -euo pipefail
