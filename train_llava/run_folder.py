@@ -278,11 +278,21 @@ def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 def as_read(name: str, held: torch.Tensor, base: dict[str, torch.Tensor]) -> torch.Tensor:
     """The tensor of `base` that gives `held` when it is loaded in its precision; `held` itself where training has
-    changed it. A name that is not in `base`, such as a tied weight's other one, is found by its values."""
+    changed it. A name that is not in `base` is found by its values: a tied weight's other one, or any under ZeRO-3."""
     if name in base and base[name].dtype == held.dtype:
         return held
-    candidates = [base[name]] if name in base else [t for t in base.values() if t.shape == held.shape]
-    return next((tensor for tensor in candidates if same_bits(tensor.to(held.dtype), held)), held)
+    if name in base:
+        return base[name] if same_bits(base[name].to(held.dtype), held) else held
+    for tensor in base.values():
+        begins_alike = tensor.shape == held.shape and same_bits(_beginning(tensor).to(held.dtype), _beginning(held))
+        if begins_alike and same_bits(tensor.to(held.dtype), held):
+            return tensor.clone()  # several tensors may have these values, as norms do, and each needs its own storage
+    return held
+
+
+def _beginning(tensor: torch.Tensor) -> torch.Tensor:
+    """The first numbers of a tensor, which tell most tensors apart at once."""
+    return tensor.flatten()[:64]
 
 
 def save_weights(
