@@ -97,18 +97,28 @@ def unread_parameters(config: PreTrainedConfig, layers: int | list[int]) -> set[
     return {name for name, parameter in tower.named_parameters() if id(parameter) not in read}
 
 
+def find_file(model_name_or_path: str, name: str) -> Path | None:
+    """A file of a model's, in its folder or from the hub; None where it has none, or the hub is not reached.
+
+    Raises:
+        OSError: there is no such model.
+    """
+    settings = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = cached_file(model_name_or_path, name, **settings)
+    return found and Path(found)
+
+
 def refuse_adapter(name_or_path: str) -> None:
     """Says of an adapter that was named in place of a model what it is, and how it is used.
 
     Raises:
         ValueError: `name_or_path`, a folder or a hub id, is an adapter.
     """
-    settings = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     with suppress(OSError):  # nothing of that name
-        has_config = cached_file(name_or_path, "config.json", **settings)
-        if not has_config and (path := cached_file(name_or_path, "adapter_config.json", **settings)):
-            with opening(path):
-                base = json.loads(Path(path).read_text())["base_model_name_or_path"]
+        has_config = find_file(name_or_path, "config.json")
+        if not has_config and (path := find_file(name_or_path, "adapter_config.json")):
+            with opening(str(path)):
+                base = json.loads(path.read_text())["base_model_name_or_path"]
             use = f"name it with --adapter_name_or_path {name_or_path} behind --model_name_or_path {base}"
             raise ValueError(f"{name_or_path} is a LoRA adapter of {base}: {use}, or merge them by merge_lora first")
 

@@ -20,10 +20,9 @@ from transformers import TrainerState, TrainingArguments
 from yaml import YAMLError
 
 from train_llava.metrics import METRICS, is_exact
-from train_llava.model import LoraArguments, count_parameters
+from train_llava.model import LoraArguments, count_parameters, find_file
 from train_llava.records import IMAGE_TOKEN
 from train_llava.resume import changes_of
-from train_llava.run_folder import find_file
 
 FILE = "README.md"
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"]

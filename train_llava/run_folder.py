@@ -27,10 +27,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import _get_resolved_checkpoint_files, load_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from train_llava.cli import ROOT, apply_umask, given_arguments, replacing
-from train_llava.model import part_of
+from train_llava.model import find_file, part_of
 
 FINGERPRINT = "base_fingerprint.json"  # of the model that an adapter was trained on, in the adapter's folder
 RECIPE = "recipe.yaml"
@@ -429,17 +429,6 @@ def save_base_fingerprint(model: nn.Module, folder: Path) -> None:
     """Writes the fingerprint of the model that an adapter is trained on into the adapter's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FINGERPRINT).write_text(json.dumps(base_fingerprint(model)))
-
-
-def find_file(model_name_or_path: str, name: str) -> Path | None:
-    """A file of a model's, in its folder or from the hub; None where it has none, or the hub is not reached.
-
-    Raises:
-        OSError: there is no such model.
-    """
-    settings = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    found = cached_file(model_name_or_path, name, **settings)
-    return found and Path(found)
 
 
 def check_base(adapter_name_or_path: str, model: nn.Module, model_name: str) -> None:
