@@ -111,7 +111,7 @@ def training_row(name: str, command: list, output_dir: Path, seconds: float) -> 
         log = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
         pace, losses = read_pace(log), [entry["loss"] for entry in log if "loss" in entry]
         cells[0] = f"{median(pace['tokens_per_second']):,.0f}"
-        cells[1] = f"{median(pace['mfu']):.0%}" if "mfu" in pace else ""
+        cells[1] = f"{100 * median(pace['mfu']):.2g}%" if "mfu" in pace else ""
         cells[2] = f"{max(pace['memory_gb']):.1f}"
         cells[4] = f"{losses[0]:.3f} → {losses[-1]:.3f}"
     shutil.rmtree(output_dir, ignore_errors=True)

@@ -105,7 +105,7 @@ def test_the_command_measures_real_runs(tmp_path):
         tokens, share, measured, _, losses, failed = found[part]
         assert failed == ""
         assert float(tokens.replace(",", "")) > 0
-        assert 0 <= float(share.removesuffix("%")) <= 100  # on a machine that is busy it rounds to 0
+        assert float(share.removesuffix("%")) > 0
         assert float(measured) > 0
         first, last = map(float, losses.split(" → "))
         assert first == pytest.approx(9, abs=0.3)  # of a random model: about the logarithm of the 8,000 tokens
