@@ -168,8 +168,9 @@ def workplace(tmp_path):
                     page = served.stdout.readline().strip()
                     while served.poll() is None:
                         with suppress(URLError), urlopen(page) as answer:
+                            text = answer.read().decode()
                             served.terminate()
-                            return answer.read().decode()
+                            return text
                     raise AssertionError(served.stderr.read()[-3000:])
             done = subprocess.run(["bash", "-c", command], input="What is this?\n", check=False, **settings)
             assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -180,7 +181,7 @@ def workplace(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_commands_for_the_real_pair_word_for_word(workplace):
+def test_the_commands_for_the_4b_setup_word_for_word(workplace):
     run, output = workplace, workplace.folder / "output"
     for command in commands("Train"):
         print(command, run(command), sep="\n", flush=True)
