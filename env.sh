@@ -78,6 +78,6 @@ if [ -z "${DEVICE_LOOKED_UP:-}" ] && ! python3 -c 'import sys, torch; sys.exit(n
   # a step's tensors are kept for the next step, instead of asked of the system again: measured 6 % faster (glibc)
   export MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=4294967296
   command -v g++ >/dev/null || { echo "error: DeepSpeed needs a C++ compiler on a machine without a GPU: install g++" >&2; return 1; }
-  python3 -c 'from train_llava.extension import build_extension; build_extension("ShareMemCommBuilder")'
+  python3 -c 'from train_llava.training.extension import build_extension; build_extension("ShareMemCommBuilder")'
 fi
 export DEVICE_LOOKED_UP=1

@@ -17,12 +17,12 @@ import torch
 from tqdm import tqdm
 from transformers import LogitsProcessor
 
-from train_llava.adapter import load_model
-from train_llava.answers import questions
 from train_llava.chat import Chat
 from train_llava.cli import BATCH, NEW_TOKENS
 from train_llava.data import LlavaDataset
-from train_llava.infer import WINDOW, generate, generate_all, prepare
+from train_llava.evaluation.answers import questions
+from train_llava.evaluation.generation import WINDOW, generate, generate_all, prepare
+from train_llava.modeling.adapter import load_model
 
 LENGTHS = [1, 2, 3, 5, 8, 20, 60, 120]  # tokens, one of them for each question
 

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
 from train_llava.data import LlavaCollator, LlavaDataset
+from train_llava.modeling.templates import complete_template
 from train_llava.records import IMAGE_TOKEN
-from train_llava.template import complete_template
 
 QWEN2 = Path(__file__).parent.parent / "examples/openmoji/parts/qwen2"
 PICTURES, BATCH, ROUNDS = 128, 16, 7

@@ -30,7 +30,7 @@ from PIL import Image
 from speed import ON_GPU, make_apart
 from transformers.utils import is_flash_attn_2_available
 
-from train_llava.pace import read_pace
+from train_llava.training.throughput import read_pace
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"

@@ -24,10 +24,10 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks import siglip_qwen3
-from train_llava.answers import questions
 from train_llava.data import LlavaDataset
+from train_llava.evaluation.answers import questions
+from train_llava.evaluation.generation import generate
 from train_llava.export_gguf import export_gguf
-from train_llava.infer import generate
 from train_llava.model import load_checkpoint
 
 NEW_TOKENS = 32

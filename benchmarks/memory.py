@@ -4,14 +4,16 @@
 
 First what each training type keeps of the model under ZeRO-2 in bf16, weights, gradients and optimizer state, and
 behind a plus what the optimizer's update takes beside it for a moment. Then, with what a pass keeps
-(train_llava/memory.py), the largest batch a GPU. 24 GB are 24 x 10^9 bytes; a card has 7 % more, which is left to
+(train_llava/training/memory.py), the largest batch a GPU. 24 GB are 24 x 10^9 bytes; a card has 7 % more, left to
 CUDA, to DeepSpeed's buffers and to gaps between tensors.
 """
 
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaNextConfig, Qwen2Config
 
-from train_llava.memory import (
+from train_llava.model import LoraArguments, count_parameters
+from train_llava.train import LEARNING_RATES
+from train_llava.training.memory import (
     ANSWER,
     TEXT,
     activation_bytes,
@@ -20,8 +22,6 @@ from train_llava.memory import (
     state_bytes,
     update_bytes,
 )
-from train_llava.model import LoraArguments, count_parameters
-from train_llava.train import LEARNING_RATES
 
 # The published configurations of openai/clip-vit-large-patch14-336 and Qwen/Qwen1.5-4B-Chat
 CLIP = CLIPVisionConfig(

@@ -15,9 +15,9 @@ import psutil
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
-from train_llava.memory import activation_bytes, empty_model, state_bytes
 from train_llava.model import LoraArguments, count_parameters, set_trainable
-from train_llava.pace import peak_memory
+from train_llava.training.memory import activation_bytes, empty_model, state_bytes
+from train_llava.training.throughput import peak_memory
 
 TEXT, ANSWER, IMAGE = 64, 32, 0
 GEOMETRIES = {"0.1B": (512, 12, 256, 12), "0.3B": (1024, 16, 512, 12)}  # width and layers, the tower's
@@ -67,7 +67,7 @@ def measured(name: str, train_type: str, recompute: bool, rows: int) -> int:
 
 
 def computed(name: str, train_type: str, recompute: bool, rows: int) -> tuple[float, int]:
-    """The same bytes by train_llava/memory.py, and the model's parameters."""
+    """The same bytes by train_llava/training/memory.py, and the model's parameters."""
     llava, model = empty_model(geometry(name), train_type, LORA, torch.float32)
     sizes = state_bytes(model, torch.float32)
     sizes |= activation_bytes(llava, rows, 256 + TEXT, rows, rows * ANSWER, recompute)

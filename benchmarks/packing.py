@@ -31,8 +31,8 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel, 
 
 from train_llava.build_model import build_model
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
+from train_llava.dataset.packing import PackedDataset, count_tokens
 from train_llava.model import load_checkpoint, set_trainable
-from train_llava.packing import PackedDataset, count_tokens
 from train_llava.train import TrainArguments
 from train_llava.trainer import LlavaTrainer
 

@@ -47,9 +47,9 @@ from transformers import (
 from train_llava.build_model import build_model
 from train_llava.cli import device
 from train_llava.data import LlavaCollator
-from train_llava.infer import question
+from train_llava.evaluation.generation import question
 from train_llava.model import LoraArguments, load_checkpoint, lora_config, set_trainable
-from train_llava.pace import peak_memory
+from train_llava.training.throughput import peak_memory
 
 EXAMPLE = Path(__file__).parent.parent / "examples/openmoji/parts/qwen2"  # a tokenizer
 GEOMETRIES = {  # layers and widths of the tower and of the language model, and the vocabulary

@@ -20,9 +20,9 @@ from PIL import Image
 from transformers import LlavaConfig
 
 from benchmarks.memory import CLIP, QWEN
-from train_llava.memory import empty_model
+from train_llava.evaluation.plots import FONTS
 from train_llava.model import LoraArguments, count_parameters
-from train_llava.reports import FONTS
+from train_llava.training.memory import empty_model
 
 EXAMPLE = Path("output/openmoji")
 PICTURE, GRID = "1F469-1F3FD-200D-1F680", 4  # an astronaut, held out; the example's tower sees 4 x 4 patches

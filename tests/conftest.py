@@ -33,11 +33,11 @@ from transformers import (
 
 import train_llava.build_model
 from train_llava import train
-from train_llava.adapter import load_model
 from train_llava.build_model import build_model
-from train_llava.checks import check_checkpoint
 from train_llava.merge_lora import merge_lora
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
+from train_llava.modeling.adapter import load_model
+from train_llava.modeling.verification import check_checkpoint
 
 train_llava.build_model.check_apart = check_checkpoint  # a fresh process takes seconds to begin
 ROOT = Path(__file__).parent.parent

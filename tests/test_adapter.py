@@ -10,12 +10,12 @@ from conftest import IMAGES, QUESTIONS, run_train
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from train_llava.adapter import load_model
 from train_llava.build_model import build_model
 from train_llava.chat import Chat
-from train_llava.infer import generate
+from train_llava.evaluation.generation import generate
 from train_llava.merge_lora import merge_lora
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
+from train_llava.modeling.adapter import load_model
 
 
 def test_an_adapter_saves_its_projector_and_changes_the_model(llava, adapter):

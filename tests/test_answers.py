@@ -23,12 +23,15 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from train_llava import answers, evaluate, memory, pace
-from train_llava.answers import LOGGED
+from train_llava import evaluate
 from train_llava.build_model import build_model
 from train_llava.chat import Chat
 from train_llava.data import LlavaDataset
+from train_llava.evaluation import answers
+from train_llava.evaluation.answers import LOGGED
 from train_llava.model import LoraArguments, load_checkpoint, load_processor, set_trainable
+from train_llava.training import memory
+from train_llava.training import throughput as pace
 
 SETTINGS = ["--learning_rate", "2e-2", "--per_device_train_batch_size", "4", "--lora_r", "4", "--warmup_steps", "0"]
 

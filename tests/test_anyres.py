@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from train_llava import evaluate
-from train_llava.adapter import load_model
 from train_llava.build_model import build_model
 from train_llava.chat import Chat
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
-from train_llava.infer import generate, question
-from train_llava.lengths import estimate_lengths
+from train_llava.dataset.images import open_image, picture_size
+from train_llava.dataset.lengths import estimate_lengths
+from train_llava.dataset.packing import PackedDataset, count_tokens
+from train_llava.evaluation.generation import generate, question
 from train_llava.merge_lora import merge_lora
 from train_llava.model import load_checkpoint
-from train_llava.packing import PackedDataset, count_tokens
-from train_llava.pictures import open_image, picture_size
+from train_llava.modeling.adapter import load_model
 from train_llava.records import to_messages
 from train_llava.web_demo import stream
 

@@ -41,7 +41,7 @@ from train_llava import (
     trainer,
     web_demo,
 )
-from train_llava.lengths import GroupedByLength
+from train_llava.dataset.lengths import GroupedByLength
 from train_llava.model import LoraArguments, load_processor
 from train_llava.records import BadRecordError
 

@@ -6,9 +6,9 @@ from bitsandbytes.nn import Int8Params, Params4bit
 from conftest import run_train
 from safetensors.torch import load_file
 
-from train_llava.adapter import load_model
 from train_llava.data import LlavaCollator, LlavaDataset
 from train_llava.model import count_parameters, load_checkpoint
+from train_llava.modeling.adapter import load_model
 
 KINDS = {4: Params4bit, 8: Int8Params}
 

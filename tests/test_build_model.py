@@ -35,17 +35,17 @@ from transformers import (
     pipeline,
 )
 
-from train_llava.adapter import load_model
 from train_llava.build_model import build_model, load_projector
 from train_llava.chat import Chat
-from train_llava.checks import check_claims, packing_difference, reference_outputs, tolerance
 from train_llava.data import LlavaCollator
-from train_llava.infer import generate, question, sampling
+from train_llava.evaluation.generation import generate, question, sampling
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
-from train_llava.parts import part_config
+from train_llava.modeling.adapter import load_model
+from train_llava.modeling.parts import part_config
+from train_llava.modeling.templates import complete_template, end_of_turn_tokens
+from train_llava.modeling.verification import check_claims, packing_difference, reference_outputs, tolerance
 from train_llava.records import to_messages
-from train_llava.reports import describe_trainable
-from train_llava.template import complete_template, end_of_turn_tokens
+from train_llava.training.cards import describe_trainable
 
 PICTURE = Image.new("RGB", (50, 30), "red")
 

@@ -8,9 +8,9 @@ from tokenizers import AddedToken, processors
 from transformers import CLIPImageProcessorPil, GenerationConfig, LlavaProcessor, Qwen2Config
 
 from train_llava.chat import IGNORE, Chat
-from train_llava.checks import check_conversations, conversation
+from train_llava.modeling.templates import complete_generation_config, complete_template, context_length
+from train_llava.modeling.verification import check_conversations, conversation
 from train_llava.records import text_of
-from train_llava.template import complete_generation_config, complete_template, context_length
 
 TOKENS = ("<s>", "</s>", "<u>", "<a>", "<e>")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from train_llava import checks
 from train_llava.chat import IGNORE, Chat
 from train_llava.model import load_checkpoint
+from train_llava.modeling import verification
 
 
 class Slipped:
@@ -70,12 +70,12 @@ def opened(llava):
 def test_a_slip_in_labels_or_prompts_is_found(opened, name):
     model, processor = opened
     slip, message = SLIPS[name]
-    checks.check_conversations(Slipped(Chat(processor)), model.generation_config)
+    verification.check_conversations(Slipped(Chat(processor)), model.generation_config)
     with pytest.raises(ValueError, match=message):
-        checks.check_conversations(Slipped(Chat(processor), **slip), model.generation_config)
+        verification.check_conversations(Slipped(Chat(processor), **slip), model.generation_config)
 
 
 @pytest.mark.parametrize("stops", [0, [0, 1], None])
 def test_generation_has_to_stop_where_answers_end(opened, stops):
     with pytest.raises(ValueError, match=r"answers are taught to end with <\|im_end\|>, and generation does not stop"):
-        checks.check_conversations(Chat(opened[1]), GenerationConfig(eos_token_id=stops))
+        verification.check_conversations(Chat(opened[1]), GenerationConfig(eos_token_id=stops))

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from train_llava.cli import opening, replacing, run_command, written_whole
+from train_llava.cli import run_command
+from train_llava.common.files import opening, replacing, written_whole
 from train_llava.model import load_checkpoint
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
@@ -168,7 +169,7 @@ def portable(name, globals=None, *rest, **named):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     return real(name, globals, *rest, **named)
 builtins.__import__ = portable
-for module in pkgutil.iter_modules(train_llava.__path__, "train_llava."):
+for module in pkgutil.walk_packages(train_llava.__path__, "train_llava."):
     importlib.import_module(module.name)
     print(module.name)
 """
@@ -178,8 +179,9 @@ def test_every_module_starts_where_there_is_no_unix():
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    modules = {f"train_llava.{path.stem}" for path in (root / "train_llava").glob("[!_]*.py")}
-    assert set(done.stdout.split()) == modules
+    files = [path.relative_to(root).with_suffix("") for path in (root / "train_llava").rglob("[!_]*.py")]
+    rooms = {"common", "dataset", "evaluation", "modeling", "training"}
+    assert set(done.stdout.split()) == {".".join(path.parts) for path in files} | {f"train_llava.{r}" for r in rooms}
 
 
 def test_reports_of_unused_weights_are_kept_for_a_llava_alone(llava, parts, tmp_path, monkeypatch):

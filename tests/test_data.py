@@ -11,8 +11,8 @@ from transformers import AutoProcessor
 
 from train_llava.chat import Chat
 from train_llava.data import LlavaCollator, LlavaDataset
+from train_llava.dataset.images import open_image, upright_rgb
 from train_llava.model import load_processor
-from train_llava.pictures import open_image, upright_rgb
 from train_llava.records import text_of, to_messages
 
 RED = Image.new("RGB", (40, 40), "red")

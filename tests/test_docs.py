@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from setuptools import find_packages
 from transformers import HfArgumentParser
 
 import train_llava
@@ -217,6 +218,10 @@ def test_one_version_everywhere_and_every_file_in_the_package():
     assert train_llava.__version__ == version
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
-    patterns = ["*.py", *project["tool"]["setuptools"]["package-data"]["train_llava"]]
-    files = {path for pattern in patterns for path in (ROOT / "train_llava").glob(pattern)}
+    settings = project["tool"]["setuptools"]
+    packages = find_packages(ROOT, include=settings["packages"]["find"]["include"])
+    files = set()
+    for package in packages:
+        for pattern in ["*.py", *settings["package-data"].get(package, [])]:
+            files |= set((ROOT / package.replace(".", "/")).glob(pattern))
     assert files == {path for path in (ROOT / "train_llava").rglob("*") if path.is_file() and path.suffix != ".pyc"}

@@ -15,11 +15,14 @@ from conftest import turns
 from PIL import Image
 
 import train_llava
-from train_llava import evaluate, infer, reports
-from train_llava.adapter import load_model
+from train_llava import evaluate, infer
 from train_llava.data import LlavaDataset
-from train_llava.infer import generate, weights_digest
-from train_llava.metrics import by_language
+from train_llava.evaluation import generation, plots
+from train_llava.evaluation import questions as question_files
+from train_llava.evaluation.generation import generate
+from train_llava.evaluation.metrics import by_language
+from train_llava.evaluation.questions import weights_digest
+from train_llava.modeling.adapter import load_model
 
 
 def run_evaluate(monkeypatch, model: Path, corpus: Path, output: Path, *arguments: str) -> dict:
@@ -31,7 +34,7 @@ def run_evaluate(monkeypatch, model: Path, corpus: Path, output: Path, *argument
 
 def answer_with(monkeypatch, answer: Callable) -> None:
     """Puts a function of a conversation and its pictures in a model's place."""
-    monkeypatch.setattr(infer, "prepare", lambda model, chat, messages, images, limit: (messages, images))
+    monkeypatch.setattr(question_files, "prepare", lambda model, chat, messages, images, limit: (messages, images))
     monkeypatch.setattr(
         infer, "generate_all", lambda model, chat, asked, *_, **options: [(answer(*each), False) for each in asked]
     )
@@ -149,8 +152,8 @@ class KilledError(BaseException):
 def test_a_killed_evaluation_goes_on_where_it_was(merged, corpus, tmp_path, monkeypatch):
     arguments, kept = ["--max_new_tokens", "4", "--blank_control", "true", "--batch_size", "2"], []
     whole = run_evaluate(monkeypatch, merged, corpus, tmp_path / "whole", *arguments)
-    monkeypatch.setattr(infer, "WINDOW", 2)
-    real, output, calls = infer.generate_all, tmp_path / "out", []
+    monkeypatch.setattr(question_files, "WINDOW", 2)
+    real, output, calls = generation.generate_all, tmp_path / "out", []
 
     def until(limit: int) -> Callable:
         def generate_all(*given, **options):
@@ -162,14 +165,14 @@ def test_a_killed_evaluation_goes_on_where_it_was(merged, corpus, tmp_path, monk
         return generate_all
 
     for limit in (2, 4, 7):
-        monkeypatch.setattr(infer, "generate_all", until(limit))
+        monkeypatch.setattr(question_files, "generate_all", until(limit))
         with pytest.raises(KilledError):
             run_evaluate(monkeypatch, merged, corpus, output, *arguments)
         kept.append(sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("out.*")))
         with pytest.raises(ValueError, match=r"answers.jsonl was answered with max_new_tokens 4, and now it is 5"):
             run_evaluate(monkeypatch, merged, corpus, output, "--max_new_tokens", "5")
     assert kept == [8, 16, 17 + 8]  # 17 questions, four at a time, and again with blank pictures
-    monkeypatch.setattr(infer, "generate_all", until(100))
+    monkeypatch.setattr(question_files, "generate_all", until(100))
     assert run_evaluate(monkeypatch, merged, corpus, output, *arguments) == whole
     assert sum(calls) == 2 * 17
     for name in ("metrics.json", "predictions.jsonl"):
@@ -199,7 +202,7 @@ def test_pictures_are_opened_as_in_training_and_let_go_of(merged, tmp_path, monk
     for record in records:
         Image.new("RGB", (640, 480), "red").save(data / record["image"])
     (data / "chat.json").write_text(json.dumps(records))
-    opened, held, real = [], [], infer.prepare
+    opened, held, real = [], [], generation.prepare
 
     def prepare(model, chat, messages, images, limit):
         held.append(sum(picture() is not None for picture in opened))
@@ -207,13 +210,13 @@ def test_pictures_are_opened_as_in_training_and_let_go_of(merged, tmp_path, monk
         assert images[0].size == LlavaDataset(str(data), at_least=chat.at_least)[len(held) - 1]["images"][0].size
         return real(model, chat, messages, images, limit)
 
-    monkeypatch.setattr(infer, "prepare", prepare)
+    monkeypatch.setattr(question_files, "prepare", prepare)
     run_evaluate(monkeypatch, merged, data, tmp_path / "out", "--max_new_tokens", "1")
     assert held == [0] * 6
 
 
 def test_a_sheet_that_cannot_be_drawn_costs_no_numbers(merged, corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reports, "findfont", lambda name: 1 / 0)
+    monkeypatch.setattr(plots, "findfont", lambda name: 1 / 0)
     metrics = run_evaluate(monkeypatch, merged, corpus, tmp_path / "out", "--max_new_tokens", "1")
     assert metrics["n"] == 17
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "predictions.jsonl"]

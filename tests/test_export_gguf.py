@@ -56,7 +56,7 @@ from train_llava.export_gguf import (
     writes_date,
 )
 from train_llava.model import load_checkpoint
-from train_llava.template import complete_template, render
+from train_llava.modeling.templates import complete_template, render
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from train_llava import extension
-from train_llava.extension import build_extension
+from train_llava.training import extension
+from train_llava.training.extension import build_extension
 
 NAME = "deepspeed_none"
 

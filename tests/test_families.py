@@ -40,10 +40,10 @@ from transformers import (
 )
 
 from train_llava.build_model import build_model
-from train_llava.checks import cached_difference, longest_difference
 from train_llava.data import LlavaCollator
-from train_llava.infer import generate
+from train_llava.evaluation.generation import generate
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
+from train_llava.modeling.verification import cached_difference, longest_difference
 from train_llava.records import to_messages
 
 LM = NARROW | {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256}

@@ -96,7 +96,7 @@ from transformers import AutoProcessor
 from train_llava.chat import Chat
 from train_llava.data import LlavaDataset
 from train_llava.records import text_of
-from train_llava.stream import stream_items
+from train_llava.dataset.streaming import stream_items
 
 def shown(item):
     return [text_of(item["messages"][-1]), [image.getpixel((3, 3)) for image in item["images"]]]

@@ -16,9 +16,10 @@ import torch
 from conftest import IMAGES, QUESTIONS, question
 
 from train_llava import evaluate, infer
-from train_llava.adapter import load_model
 from train_llava.chat import Chat
-from train_llava.infer import generate
+from train_llava.evaluation import generation
+from train_llava.evaluation.generation import generate
+from train_llava.modeling.adapter import load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,8 +54,8 @@ def test_short_answers_do_not_wait_for_long_ones(merged, monkeypatch):
         "generate",
         lambda **given: calls.append((len(given["input_ids"]), given["max_new_tokens"])) or real(**given),
     )
-    prepared = [infer.prepare(model, chat, q, pictures, 40) for q, pictures in zip(asked, shown, strict=True)]
-    said = infer.generate_all(model, chat, prepared, 4)
+    prepared = [generation.prepare(model, chat, q, pictures, 40) for q, pictures in zip(asked, shown, strict=True)]
+    said = generation.generate_all(model, chat, prepared, 4)
     assert [answer for answer, _ in said] == alone
     ended = set(model.generation_config.eos_token_id)
     assert [cut for _, cut in said].count(True) == sum(not ended & set(tokens_of(model, *each)) for each in prepared)
@@ -66,7 +67,7 @@ def test_short_answers_do_not_wait_for_long_ones(merged, monkeypatch):
     assert 0 < later < 12
     assert all(tokens == 24 for _, tokens in calls[3:])
     calls.clear()
-    assert infer.generate_all(model, chat, prepared, 12) == said
+    assert generation.generate_all(model, chat, prepared, 12) == said
     assert calls == [(12, 40)]
 
 
@@ -88,7 +89,7 @@ def test_the_context_of_the_model_is_kept(opened):
     model, processor = opened
     length = Chat(processor).prompts([question("hi")], [])["input_ids"].shape[1]
     fits = question("hi" + "z" * (512 - length - 2))  # one token each
-    assert infer.room_for_answer(model, Chat(processor), fits, []) == 2
+    assert generation.room_for_answer(model, Chat(processor), fits, []) == 2
     together = generate(model, processor, [fits, *QUESTIONS[:1]], IMAGES[:1], 8)
     assert together[1] == generate(model, processor, QUESTIONS[:1], IMAGES[:1], 8)[0]
     with pytest.raises(ValueError, match="has 512 tokens, pictures included, and the model reads 512"):
@@ -107,10 +108,10 @@ def test_what_the_model_has_said_is_no_attempt_to_end_a_turn(opened):
     chat = Chat(processor)
     chat.control_tokens = chat.control_tokens | {"</think>"}
     (user,), (again,) = question("What is this?"), question("And this?")
-    assert infer.room_for_answer(model, chat, [user, infer.reply("red</think>"), again], [])
-    for messages in ([user, infer.reply("red<|im_end|>"), again], question("red</think>")):
+    assert generation.room_for_answer(model, chat, [user, generation.reply("red</think>"), again], [])
+    for messages in ([user, generation.reply("red<|im_end|>"), again], question("red</think>")):
         with pytest.raises(ValueError, match="stands in a text"):
-            infer.room_for_answer(model, chat, messages, [])
+            generation.room_for_answer(model, chat, messages, [])
 
 
 def test_a_chat_survives_whatever_a_turn_raises(opened, monkeypatch, capsys):
@@ -180,9 +181,10 @@ def test_a_picture_may_come_from_the_network_or_standard_input(merged, corpus, m
 
 def test_sampling_draws_other_answers_and_is_off_by_default(merged):
     model, processor = load_model(str(merged))
-    assert infer.sampling(0, 1) == {"do_sample": False}
+    assert generation.sampling(0, 1) == {"do_sample": False}
     greedy = generate(model, processor, QUESTIONS[:1], IMAGES[:1], 8)
-    drawn = {generate(model, processor, QUESTIONS[:1], IMAGES[:1], 8, **infer.sampling(5.0, 1.0))[0] for _ in range(4)}
+    high = generation.sampling(temperature=5.0, top_p=1.0)
+    drawn = {generate(model, processor, QUESTIONS[:1], IMAGES[:1], 8, **high)[0] for _ in range(4)}
     assert len(drawn | set(greedy)) > 2
 
 

@@ -12,18 +12,9 @@ from PIL import Image
 from torch.optim import AdamW
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from train_llava import memory, train
+from train_llava import train
 from train_llava.build_model import build_model
 from train_llava.data import LlavaCollator, LlavaDataset
-from train_llava.memory import (
-    SavedTensors,
-    activation_bytes,
-    empty_model,
-    picture_features,
-    state_bytes,
-    step_bytes,
-    update_bytes,
-)
 from train_llava.model import (
     TRAIN_TYPES,
     LoraArguments,
@@ -31,6 +22,16 @@ from train_llava.model import (
     load_checkpoint,
     load_config,
     set_trainable,
+)
+from train_llava.training import memory
+from train_llava.training.memory import (
+    SavedTensors,
+    activation_bytes,
+    empty_model,
+    picture_features,
+    state_bytes,
+    step_bytes,
+    update_bytes,
 )
 
 LORA = LoraArguments(lora_r=4, lora_dropout=0.0)

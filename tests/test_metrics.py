@@ -5,7 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from train_llava import evaluate, metrics
+from train_llava import evaluate
+from train_llava.evaluation import metrics
 
 
 def said(prediction: str, *references: str, language: str | None = None, answers: tuple[str, ...] = ()) -> dict:

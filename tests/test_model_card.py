@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from train_llava import evaluate, model_card
+from train_llava.evaluation.plots import draw_sheet, plot_loss
 from train_llava.merge_lora import merge_lora
 from train_llava.model import LoraArguments
-from train_llava.reports import ancestors, carry_card, draw_sheet, plot_loss, write_card, write_run_card
+from train_llava.training.cards import ancestors, carry_card, write_card, write_run_card
 
 SHORT = ["--max_steps", "1", "--preflight", "false", "--lora_r", "4"]
 

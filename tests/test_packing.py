@@ -13,11 +13,12 @@ from conftest import logged, run_train, run_zero2, turns
 from test_data import gradients
 from torch.utils.data import BatchSampler
 
-from train_llava import attention, packing
 from train_llava.chat import Chat
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
+from train_llava.dataset import packing
+from train_llava.dataset.packing import WINDOW, PackedDataset, count_tokens, pack
 from train_llava.model import load_checkpoint
-from train_llava.packing import WINDOW, PackedDataset, count_tokens, pack
+from train_llava.modeling import attention
 from train_llava.train import TrainArguments
 from train_llava.trainer import LlavaTrainer
 

@@ -17,9 +17,9 @@ from PIL import Image
 from test_records import PICTURES, QUESTION, faults, shown
 from transformers import CLIPImageProcessorPil
 
-from train_llava import pictures
 from train_llava.data import LlavaDataset
-from train_llava.pictures import matches_processor, open_image, picture_size
+from train_llava.dataset import images as pictures
+from train_llava.dataset.images import matches_processor, open_image, picture_size
 from train_llava.records import load_records
 
 NAME = "sub dir/né 图.PNG"

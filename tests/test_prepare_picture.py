@@ -11,9 +11,9 @@ from transformers import CLIPImageProcessorPil, LlavaNextImageProcessor, SiglipI
 from transformers.image_utils import load_image
 
 from train_llava import prepare_picture
+from train_llava.dataset.images import open_image, prepare_pictures
+from train_llava.evaluation.generation import generate
 from train_llava.export_gguf import tried_pictures
-from train_llava.infer import generate
-from train_llava.pictures import open_image, prepare_pictures
 from train_llava.prepare_picture import as_seen
 
 

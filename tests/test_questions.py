@@ -8,9 +8,11 @@ import pytest
 from conftest import QUESTIONS, question
 
 from train_llava import infer
-from train_llava.adapter import load_model
-from train_llava.infer import generate
-from train_llava.questions import answered_before, locked, read_questions
+from train_llava.evaluation import generation
+from train_llava.evaluation import questions as question_files
+from train_llava.evaluation.generation import generate
+from train_llava.evaluation.questions import answered_before, locked, read_questions
+from train_llava.modeling.adapter import load_model
 
 SETTINGS = {"model_name_or_path": "m", "max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0}
 
@@ -38,8 +40,10 @@ def test_a_file_of_questions_is_answered_and_gone_on_with(merged, corpus, tmp_pa
     assert [line["answer"] for line in lines] == generate(model, processor, QUESTIONS, images, 8)
     answers.write_text(whole[: whole.index("\n") + 9])  # killed while it wrote the second answer
     asked = []
-    ask = infer.generate_all
-    monkeypatch.setattr(infer, "generate_all", lambda *args, **kw: asked.append(len(args[2])) or ask(*args, **kw))
+    ask = generation.generate_all
+    monkeypatch.setattr(
+        question_files, "generate_all", lambda *args, **kw: asked.append(len(args[2])) or ask(*args, **kw)
+    )
     infer.answer_file(model, processor, questions, answers, settings)
     assert (answers.read_text(), asked) == (whole, [2])
 
@@ -90,7 +94,7 @@ def test_settings_belong_to_what_is_asked(opened, tmp_path, name, value):
 
 def test_the_model_is_known_by_its_weights(opened, llava):
     arguments = infer.InferArguments("m", prompt="?", bits=4, top_p=0.5, temperature=1.0, max_new_tokens=7)
-    settings = [infer.settings_of(arguments, model) for model in (opened[0], load_model(str(llava))[0])]
+    settings = [question_files.settings_of(arguments, model) for model in (opened[0], load_model(str(llava))[0])]
     weights = [given.pop("weights") for given in settings]
     assert weights[0] != weights[1]
     named = {"model_name_or_path": "m", "adapter_name_or_path": None, "bits": 4}

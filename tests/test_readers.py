@@ -13,10 +13,10 @@ from test_records import PICTURES, faults, shown, tar
 
 from train_llava.chat import Chat
 from train_llava.data import CheckedDataset, LlavaDataset
-from train_llava.pictures import open_image
-from train_llava.readers import parse_json, pictures_of, read_json, read_jsonl
+from train_llava.dataset.images import open_image
+from train_llava.dataset.readers import parse_json, pictures_of, read_json, read_jsonl
+from train_llava.dataset.streaming import stream_items
 from train_llava.records import table_row, text_of, to_messages
-from train_llava.stream import stream_items
 
 PART = {"type": "image", "image": "c"}
 

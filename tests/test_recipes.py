@@ -13,8 +13,8 @@ from train_llava import infer, train
 from train_llava.cli import given_arguments, parse_arguments
 from train_llava.infer import InferArguments
 from train_llava.model import LoraArguments
-from train_llava.run_folder import write_recipe
 from train_llava.train import DataArguments, ModelArguments, TrainArguments
+from train_llava.training.checkpointing import write_recipe
 
 TRAIN = (ModelArguments, LoraArguments, DataArguments, TrainArguments)
 RECIPE = """\

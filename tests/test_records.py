@@ -27,11 +27,11 @@ from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipIm
 from train_llava.chat import Chat
 from train_llava.check_data import kind_of, show_sample
 from train_llava.data import BadRecordError, CheckedDataset, LlavaCollator, LlavaDataset, to_item
-from train_llava.pictures import matches_processor, open_image, prepare_pictures
-from train_llava.readers import read_json
+from train_llava.dataset.bad_samples import log_bad_sample
+from train_llava.dataset.images import matches_processor, open_image, prepare_pictures
+from train_llava.dataset.readers import read_json
+from train_llava.dataset.streaming import stream_items
 from train_llava.records import load_records, table_row, text_of, to_messages
-from train_llava.run_folder import log_bad_sample
-from train_llava.stream import stream_items
 from train_llava.trainer import with_ids
 
 ROOT = Path(__file__).parent.parent
@@ -647,7 +647,7 @@ def test_whatever_a_decoder_raises_is_the_records_reason(tmp_path, monkeypatch, 
 
     (tmp_path / "a.png").write_bytes(PICTURES[0])
     (tmp_path / "chat.json").write_text(json.dumps([{"id": "x", "image": "a.png", "caption": "red"}]))
-    monkeypatch.setattr("train_llava.pictures.upright_rgb", fail)
+    monkeypatch.setattr("train_llava.dataset.images.upright_rgb", fail)
     assert "a.png cannot be read as a picture" in faults(tmp_path)["x"]
 
 
@@ -809,7 +809,7 @@ def test_a_stream_gives_every_good_record_in_another_order_each_pass(dirty, proc
 
 
 def test_a_stream_shuffles_shards_too(tmp_path, processor, monkeypatch):
-    monkeypatch.setattr("train_llava.stream.BUFFER", 5)
+    monkeypatch.setattr("train_llava.dataset.streaming.BUFFER", 5)
     for i in range(9):
         lines = [json.dumps({"id": f"{i}{j}", "conversations": turns("?", "!")}) for j in range(10)]
         (tmp_path / f"{i}.jsonl").write_text("\n".join(lines))

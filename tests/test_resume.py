@@ -15,12 +15,12 @@ from conftest import logged, run_train, run_zero2
 from test_trainer import FAST
 from transformers import TrainerState
 
-from train_llava import resume
 from train_llava.model import LoraArguments
-from train_llava.run_folder import LOCK, locked
-from train_llava.stopping import stopped_early
 from train_llava.train import DataArguments, ModelArguments, TrainArguments
 from train_llava.trainer import LlavaTrainer
+from train_llava.training import resume
+from train_llava.training.checkpointing import LOCK, locked
+from train_llava.training.stopping import stopped_early
 
 TRAIN = (ModelArguments, LoraArguments, DataArguments, TrainArguments)
 RUN = [*FAST, "--train_type", "full", "--max_steps", "4", "--save_steps", "2"]

@@ -27,12 +27,12 @@ from transformers import (
 
 from train_llava import train
 from train_llava.build_model import build_model
-from train_llava.checks import unreached_parameters
 from train_llava.merge_lora import merge_lora
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
-from train_llava.run_folder import base_tensors, differing_tensor, save_weights
+from train_llava.modeling.weights import base_tensors, differing_tensor, save_weights
 from train_llava.train import TrainArguments
 from train_llava.trainer import LlavaTrainer
+from train_llava.training.preflight import unreached_parameters
 
 STEP = ["--max_steps", "2", "--save_steps", "1", "--learning_rate", "1e-2", "--warmup_steps", "0", "--lora_r", "4"]
 MIXTURE = NARROW | {"num_hidden_layers": 2, "max_position_embeddings": 256, "moe_intermediate_size": 16}

@@ -16,7 +16,7 @@ from conftest import run_train
 from safetensors import safe_open
 
 from train_llava.data import LlavaDataset
-from train_llava.infer import generate
+from train_llava.evaluation.generation import generate
 from train_llava.merge_lora import merge_lora
 from train_llava.model import load_checkpoint
 

@@ -11,7 +11,7 @@ from conftest import turns
 from test_records import ANSWERS, PICTURES, QUESTION, faults, shown, tar
 
 from train_llava.data import LlavaDataset
-from train_llava.pictures import is_picture
+from train_llava.dataset.archives import is_picture
 
 RECORD = {"conversations": turns(QUESTION, "x")}
 

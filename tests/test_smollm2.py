@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.openmoji.make_data import base, emoji_of, is_held_out
 from examples.smollm2 import follow_ups, get_model, make_data
 from train_llava import evaluate
-from train_llava.adapter import load_model
 from train_llava.build_model import main as build
-from train_llava.infer import generate
+from train_llava.evaluation.generation import generate
+from train_llava.modeling.adapter import load_model
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples/smollm2"

@@ -81,14 +81,14 @@ from transformers import (
 )
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
-from train_llava.adapter import load_model
 from train_llava.build_model import build_model
-from train_llava.checks import check_apart
 from train_llava.data import LlavaCollator
-from train_llava.infer import generate
-from train_llava.memory import empty_model, token_operations
+from train_llava.evaluation.generation import generate
 from train_llava.merge_lora import merge_lora
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable, unread_parameters
+from train_llava.modeling.adapter import load_model
+from train_llava.modeling.verification import check_apart
+from train_llava.training.memory import empty_model, token_operations
 
 VISION = NARROW | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 7}
 TEXT = NARROW | {"num_hidden_layers": 1, "vocab_size": 64, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}

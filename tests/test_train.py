@@ -22,15 +22,15 @@ from safetensors.torch import load_file
 from transformers.utils import is_bitsandbytes_available
 
 from train_llava import train
-from train_llava.adapter import load_model
 from train_llava.chat import Chat
-from train_llava.checks import longest_items
 from train_llava.cli import parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
-from train_llava.lengths import estimate_lengths
+from train_llava.dataset.lengths import estimate_lengths
 from train_llava.model import LoraArguments, count_parameters, load_checkpoint, set_trainable
-from train_llava.run_folder import starting_point
+from train_llava.modeling.adapter import load_model
 from train_llava.train import LEARNING_RATES, TrainArguments
+from train_llava.training.checkpointing import starting_point
+from train_llava.training.preflight import longest_items
 
 ROOT = Path(__file__).parent.parent
 PROJECTOR = {f"model.multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}

@@ -20,13 +20,16 @@ from safetensors.torch import load_file, save_file
 from test_data import ITEMS, gradients
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2Config, Qwen2ForCausalLM, Trainer
 
-from train_llava import checks, pace
 from train_llava import records as records_module
 from train_llava.build_model import build_model
 from train_llava.data import LlavaCollator, LlavaDataset
 from train_llava.merge_lora import merge_lora
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
-from train_llava.run_folder import (
+from train_llava.train import TrainArguments
+from train_llava.trainer import LlavaTrainer
+from train_llava.training import preflight as preflight_module
+from train_llava.training import throughput as pace
+from train_llava.training.checkpointing import (
     UNFINISHED,
     check_resumable,
     finished_checkpoint,
@@ -34,9 +37,7 @@ from train_llava.run_folder import (
     rotate_checkpoints,
     starting_point,
 )
-from train_llava.stopping import StopOnSignal
-from train_llava.train import TrainArguments
-from train_llava.trainer import LlavaTrainer
+from train_llava.training.stopping import StopOnSignal
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--learning_rate", "1e-3", "--per_device_train_batch_size", "2"]
@@ -215,7 +216,7 @@ FAILED = """
 import sys
 from functools import partial
 from torch.utils.data import DataLoader
-from train_llava import stopping
+from train_llava.training import stopping
 batches = iter(DataLoader(range(9), num_workers=1, worker_init_fn=partial(stopping.outlive_sigterm, begin=None)))
 next(batches)
 sys.exit(3)
@@ -418,13 +419,13 @@ def test_preflight_loads_nothing_and_keeps_no_gradients(llava, corpus, tmp_path,
             lambda cls, name, *args, **kwargs: opened.append(name) or from_pretrained(cls, name, *args, **kwargs)
         ),
     )
-    peak_memory = checks.peak_memory
+    peak_memory = preflight_module.peak_memory
 
     def gradients_held(device):
         held.append(sum(p.grad is not None for p in gc.get_objects() if isinstance(p, torch.nn.Parameter)))
         return peak_memory(device)
 
-    monkeypatch.setattr(checks, "peak_memory", gradients_held)
+    monkeypatch.setattr(preflight_module, "peak_memory", gradients_held)
     run_train(monkeypatch, llava, corpus, tmp_path / "run", *FAST, "--max_steps", "1", "--train_type", "full")
     assert opened == [str(llava)]
     assert held == [0]

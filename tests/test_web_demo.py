@@ -22,12 +22,12 @@ import torch
 from conftest import random_adapter
 
 from train_llava import web_demo
-from train_llava.adapter import load_model
 from train_llava.chat import Chat
-from train_llava.infer import generate, question, reply, room_for_answer
-from train_llava.pictures import open_image
+from train_llava.dataset.images import open_image
+from train_llava.evaluation.generation import generate, question, reply, room_for_answer
+from train_llava.evaluation.web_look import DOTS, HEADER, TEXTS, header
+from train_llava.modeling.adapter import load_model
 from train_llava.web_demo import Turn
-from train_llava.web_look import DOTS, HEADER, TEXTS, header
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 from gradio_client import Client, handle_file

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from train_llava.cli import opening, parse_arguments, parse_first, run_command, written_whole
+from train_llava.cli import parse_arguments, parse_first, run_command
+from train_llava.common.files import opening, written_whole
 
 PINPOINTS = ["1x2", "2x1", "2x2", "3x1", "1x3"]  # LLaVA-NeXT's
 
@@ -83,9 +84,9 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from train_llava.chat import Processor
-from train_llava.checks import check_apart, check_text_path, reference_outputs
+from train_llava.dataset.images import is_anyres
 from train_llava.model import Llava, count_parameters
-from train_llava.parts import (
+from train_llava.modeling.parts import (
     ask_tower,
     decoder_of,
     load_image_processor,
@@ -95,11 +96,11 @@ from train_llava.parts import (
     part_config,
     running_as_one,
 )
-from train_llava.pictures import is_anyres
+from train_llava.modeling.templates import complete_generation_config
+from train_llava.modeling.verification import check_apart, check_text_path, reference_outputs
+from train_llava.modeling.weights import PROJECTOR
 from train_llava.records import IMAGE_TOKEN
-from train_llava.reports import write_card
-from train_llava.run_folder import PROJECTOR
-from train_llava.template import complete_generation_config
+from train_llava.training.cards import write_card
 
 
 def assemble(

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from transformers import LlavaNextProcessor, LlavaProcessor
 
-from train_llava.pictures import is_anyres, prepare_pictures
+from train_llava.dataset.images import is_anyres, prepare_pictures
+from train_llava.modeling.templates import TWO_TURNS, Form, end_of, opens_like, pieces_of, render, special_tokens
 from train_llava.records import IMAGE_TOKEN, BadRecordError, text_of
-from train_llava.template import TWO_TURNS, Form, end_of, opens_like, pieces_of, render, special_tokens
 
 Processor = LlavaProcessor | LlavaNextProcessor
 IGNORE = -100  # the label that cross entropy leaves out

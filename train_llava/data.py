@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from train_llava.attention import use_conversation_lengths
 from train_llava.chat import IGNORE, Chat, Processor
-from train_llava.pictures import label, open_image, picture_size, prepare_pictures, read_picture
+from train_llava.dataset.archives import label, read_picture
+from train_llava.dataset.bad_samples import log_bad_sample
+from train_llava.dataset.images import open_image, picture_size, prepare_pictures
+from train_llava.modeling.attention import use_conversation_lengths
 from train_llava.records import BadRecordError, load_records
-from train_llava.run_folder import log_bad_sample
 
 
 def to_item(

@@ -25,12 +25,11 @@ from train_llava.cli import (
     NEW_TOKENS,
     check_name,
     check_positive,
-    opening,
     parse_arguments,
     parse_first,
     run_command,
-    written_whole,
 )
+from train_llava.common.files import opening, written_whole
 
 
 @dataclass
@@ -85,12 +84,12 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 import train_llava
-from train_llava.adapter import load_model
-from train_llava.answers import predict, write_predictions
 from train_llava.chat import Chat
 from train_llava.data import LlavaDataset
-from train_llava.infer import settings_of, this_process
-from train_llava.metrics import (
+from train_llava.dataset.readers import read_jsonl
+from train_llava.evaluation.answers import predict, write_predictions
+from train_llava.evaluation.generation import this_process
+from train_llava.evaluation.metrics import (
     METRICS,
     by_language,
     difference,
@@ -99,11 +98,13 @@ from train_llava.metrics import (
     score_exact,
     score_group,
 )
+from train_llava.evaluation.plots import draw, draw_sheet
+from train_llava.evaluation.questions import settings_of
 from train_llava.model import load_checkpoint
-from train_llava.parts import load_language_model
-from train_llava.readers import read_jsonl
+from train_llava.modeling.adapter import load_model
+from train_llava.modeling.parts import load_language_model
 from train_llava.records import IMAGE_TOKEN
-from train_llava.reports import cell, draw, draw_sheet, markdown
+from train_llava.training.cards import cell, markdown
 
 WINDOW = 1024  # tokens of a text read at once
 SHEET = (2, 4)  # rows and columns of captions.png

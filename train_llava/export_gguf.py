@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from train_llava.cli import parse_arguments, parse_first, run_command, written_whole
+from train_llava.cli import parse_arguments, parse_first, run_command
+from train_llava.common.files import written_whole
 
 
 @dataclass
@@ -48,10 +49,10 @@ from transformers import (
 )
 from transformers.utils import is_gguf_available
 
+from train_llava.dataset.images import open_image
 from train_llava.model import load_checkpoint
-from train_llava.pictures import open_image
+from train_llava.modeling.templates import ANSWER, QUESTION, TWO_TURNS, end_of_turn_tokens, pieces_of
 from train_llava.prepare_picture import as_seen, levels
-from train_llava.template import ANSWER, QUESTION, TWO_TURNS, end_of_turn_tokens, pieces_of
 
 if is_gguf_available():
     import gguf

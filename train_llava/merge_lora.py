@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from train_llava.cli import parse_arguments, parse_first, run_command, written_whole
+from train_llava.cli import parse_arguments, parse_first, run_command
+from train_llava.common.files import written_whole
 
 
 @dataclass
@@ -29,10 +30,10 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from train_llava.adapter import load_adapter
 from train_llava.cli import device
 from train_llava.model import load_checkpoint
-from train_llava.reports import carry_card
+from train_llava.modeling.adapter import load_adapter
+from train_llava.training.cards import carry_card
 
 MUCH = 0.1  # of an adapter's change, if so much is lost to rounding
 

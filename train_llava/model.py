@@ -28,9 +28,10 @@ from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
 from train_llava.chat import Processor, image_side, image_tokens
-from train_llava.cli import device, opening
-from train_llava.quantization import quantization
-from train_llava.template import complete_generation_config, complete_template, context_length
+from train_llava.cli import device
+from train_llava.common.files import opening
+from train_llava.modeling.quantization import quantization
+from train_llava.modeling.templates import complete_generation_config, complete_template, context_length
 
 if device().type == "cpu":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is imported, complains on standard output

@@ -11,7 +11,8 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from train_llava.cli import parse_arguments, parse_first, replacing, run_command
+from train_llava.cli import parse_arguments, parse_first, run_command
+from train_llava.common.files import replacing
 
 
 @dataclass
@@ -25,8 +26,8 @@ if __name__ == "__main__":
 
 from huggingface_hub import EvalResult
 
-from train_llava.metrics import METRICS, read_metrics
-from train_llava.reports import FILE, LICENCE, cell, markdown, read_card
+from train_llava.evaluation.metrics import METRICS, read_metrics
+from train_llava.training.cards import FILE, LICENCE, cell, markdown, read_card
 
 # How what this command writes begins: the section, and in it the table and two lines
 HELD_OUT = "## Held-out answers"

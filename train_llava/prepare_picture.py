@@ -9,7 +9,8 @@ Training turns a picture as its EXIF says, puts transparency on white and scales
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from train_llava.cli import parse_arguments, parse_first, run_command, written_whole
+from train_llava.cli import parse_arguments, parse_first, run_command
+from train_llava.common.files import written_whole
 
 
 @dataclass
@@ -27,8 +28,8 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import BaseImageProcessor
 
+from train_llava.dataset.images import is_anyres, open_image, prepare_pictures
 from train_llava.model import load_processor
-from train_llava.pictures import is_anyres, open_image, prepare_pictures
 
 
 def levels(image_processor: BaseImageProcessor, image: Image.Image) -> np.ndarray:

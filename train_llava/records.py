@@ -36,9 +36,17 @@ import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 
-from train_llava.cli import written_whole
-from train_llava.pictures import Place, is_archive, locate_picture, zip_members
-from train_llava.readers import BadRecordError, Record, find_records, parse_json, pictures_of, raw_records, texts_of
+from train_llava.common.files import written_whole
+from train_llava.dataset.archives import Place, is_archive, locate_picture, zip_members
+from train_llava.dataset.readers import (
+    BadRecordError,
+    Record,
+    find_records,
+    parse_json,
+    pictures_of,
+    raw_records,
+    texts_of,
+)
 
 IMAGE_TOKEN = "<image>"
 CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."

@@ -18,18 +18,24 @@ from datasets import IterableDataset
 from transformers import IntervalStrategy, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from train_llava.adapter import continued, load_adapter
 from train_llava.chat import Chat
-from train_llava.checks import check_batches, check_claims, check_options, check_together, preflight
-from train_llava.cli import BITS_HELP, device, given_arguments, parse_arguments, run_command, writing
+from train_llava.cli import BITS_HELP, device, given_arguments, parse_arguments, run_command
+from train_llava.common.files import writing
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
-from train_llava.lengths import order_seed
-from train_llava.memory import precision, print_estimate
+from train_llava.dataset.lengths import order_seed
+from train_llava.dataset.packing import PackedDataset
+from train_llava.dataset.streaming import stream_items
 from train_llava.model import TRAIN_TYPES, LoraArguments, count_parameters, load_checkpoint, set_trainable
-from train_llava.pace import describe_pace
-from train_llava.packing import PackedDataset
-from train_llava.reports import describe_trainable, write_run_card
-from train_llava.resume import (
+from train_llava.modeling.adapter import continued, load_adapter
+from train_llava.modeling.verification import check_claims
+from train_llava.modeling.weights import save_projector
+from train_llava.trainer import LlavaTrainer
+from train_llava.training.arguments import check_batches, check_options, check_together
+from train_llava.training.cards import describe_trainable, write_run_card
+from train_llava.training.checkpointing import locked, on_first_rank, starting_point, write_recipe
+from train_llava.training.memory import precision, print_estimate
+from train_llava.training.preflight import preflight
+from train_llava.training.resume import (
     SETTINGS,
     compare,
     completed,
@@ -38,9 +44,7 @@ from train_llava.resume import (
     settings_of,
     write_settings,
 )
-from train_llava.run_folder import locked, on_first_rank, save_projector, starting_point, write_recipe
-from train_llava.stream import stream_items
-from train_llava.trainer import LlavaTrainer
+from train_llava.training.throughput import describe_pace
 
 LEARNING_RATES = {name: rate for name, (rate, _) in TRAIN_TYPES.items()}
 TUTORIAL_NAMES = {"use_lora": "lora", "none": "full"}
@@ -214,7 +218,7 @@ def run(
         more = (model_arguments.bits, data_arguments.packing, data_arguments.max_length)
         print_estimate(model_arguments.model_name_or_path, lora_arguments, args, *more)
     if args.deepspeed is not None:
-        from train_llava.extension import build_extensions  # here, since DeepSpeed takes seconds
+        from train_llava.training.extension import build_extensions  # here, since DeepSpeed takes seconds
 
         build_extensions(args)
     if is_deepspeed_zero3_enabled():

@@ -34,26 +34,17 @@ from transformers.modeling_utils import get_state_dict_dtype
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
-from train_llava.answers import score_answers
 from train_llava.chat import IGNORE
 from train_llava.data import LlavaCollator
-from train_llava.lengths import GroupedByLength, estimate_lengths, order_seed
-from train_llava.memory import precision
+from train_llava.dataset.lengths import GroupedByLength, estimate_lengths, order_seed
+from train_llava.evaluation.answers import score_answers
 from train_llava.model import load_checkpoint, load_config, part_of
-from train_llava.pace import Pace
-from train_llava.resume import SETTINGS, is_complete
-from train_llava.run_folder import (
-    RECIPE,
-    base_tensors,
-    check_base,
-    number_of,
-    read_back,
-    rotate_checkpoints,
-    save_base_fingerprint,
-    save_weights,
-    unfinished,
-)
-from train_llava.stopping import StopOnSignal, outlive_sigterm
+from train_llava.modeling.weights import base_tensors, check_base, read_back, save_base_fingerprint, save_weights
+from train_llava.training.checkpointing import RECIPE, number_of, rotate_checkpoints, unfinished
+from train_llava.training.memory import precision
+from train_llava.training.resume import SETTINGS, is_complete
+from train_llava.training.stopping import StopOnSignal, outlive_sigterm
+from train_llava.training.throughput import Pace
 
 
 def with_ids(items: list[dict[str, Any]], collator: LlavaCollator) -> dict[str, Any]:

@@ -57,14 +57,14 @@ from peft import PeftModel
 from PIL import Image
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from train_llava.adapter import load_model
 from train_llava.chat import Chat, Processor
-from train_llava.infer import question, reply, room_for_answer, sampling
+from train_llava.dataset.images import open_image
+from train_llava.evaluation.generation import question, reply, room_for_answer, sampling
+from train_llava.evaluation.web_look import COPY, CSS, DOTS, TEXTS, header
 from train_llava.model import Llava
-from train_llava.pictures import open_image
-from train_llava.reports import ancestors
-from train_llava.reports import shown as short_name
-from train_llava.web_look import COPY, CSS, DOTS, TEXTS, header
+from train_llava.modeling.adapter import load_model
+from train_llava.training.cards import ancestors
+from train_llava.training.cards import shown as short_name
 
 # Pages that keep uploads in one folder delete each other's when they close. Gradio looks for its folder when imported
 UPLOADS = tempfile.TemporaryDirectory(prefix="gradio-")

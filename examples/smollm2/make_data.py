@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train_llava.cli import run_command
-from train_llava.metrics import words
+from train_llava.evaluation.metrics import words
 
 HERE = Path(__file__).parent
 TALK = HERE / "talk.json"

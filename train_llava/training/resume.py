@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
-from train_llava.cli import replacing
+from train_llava.common.files import replacing
 from train_llava.data import LlavaDataset
-from train_llava.memory import zero_of
-from train_llava.readers import find_records
-from train_llava.run_folder import first_numbers, requested_checkpoint
-from train_llava.stopping import stopped_early
+from train_llava.dataset.readers import find_records
+from train_llava.modeling.weights import first_numbers
+from train_llava.training.checkpointing import requested_checkpoint
+from train_llava.training.memory import zero_of
+from train_llava.training.stopping import stopped_early
 
 SETTINGS = "resume.json"  # in a run's folder and in each checkpoint: the settings that a resume compares
 # Changed by a resume: `LlavaTrainer` puts them in force behind the optimizer's state. Each change is printed and kept.

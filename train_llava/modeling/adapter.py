@@ -10,7 +10,7 @@ from peft.utils import load_peft_weights
 from train_llava.chat import Processor
 from train_llava.cli import device
 from train_llava.model import Llava, LoraArguments, load_checkpoint
-from train_llava.run_folder import check_base
+from train_llava.modeling.weights import check_base
 
 # The parts of a LLaVA as transformers named them before 4.52, and their names today
 RENAMED = {

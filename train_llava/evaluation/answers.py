@@ -17,13 +17,14 @@ from transformers.integrations import TensorBoardCallback
 from train_llava.chat import Chat, Processor
 from train_llava.cli import BATCH
 from train_llava.data import LlavaDataset
-from train_llava.infer import answer_questions, generate_all, prepare, this_process
-from train_llava.metrics import score_group
-from train_llava.pictures import open_image
-from train_llava.readers import BadRecordError
+from train_llava.dataset.images import open_image
+from train_llava.dataset.readers import BadRecordError
+from train_llava.evaluation.generation import generate_all, prepare, this_process
+from train_llava.evaluation.metrics import score_group
+from train_llava.evaluation.plots import draw, draw_sheet
+from train_llava.evaluation.questions import answer_questions
+from train_llava.modeling.weights import as_opened
 from train_llava.records import text_of
-from train_llava.reports import draw, draw_sheet
-from train_llava.run_folder import as_opened
 
 LOGGED = ("exact_match", "token_f1", "cider")  # while training
 

@@ -26,11 +26,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from train_llava.cli import opening
+from train_llava.common.files import opening
+from train_llava.dataset.images import is_anyres
 from train_llava.model import refuse_adapter, unread_parameters
-from train_llava.pictures import is_anyres
+from train_llava.modeling.templates import complete_template, end_of_turn_tokens
 from train_llava.records import IMAGE_TOKEN
-from train_llava.template import complete_template, end_of_turn_tokens
 
 
 @contextmanager

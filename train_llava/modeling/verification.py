@@ -9,302 +9,29 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import fields
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim import SGD
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import (
-    AutoProcessor,
     GenerationConfig,
     PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    get_scheduler,
 )
-from transformers.integrations import get_reporting_integration_callbacks, is_deepspeed_zero3_enabled
-from transformers.utils import is_liger_kernel_available
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from train_llava.answers import LOGGED
 from train_llava.chat import IGNORE, Chat, Processor, form_of
-from train_llava.cli import writing
-from train_llava.data import CheckedDataset, weights_of
-from train_llava.lengths import estimate_lengths
-from train_llava.memory import earlier_bytes, precision, state_bytes, update_bytes, zero_of
-from train_llava.model import load_checkpoint, part_of
-from train_llava.pace import peak_memory
-from train_llava.packing import PackedDataset
-from train_llava.parts import decoder_of, running_as_one
-from train_llava.pictures import prepare_pictures
+from train_llava.cli import ROOT
+from train_llava.model import load_checkpoint
+from train_llava.modeling.parts import decoder_of, running_as_one
+from train_llava.modeling.weights import base_tensors, differing_tensor, save_weights
 from train_llava.records import IMAGE_TOKEN
-from train_llava.run_folder import base_tensors, differing_tensor, save_weights
-from train_llava.template import context_length
-from train_llava.trainer import LlavaTrainer
 
 MILLION = 1_000_000  # tokens, beyond which no context is tried
-# What `TrainingArguments` has and a LLaVA's training here cannot follow, or would pass over in silence
-UNSUPPORTED = (
-    "batch_eval_metrics",
-    "debug",
-    "fsdp",
-    "include_for_metrics",
-    "label_names",
-    "label_smoothing_factor",
-    "prediction_loss_only",
-    "remove_unused_columns",
-)
-
-
-def check_together(adapter: str | None, bits: int | None, data_arguments: Any, args: TrainingArguments) -> None:
-    """Refuses arguments of training that need each other, or shut each other out.
-
-    Raises:
-        ValueError: the message names them.
-    """
-    if adapter is not None and (args.train_type != "lora" or is_deepspeed_zero3_enabled()):
-        raise ValueError(
-            "--adapter_name_or_path goes with --train_type lora, and not with ZeRO-3: merge_lora it first"
-        )
-    if bits and (args.train_type != "lora" or is_deepspeed_zero3_enabled()):
-        raise ValueError("--bits goes with --train_type lora, and not with ZeRO-3: weights in few bits cannot train")
-    for field in fields(args):
-        if field.name in UNSUPPORTED and (value := getattr(args, field.name)) not in (field.default, []):
-            raise ValueError(f"--{field.name} {value} is not supported: leave it out")
-    weights_of(data_arguments.data_path, data_arguments.data_weights)
-    if args.save_dtype != "auto" and args.train_type == "lora":
-        raise ValueError("--save_dtype is for whole models, and lora writes an adapter: leave it out")
-    if data_arguments.streaming and args.max_steps <= 0:
-        raise ValueError("--streaming has no end: set --max_steps")
-    if args.tokens_per_batch is not None:
-        if not data_arguments.packing:
-            raise ValueError("--tokens_per_batch fills the rows of --packing true: set it, too")
-        if data_arguments.streaming:
-            raise ValueError("--tokens_per_batch counts all records beforehand: not with --streaming")
-    for option, given, orders in (
-        ("--streaming", data_arguments.streaming, ("random",)),
-        ("--tokens_per_batch", args.tokens_per_batch is not None, ("random", "sequential")),
-        ("data of pictures and texts", True, ("random", "sequential", "group_by_length")),
-    ):
-        if given and args.train_sampling_strategy not in orders:
-            raise ValueError(f"{option} not with --train_sampling_strategy {args.train_sampling_strategy}")
-    if data_arguments.eval_data_path is None:
-        given = {"eval_strategy": args.eval_strategy != "no", "save_strategy best": args.save_strategy == "best"}
-        given |= {name: getattr(data_arguments, name) for name in ("eval_answers", "eval_image_dir")}
-        given |= {name: getattr(args, name) for name in ("early_stopping_patience", "eval_on_start")}
-        if any(given.values()):
-            raise ValueError(f"--{next(filter(given.get, given))} takes held-out data: set --eval_data_path")
-
-
-def check_batches(number: int, args: TrainingArguments) -> None:
-    """Refuses data, so many records or packed rows, of which `--dataloader_drop_last` leaves nothing.
-
-    Raises:
-        ValueError: they are less than one batch on every rank.
-    """
-    batch = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and number < batch:
-        raise ValueError(f"--dataloader_drop_last leaves nothing of {number} records: all ranks' batch is {batch}")
-
-
-def check_options(args: TrainingArguments, model: nn.Module, eval_answers: int) -> None:
-    """Asks the libraries for what the arguments name, before data is read or anything written.
-
-    Raises:
-        ValueError: there is nothing of that name, or it needs a package that is not installed.
-    """
-    measured, metric = ["loss", *LOGGED] if eval_answers else ["loss"], args.metric_for_best_model
-    if metric is not None and metric.removeprefix("eval_") not in measured:
-        raise ValueError(f"--metric_for_best_model {metric}: this run measures {', '.join(measured)}")
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        raise ValueError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel")
-    scheduled = (args.lr_scheduler_type, SGD([torch.zeros(1)]), 1, 2, args.lr_scheduler_kwargs)
-    compiled = {"mode": args.torch_compile_mode, "backend": args.torch_compile_backend}
-    options = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")
-    loading = {option: getattr(args, f"dataloader_{option}") for option in options}
-    asked = {
-        "optim": lambda: Trainer.get_optimizer_cls_and_kwargs(args, model),
-        "lr_scheduler_type": lambda: get_scheduler(*scheduled),
-        "report_to": lambda: [callback() for callback in get_reporting_integration_callbacks(args.report_to)],
-        "torch_compile": lambda: args.torch_compile and torch.compile(nn.Identity(), **compiled),
-        "dataloader_num_workers": lambda: DataLoader([0], **loading),
-    }
-    for name, ask in asked.items():
-        try:
-            ask()
-        except (RuntimeError, TypeError, ValueError) as error:
-            value = getattr(args, name)
-            raise ValueError(f"--{name} {getattr(value, 'value', value)}, or what goes with it: {error}") from error
-
-
-def longest_items(trainer: LlavaTrainer) -> list[dict[str, Any]]:
-    """A batch's number of the longest good records, by their tokens, the fullest row, or a stream's first.
-
-    Those that seem the longest (see `estimate_lengths`) are tokenised, until there are 64 more good ones.
-    """
-    dataset, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
-    if isinstance(dataset, PackedDataset):
-        return dataset[int(dataset.tokens.argmax())]
-    if not isinstance(dataset, CheckedDataset):
-        return list(islice(dataset, size))
-    tokens: dict[int, int] = {}
-    for i in np.argsort(-estimate_lengths(dataset.dataset, dataset.chat), kind="stable"):
-        if (item := dataset.good_item(int(i))) is not None:
-            tokens[int(i)] = len(item["input_ids"])
-        if len(tokens) == size + 64:
-            break
-    longest = sorted(tokens, key=lambda i: -tokens[i])[:size]
-    return [dataset[i] for i in longest or [0]]  # where none is good, [0] says so
-
-
-def preflight(trainer: LlavaTrainer) -> None:
-    """Tries forward, backward, saving and reading back on one rank, and says what memory the run will take.
-
-    The model's weights, and the random numbers that the run will draw, stay as they are. Held-out records are all
-    looked at, whose first evaluation may be hours away.
-
-    Raises:
-        ValueError: the loss or a gradient is missing or not finite, or what is saved is not what is in memory; or too
-            many held-out records are bad.
-    """
-    args, held_out = trainer.args, trainer.eval_dataset
-    mine = range(args.process_index, len(held_out or ()), args.world_size)
-    for i in tqdm(mine, "held-out records", disable=len(mine) < 1000 or args.process_index > 0):
-        held_out.good_item(i)
-    untrained: list[set[str]] = [set()]
-    if trainer.is_world_process_zero():
-        if is_deepspeed_zero3_enabled():
-            print("preflight left out: under ZeRO-3 no rank holds the whole model")
-        else:
-            with torch.random.fork_rng():
-                untrained = [_try_once(trainer)]
-    for name in broadcast_object_list(untrained)[0]:
-        trainer.model.get_parameter(name).requires_grad_(False)
-
-
-def _try_once(trainer: LlavaTrainer) -> set[str]:
-    """See `preflight`. Returns the names of the parameters that are not to train: see `unreached_parameters`."""
-    args = trainer.args
-    model = trainer.model.to(args.device).train()
-    items = longest_items(trainer)
-    batch = trainer.data_collator(items)
-    what = f"{len(items)} of the longest records"
-    if isinstance(trainer.train_dataset, PackedDataset):
-        what = f"the fullest row, {batch['size'][0]:,} tokens of {len(items)} records,"
-    pixel_values = batch["pixel_values"]
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    finite: dict[nn.Parameter, bool] = {}
-
-    def check_gradient(parameter: nn.Parameter) -> None:
-        finite[parameter] = bool(torch.isfinite(parameter.grad).all())
-        parameter.grad = None  # under ZeRO-2 no rank holds all gradients
-
-    hooks = [parameter.register_post_accumulate_grad_hook(check_gradient) for parameter in trained.values()]
-
-    def compute_loss() -> torch.Tensor:
-        with trainer.accelerator.autocast():
-            return trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
-
-    loss = compute_loss()
-    loss.backward()
-    for hook in hooks:
-        hook.remove()
-    for name, parameter in trained.items():
-        if not finite.get(parameter, True):
-            raise ValueError(f"preflight: {name} gets a gradient that is not finite (loss {loss.item():.4f})")
-    without = {name: parameter for name, parameter in trained.items() if parameter not in finite}
-    untrained = unreached_parameters(model, without, compute_loss) if without else set()
-    peak = peak_memory(args.device)
-
-    folder = Path(args.output_dir) / "preflight"
-    try:
-        with writing(folder):
-            trainer._save(str(folder))
-        saved, images = AutoProcessor.from_pretrained(folder), [image for item in items for image in item["images"]]
-        ours, theirs = (
-            processor.tokenizer.apply_chat_template([item["messages"] for item in items], return_dict=False)
-            for processor in (trainer.processing_class, saved)
-        )
-        prepared = prepare_pictures(saved.image_processor, images)["pixel_values"] if images else pixel_values
-        if ours != theirs or not prepared.equal(pixel_values):
-            raise ValueError("preflight: the processor is not saved as it is in memory")
-    except OSError as error:
-        raise ValueError(f"preflight: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-    dtype, (zero, offload) = precision(args), zero_of(args)
-    kept = state_bytes(model, dtype, args.world_size, zero, offload)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    update = weights + update_bytes(model, dtype, args.world_size, zero, offload)
-    gradients = kept["gradients"] + earlier_bytes(args, kept["gradients"])
-    more = gradients + kept["optimizer"] + max(update - peak, 0)
-    print(
-        f"preflight: {what} forward and backward, saved, read back alike (loss {loss.item():.4f}); "
-        f"{peak / 1e9:.1f} GB, and {more / 1e9:.1f} GB more a rank for gradients and optimizer"
-    )
-    return untrained
-
-
-def unreached_parameters(
-    model: nn.Module, without: dict[str, nn.Parameter], compute_loss: Callable[[], torch.Tensor]
-) -> set[str]:
-    """Tells why parameters got no gradient, and returns the names of those that are not to train.
-
-    A fault is one that acts on the loss: where it is changed, so is the loss of the batch, and so is what the language
-    model alone makes of two tokens. What only chooses among tokens, as the indexer of DeepSeek-V3.2 does, has nothing
-    to choose among two, and what nothing reads changes neither. These are not trained by design, unless many tokens
-    of text alone give them a gradient: an expert that no token of the batch has reached goes on training.
-
-    Args:
-        without: the parameters that got no gradient, by name.
-        compute_loss: gives the loss of the batch.
-
-    Raises:
-        ValueError: one of them acts on the loss, or is no part of the language model; the message names it.
-    """
-    language_model = next(m for name, m in model.named_modules() if name.endswith("model.language_model"))
-
-    def text_alone(tokens: int) -> torch.Tensor:
-        ids = torch.arange(tokens, device=model.device) * 7919 % language_model.config.vocab_size
-        with torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):
-            return language_model(input_ids=ids[None], use_cache=False).last_hidden_state
-
-    @torch.no_grad()
-    def acts_on(compute: Callable[[], torch.Tensor], parameter: nn.Parameter) -> bool:
-        before, held = compute(), parameter.detach().clone()
-        parameter.add_(torch.randn_like(parameter) * (held.abs().mean() + 0.01))
-        changed = not compute().equal(before)
-        parameter.copy_(held)
-        return changed
-
-    training = model.training
-    model.eval()  # without dropout
-    for name, parameter in without.items():
-        outside = part_of(name) != "language model" or "lm_head" in name
-        if outside or (acts_on(partial(text_alone, 2), parameter) and acts_on(compute_loss, parameter)):
-            raise ValueError(f"preflight: {name} gets no gradient")
-    many = text_alone(min(1024, context_length(language_model.config))).float().square().mean()
-    gradients = torch.autograd.grad(many, list(without.values()), allow_unused=True)
-    untrained = {name for name, gradient in zip(without, gradients, strict=True) if gradient is None}
-    model.train(training)
-    if untrained:
-        print(
-            f"not trained, since the language model by its design gives them no gradient: {len(untrained)} tensors, "
-            f"{min(untrained)} for one"
-        )
-    return untrained
 
 
 def example_inputs(processor: Processor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -382,8 +109,8 @@ def check_apart(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> l
     with TemporaryDirectory() as scratch:
         references, outcome = Path(scratch, "references.safetensors"), Path(scratch, "outcome.json")
         save_file({"logits": logits.contiguous(), "features": features.contiguous()}, references)
-        command = [sys.executable, "-m", "train_llava.checks", folder.absolute(), references, outcome]
-        ended = subprocess.run(command, cwd=Path(__file__).parent.parent, check=False).returncode
+        command = [sys.executable, "-m", "train_llava.modeling.verification", folder.absolute(), references, outcome]
+        ended = subprocess.run(command, cwd=ROOT, check=False).returncode
         if not outcome.exists():
             raise ValueError(f"the checks of {folder} did not end: exit code {ended}")
         found = json.loads(outcome.read_text())

@@ -11,8 +11,8 @@ import psutil
 import torch
 from transformers import TrainingArguments
 
-from train_llava.memory import token_operations
 from train_llava.model import LoraArguments
+from train_llava.training.memory import token_operations
 
 # What an entry of the log says of the steps since the last one
 LOGGED = {

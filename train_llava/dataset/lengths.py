@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from train_llava.chat import Chat
 from train_llava.data import LlavaDataset, to_item
-from train_llava.readers import BadRecordError
+from train_llava.dataset.readers import BadRecordError
 
 
 def order_seed(args: TrainingArguments) -> int:

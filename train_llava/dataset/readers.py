@@ -32,8 +32,8 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from train_llava.hub import BESIDE, HUB_ID, METADATA, find_on_hub, opened, rows_on_hub
-from train_llava.pictures import Place, is_archive, is_picture, plain
+from train_llava.dataset.archives import Place, is_archive, is_picture, plain
+from train_llava.dataset.hub import BESIDE, HUB_ID, METADATA, find_on_hub, opened, rows_on_hub
 
 BATCH_BYTES = 64 << 20  # of rows that are held at once, as they may hold pictures
 PART_KEYS = ("image", "image_url", "url", "path")  # where a part of a message names its picture

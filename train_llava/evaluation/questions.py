@@ -6,19 +6,29 @@ with a question may stand under `messages`. An answer is a line `{"id", "prompt"
 `cut` where it has as many tokens as it may; `settings` are the model and the options that gave it.
 """
 
+import hashlib
 import json
 import os
 import reprlib
 from collections import defaultdict, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
+from peft import PeftModel
+from PIL import Image
+from tqdm import tqdm
 
+from train_llava.chat import Chat
 from train_llava.cli import ADDRESSES
-from train_llava.readers import BadRecordError, read_jsonl
+from train_llava.dataset.readers import BadRecordError, read_jsonl
+from train_llava.evaluation.generation import WINDOW, generate_all, prepare, sampling, this_process
+from train_llava.model import Llava
+from train_llava.modeling.weights import first_numbers
 from train_llava.records import IMAGE_TOKEN, Record, id_of, pictures_of, text_of, to_messages
 
 OTHERWISE = "choose another name, or remove that file"
@@ -147,3 +157,78 @@ def answered_before(path: Path, asked: list[dict[str, Any]], settings: dict[str,
     if torn:
         os.truncate(path, path.stat().st_size - torn)
     return found
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """By what a model, with its adapter, is told from another: the first numbers of its tensors."""
+    numbers = list(first_numbers(model).values())
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
+
+
+def shares(number: int, batch_size: int) -> list[range]:
+    """This process's share of each window of so many questions or records, as their numbers; the last may be empty."""
+    state = this_process()
+    share = max(1, min(WINDOW * batch_size, -(-number // state.num_processes)))
+    windows = range(share * state.process_index, number + share * state.process_index, share * state.num_processes)
+    return [range(min(start, number), min(start + share, number)) for start in windows]
+
+
+def settings_of(arguments: Any, model: torch.nn.Module) -> dict[str, Any]:
+    """What decides a model's answers: the arguments of `infer` or `evaluate`, and its weights."""
+    names = ("model_name_or_path", "adapter_name_or_path", "data_path", "image_dir", "bits", "max_new_tokens")
+    settings = {
+        name: getattr(arguments, name) for name in (*names, "temperature", "top_p") if hasattr(arguments, name)
+    }
+    return settings | {"weights": weights_digest(model)}
+
+
+def answer_questions(
+    model: Llava | PeftModel,
+    chat: Chat,
+    asked: list[dict[str, Any]],
+    open_question: Callable[[int], tuple[list[dict[str, Any]], list[Image.Image]]],
+    path: Path,
+    settings: dict[str, Any],
+    batch_size: int,
+    description: str | None = None,
+) -> tuple[list[dict[str, Any] | None], list[dict[str, Any]]]:
+    """Answers questions, every process its share, and writes each answer to a file as it comes (see `questions`).
+
+    Those that the file answers already are not asked again. `open_question` gives the messages and the pictures of one
+    by its place in `asked`; no more pictures are kept than it has.
+
+    Returns:
+        Each question's line of the file, None where it could not be asked; and the `id` and `reason` of these.
+
+    Raises:
+        OSError, ValueError: the file cannot be gone on with; see `locked` and `answered_before`.
+    """
+    state, bad, limit = this_process(), [], settings["max_new_tokens"]
+    options = sampling(settings.get("temperature", 0), settings.get("top_p", 1))
+    writes = state.is_main_process
+    with locked(path) if writes else nullcontext():
+        with state.main_process_first():  # which cuts off what a kill has torn
+            lines = answered_before(path, asked, settings)
+        state.wait_for_everyone()
+        left = [place for place, line in enumerate(lines) if line is None]
+        bar = tqdm(total=len(asked), initial=len(asked) - len(left), desc=description, disable=not writes)
+        with open(path if writes else os.devnull, "ab") as file, bar:
+            for share in shares(len(left), batch_size):
+                places, prepared, refused = [], [], []
+                for place in left[share.start : share.stop]:
+                    try:
+                        prepared.append(prepare(model, chat, *open_question(place), limit))
+                        places.append(place)
+                    except (OSError, ValueError) as error:
+                        refused.append({"id": asked[place]["id"], "reason": str(error)})
+                replies = generate_all(model, chat, prepared, batch_size, **options)
+                for answered, unasked in gather_object([(list(zip(places, replies, strict=True)), refused)]):
+                    for place, (answer, cut) in answered:
+                        named = {key: asked[place][key] for key in ("id", "prompt", "number") if key in asked[place]}
+                        line = lines[place] = named | {"answer": answer, "cut": bool(cut), "settings": settings}
+                        # a half of a surrogate pair, which only an id can hold, is written as it was: escaped
+                        file.write(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+                    bad += unasked
+                    bar.update(len(answered) + len(unasked))
+                file.flush()
+    return lines, bad

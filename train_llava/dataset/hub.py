@@ -19,7 +19,7 @@ from filelock import FileLock
 from huggingface_hub import HfApi, HfFileSystem, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionResolutionError
 
-from train_llava.cli import replacing
+from train_llava.common.files import replacing
 
 BESIDE = ("images_dl", "images", "images.zip")  # where pictures are looked for beside a file of records
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the hub's `imagefolder`: records by file name

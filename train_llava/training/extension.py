@@ -16,7 +16,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from transformers import TrainingArguments
 
 from train_llava.cli import device
-from train_llava.memory import zero_of
+from train_llava.training.memory import zero_of
 
 
 def build_extensions(args: TrainingArguments) -> None:

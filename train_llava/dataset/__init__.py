@@ -1,0 +1,1 @@
+"""From files to samples: readers, images, archives, streaming, packing, lengths."""

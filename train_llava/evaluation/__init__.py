@@ -1,0 +1,1 @@
+"""Generation, question files, answers, metrics, plots."""

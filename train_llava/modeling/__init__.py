@@ -1,0 +1,1 @@
+"""Models: their parts, chat templates, quantization, attention, weights, verification."""

@@ -1,0 +1,1 @@
+"""A run: arguments, preflight, checkpointing, resume, throughput, memory, stopping, cards."""
