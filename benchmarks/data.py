@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
 from train_llava.data import LlavaCollator, LlavaDataset
-from train_llava.modeling.templates import complete_template
+from train_llava.modeling.templates import patch_chat_template
 from train_llava.records import IMAGE_TOKEN
 
 QWEN2 = Path(__file__).parent.parent / "examples/openmoji/parts/qwen2"
@@ -42,7 +42,7 @@ def make_processor() -> LlavaProcessor:
     """A 336-pixel CLIP's image processor beside the toy example's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(QWEN2)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    complete_template(tokenizer)
+    patch_chat_template(tokenizer)
     image_processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     return LlavaProcessor(image_processor, tokenizer, 14, "default", tokenizer.chat_template, IMAGE_TOKEN, 1)
 

@@ -30,7 +30,7 @@ from PIL import Image
 from speed import ON_GPU, make_apart
 from transformers.utils import is_flash_attn_2_available
 
-from train_llava.training.throughput import read_pace
+from train_llava.training.throughput import read_throughput
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -109,7 +109,7 @@ def training_row(name: str, command: list, output_dir: Path, seconds: float) -> 
     cells = [""] * 3 + [estimate[1] if estimate else "", ""]
     if not error:
         log = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
-        pace, losses = read_pace(log), [entry["loss"] for entry in log if "loss" in entry]
+        pace, losses = read_throughput(log), [entry["loss"] for entry in log if "loss" in entry]
         cells[0] = f"{median(pace['tokens_per_second']):,.0f}"
         cells[1] = f"{100 * median(pace['mfu']):.2g}%" if "mfu" in pace else ""
         cells[2] = f"{max(pace['memory_gb']):.1f}"

@@ -18,9 +18,9 @@ from train_llava.training.memory import (
     TEXT,
     activation_bytes,
     empty_model,
+    model_state_bytes,
+    optimizer_step_bytes,
     picture_features,
-    state_bytes,
-    update_bytes,
 )
 
 # The published configurations of openai/clip-vit-large-patch14-336 and Qwen/Qwen1.5-4B-Chat
@@ -63,8 +63,8 @@ def main() -> None:
     for train_type in LEARNING_RATES:
         for pictures, config in configs.items():
             llava, model = empty_model(config, train_type, LoraArguments(), torch.bfloat16)
-            states = [sum(state_bytes(model, torch.bfloat16, n, zero=2).values()) for n in GPUS]
-            updates = [update_bytes(model, torch.bfloat16, n, zero=2) for n in GPUS]
+            states = [sum(model_state_bytes(model, torch.bfloat16, n, zero=2).values()) for n in GPUS]
+            updates = [optimizer_step_bytes(model, torch.bfloat16, n, zero=2) for n in GPUS]
             if pictures == "crop":
                 trainable = sum(trained for trained, _ in count_parameters(model).values())
                 pairs = zip(states, updates, strict=True)

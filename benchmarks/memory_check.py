@@ -16,7 +16,7 @@ import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from train_llava.model import LoraArguments, count_parameters, set_trainable
-from train_llava.training.memory import activation_bytes, empty_model, state_bytes
+from train_llava.training.memory import activation_bytes, empty_model, model_state_bytes
 from train_llava.training.throughput import peak_memory
 
 TEXT, ANSWER, IMAGE = 64, 32, 0
@@ -69,7 +69,7 @@ def measured(name: str, train_type: str, recompute: bool, rows: int) -> int:
 def computed(name: str, train_type: str, recompute: bool, rows: int) -> tuple[float, int]:
     """The same bytes by train_llava/training/memory.py, and the model's parameters."""
     llava, model = empty_model(geometry(name), train_type, LORA, torch.float32)
-    sizes = state_bytes(model, torch.float32)
+    sizes = model_state_bytes(model, torch.float32)
     sizes |= activation_bytes(llava, rows, 256 + TEXT, rows, rows * ANSWER, recompute)
     return sum(sizes.values()) - sizes["optimizer"], sum(total for _, total in count_parameters(model).values())
 

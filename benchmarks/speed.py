@@ -47,7 +47,7 @@ from transformers import (
 from train_llava.build_model import build_model
 from train_llava.cli import device
 from train_llava.data import LlavaCollator
-from train_llava.evaluation.generation import question
+from train_llava.evaluation.generation import user_message
 from train_llava.model import LoraArguments, load_checkpoint, lora_config, set_trainable
 from train_llava.training.throughput import peak_memory
 
@@ -214,7 +214,7 @@ def run(contender: str, folder: Path, output: Path, steps: int) -> dict:
     items = [
         {
             "id": str(i),
-            "messages": [question(text, 1), {"role": "assistant", "content": [{"type": "text", "text": answer}]}],
+            "messages": [user_message(text, 1), {"role": "assistant", "content": [{"type": "text", "text": answer}]}],
             "images": [picture],
         }
         for i, ((text, answer), picture) in enumerate(zip(TEXTS, pictures, strict=True))

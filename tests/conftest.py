@@ -37,9 +37,9 @@ from train_llava.build_model import build_model
 from train_llava.merge_lora import merge_lora
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.modeling.adapter import load_model
-from train_llava.modeling.verification import check_checkpoint
+from train_llava.modeling.verification import verify_checkpoint
 
-train_llava.build_model.check_apart = check_checkpoint  # a fresh process takes seconds to begin
+train_llava.build_model.verify_in_fresh_process = verify_checkpoint  # a fresh process takes seconds to begin
 ROOT = Path(__file__).parent.parent
 
 CHATML = (
@@ -223,16 +223,16 @@ def opened(merged):
     return load_model(str(merged))
 
 
-def question(*texts: str) -> list[dict]:
+def user_message(*texts: str) -> list[dict]:
     """A conversation of one question; "<image>" stands for a picture."""
     parts = [{"type": "image"} if text == "<image>" else {"type": "text", "text": text} for text in texts]
     return [{"role": "user", "content": parts}]
 
 
 QUESTIONS = [
-    question("<image>", "What is this?"),
-    question("Where is Paris?"),
-    question("<image>", "<image>", "这是?"),
+    user_message("<image>", "What is this?"),
+    user_message("Where is Paris?"),
+    user_message("<image>", "<image>", "这是?"),
 ]
 IMAGES = [Image.new("RGB", (40, 40), color) for color in ("red", "green", "blue")]
 

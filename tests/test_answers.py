@@ -240,7 +240,7 @@ def test_the_log_tells_the_pace(llava, corpus, tmp_path, monkeypatch, capsys):
     settings += ["--eval_data_path", corpus, "--eval_strategy", "steps", "--eval_steps", "1", "--preflight", "false"]
     clock = iter(range(10**6))
     monkeypatch.setattr(pace, "perf_counter", lambda: next(clock))  # a second passes at each look
-    monkeypatch.setattr(pace, "multiplication_rate", lambda *_: 1e6)
+    monkeypatch.setattr(pace, "matmul_peak", lambda *_: 1e6)
     run_train(monkeypatch, llava, corpus, tmp_path / "run", *settings)
     processor = load_processor(str(llava))[1]
     dataset, chat = LlavaDataset(str(corpus)), Chat(processor)
@@ -263,9 +263,9 @@ def test_the_share_of_the_rate_counts_the_operations_of_a_real_step(llava, corpu
     model, processor = load_checkpoint(str(llava), attn_implementation="eager")
     given = LoraArguments(lora_r=4, lora_dropout=0.0)
     args = SimpleNamespace(train_type=train_type, activation_checkpointing=False, deepspeed=None)
-    assumed = memory.token_operations(model.config, given, args)
+    assumed = memory.flops_per_token(model.config, given, args)
     args.deepspeed, args.hf_deepspeed_config = "ds_zero3.json", HfDeepSpeedConfig(str(ROOT / "ds_zero3.json"))
-    assert memory.token_operations(model.config, given, args) == assumed  # whose empty weights are not shared out
+    assert memory.flops_per_token(model.config, given, args) == assumed  # whose empty weights are not shared out
     assert is_deepspeed_zero3_enabled()
     unset_hf_deepspeed_config()
     model = set_trainable(model.train(), train_type, given)

@@ -21,7 +21,7 @@ from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.dataset.images import open_image, picture_size
 from train_llava.dataset.lengths import estimate_lengths
 from train_llava.dataset.packing import PackedDataset, count_tokens
-from train_llava.evaluation.generation import generate, question
+from train_llava.evaluation.generation import generate, user_message
 from train_llava.merge_lora import merge_lora
 from train_llava.model import load_checkpoint
 from train_llava.modeling.adapter import load_model
@@ -89,7 +89,7 @@ def test_a_picture_of_any_size_has_as_many_tokens_as_features(anyres):
         features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output[0]
         assert inputs["input_ids"].shape[1] == len(features) == chat.image_tokens(size), size
     assert len({chat.image_tokens(size) for size in SIZES}) > 10
-    ours = chat.prompts([[question("What?", 1)]], [noise(90, 30)])
+    ours = chat.prompts([[user_message("What?", 1)]], [noise(90, 30)])
     assert (ours["input_ids"] == processor.image_token_id).sum() == chat.image_tokens((90, 30))
 
 
@@ -181,7 +181,7 @@ def test_an_adapter_leaves_the_newline_and_merges_to_the_same_answers(anyres, ph
         load_model(str(anyres), str(tmp_path / "run")),
         load_model(str(tmp_path / "merged")),
     )
-    asked, images = [[question("What is this?", 1)] for _ in range(3)], [noise(*size) for size in SIZES[13:16]]
+    asked, images = [[user_message("What is this?", 1)] for _ in range(3)], [noise(*size) for size in SIZES[13:16]]
     inputs = Chat(processor).prompts(asked, images)
     ours, theirs = merged(**inputs).logits, adapted(**inputs).logits
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
@@ -226,7 +226,7 @@ def test_a_head_tells_the_size_of_the_upright_picture():
 
 
 def test_no_picture_is_decoded_smaller(anyres):
-    assert Chat(load_checkpoint(str(anyres))[1]).at_least is None
+    assert Chat(load_checkpoint(str(anyres))[1]).min_side is None
 
 
 def test_every_question_is_asked(anyres, photos, tmp_path):
@@ -237,7 +237,7 @@ def test_every_question_is_asked(anyres, photos, tmp_path):
     assert (metrics["n"], metrics["bad"]) == (20, [])
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     model, processor = load_model(str(anyres))
-    alone = [generate(model, processor, [[question("What is this?", 1)]], [noise(*size)], 4)[0] for size in SIZES]
+    alone = [generate(model, processor, [[user_message("What is this?", 1)]], [noise(*size)], 4)[0] for size in SIZES]
     assert [line["prediction"] for line in lines] == alone
 
 
@@ -272,12 +272,12 @@ def test_grids_are_the_users(parts, tmp_path):
 def test_pictures_and_tags_have_to_be_as_many(anyres, count):
     model, processor = load_model(str(anyres))
     with pytest.raises(ValueError, match=f"1 <image> tags, {count} pictures"):
-        generate(model, processor, [[question("What?", 1)]], [noise(28, 28)] * count)
+        generate(model, processor, [[user_message("What?", 1)]], [noise(28, 28)] * count)
 
 
 def test_the_page_answers_as_infer_does(anyres):
     model, processor = load_model(str(anyres))
-    asked, images = [question("What is this?", 1)], [noise(90, 30)]
+    asked, images = [user_message("What is this?", 1)], [noise(90, 30)]
     *_, answer = stream(model, processor, asked, images, Event(), Lock(), max_new_tokens=8)
     assert answer == generate(model, processor, [asked], images, 8)[0]
 

@@ -38,12 +38,12 @@ from transformers import (
 from train_llava.build_model import build_model, load_projector
 from train_llava.chat import Chat
 from train_llava.data import LlavaCollator
-from train_llava.evaluation.generation import generate, question, sampling
+from train_llava.evaluation.generation import generate, sampling, user_message
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.modeling.adapter import load_model
 from train_llava.modeling.parts import part_config
-from train_llava.modeling.templates import complete_template, end_of_turn_tokens
-from train_llava.modeling.verification import check_claims, packing_difference, reference_outputs, tolerance
+from train_llava.modeling.templates import end_of_turn_tokens, patch_chat_template
+from train_llava.modeling.verification import packing_difference, reference_outputs, tolerance, verify_for_training
 from train_llava.records import to_messages
 from train_llava.training.cards import describe_trainable
 
@@ -132,10 +132,10 @@ def test_a_full_vocabulary_gets_a_row_and_keeps_its_own(parts, tmp_path):
 
 def test_end_of_turn_token_is_read_off_the_template(parts):
     tokenizer = AutoTokenizer.from_pretrained(parts["qwen2"])
-    complete_template(tokenizer)
+    patch_chat_template(tokenizer)
     assert end_of_turn_tokens(tokenizer) == ["<|im_end|>"]
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "\n###\n")
-    assert complete_template(tokenizer)[-1].startswith("an end")
+    assert patch_chat_template(tokenizer)[-1].startswith("an end")
     assert end_of_turn_tokens(tokenizer) == [tokenizer.eos_token]
 
 
@@ -337,7 +337,7 @@ def test_the_likeliest_answer_is_that_of_the_logits_whatever_the_language_model_
     build_model(str(parts["clip"]), str(with_rules), str(tmp_path / "llava"))
     saved = GenerationConfig.from_pretrained(tmp_path / "llava").to_diff_dict()
     assert not rules.keys() & saved.keys()
-    asked = [question("red red red blue?", 0)]
+    asked = [user_message("red red red blue?", 0)]
     (plain,), (llava,) = (generate(*load_model(str(tmp_path / name)), [asked], [], 12) for name in ("plain", "llava"))
     assert llava == plain
     model, processor = load_model(str(tmp_path / "llava"))
@@ -445,7 +445,7 @@ def test_what_is_taken_for_noise_has_a_ceiling(parts, tmp_path):
     assert packed > 100 * tolerance(torch.float32)
     assert not equal
     with pytest.raises(ValueError, match="--packing: a deepseek_v32 does not keep"):
-        check_claims(model, processor, packing=True)
+        verify_for_training(model, processor, packing=True)
     with pytest.raises(ValueError, match="with a cache, in 256 tokens, its logits differ"):
         build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "checked"))
 

@@ -8,8 +8,8 @@ from tokenizers import AddedToken, processors
 from transformers import CLIPImageProcessorPil, GenerationConfig, LlavaProcessor, Qwen2Config
 
 from train_llava.chat import IGNORE, Chat
-from train_llava.modeling.templates import complete_generation_config, complete_template, context_length
-from train_llava.modeling.verification import check_conversations, conversation
+from train_llava.modeling.templates import complete_generation_config, context_length, patch_chat_template
+from train_llava.modeling.verification import conversation, verify_conversations
 from train_llava.records import text_of
 
 TOKENS = ("<s>", "</s>", "<u>", "<a>", "<e>")
@@ -133,7 +133,7 @@ def chat_of(folder, template, changed=None) -> Chat:
     tokenizer.add_tokens(["<think>", "</think>"])
     if changed:
         changed(tokenizer)
-    complete_template(tokenizer)
+    patch_chat_template(tokenizer)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     pictures = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     return Chat(
@@ -158,8 +158,8 @@ def check_everything(chat: Chat) -> None:
     tokenizer, processor = chat.tokenizer, chat.processor
     config = GenerationConfig()
     complete_generation_config(config, tokenizer)
-    check_conversations(chat, config)
-    assert complete_template(tokenizer) == []
+    verify_conversations(chat, config)
+    assert patch_chat_template(tokenizer) == []
     messages = conversation("What?", "red", "And?", "blue", "Why?", "红")
     strings = [message | {"content": text_of(message)} for message in messages]
     input_ids, labels = chat.encode(messages)
@@ -301,7 +301,7 @@ def test_a_template_that_cannot_be_used_is_refused_in_one_line(tmp_path, templat
     tokenizer = make_tokenizer(tmp_path, ("</s>", "<a>"), None, "</s>", "</s>")
     tokenizer.eos_token, tokenizer.chat_template = eos, template
     with pytest.raises(ValueError, match=reason) as error:
-        complete_template(tokenizer)
+        patch_chat_template(tokenizer)
     assert "\n" not in str(error.value)
 
 

@@ -70,12 +70,12 @@ def opened(llava):
 def test_a_slip_in_labels_or_prompts_is_found(opened, name):
     model, processor = opened
     slip, message = SLIPS[name]
-    verification.check_conversations(Slipped(Chat(processor)), model.generation_config)
+    verification.verify_conversations(Slipped(Chat(processor)), model.generation_config)
     with pytest.raises(ValueError, match=message):
-        verification.check_conversations(Slipped(Chat(processor), **slip), model.generation_config)
+        verification.verify_conversations(Slipped(Chat(processor), **slip), model.generation_config)
 
 
 @pytest.mark.parametrize("stops", [0, [0, 1], None])
 def test_generation_has_to_stop_where_answers_end(opened, stops):
     with pytest.raises(ValueError, match=r"answers are taught to end with <\|im_end\|>, and generation does not stop"):
-        verification.check_conversations(Chat(opened[1]), GenerationConfig(eos_token_id=stops))
+        verification.verify_conversations(Chat(opened[1]), GenerationConfig(eos_token_id=stops))

@@ -207,7 +207,7 @@ def test_pictures_are_opened_as_in_training_and_let_go_of(merged, tmp_path, monk
     def prepare(model, chat, messages, images, limit):
         held.append(sum(picture() is not None for picture in opened))
         opened.append(weakref.ref(images[0]))
-        assert images[0].size == LlavaDataset(str(data), at_least=chat.at_least)[len(held) - 1]["images"][0].size
+        assert images[0].size == LlavaDataset(str(data), min_side=chat.min_side)[len(held) - 1]["images"][0].size
         return real(model, chat, messages, images, limit)
 
     monkeypatch.setattr(question_files, "prepare", prepare)

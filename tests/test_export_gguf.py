@@ -56,7 +56,7 @@ from train_llava.export_gguf import (
     writes_date,
 )
 from train_llava.model import load_checkpoint
-from train_llava.modeling.templates import complete_template, render
+from train_llava.modeling.templates import patch_chat_template, render
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def with_steps(tokenizer: PreTrainedTokenizerBase, **changes) -> PreTrainedToken
         tokenizer_object=Tokenizer.from_str(json.dumps(written)), chat_template=tokenizer.chat_template,
         eos_token=tokenizer.eos_token, pad_token=tokenizer.pad_token,
     )  # fmt: skip
-    complete_template(fast)
+    patch_chat_template(fast)
     return fast
 
 
@@ -494,7 +494,7 @@ def tokenizer_of(name: str, folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = make_tokenizer(folder, special, template, ends[0], None)
     if template.startswith("{{ '"):
         tokenizer.bos_token = special[0]
-    complete_template(tokenizer)
+    patch_chat_template(tokenizer)
     return tokenizer
 
 
@@ -528,7 +528,7 @@ def test_a_template_that_ollama_cannot_write_leaves_nothing_behind(llava, tmp_pa
     model.save_pretrained(tmp_path / "counts")
     counting = CHATML.replace("'<|im_start|>' +", "'<|im_start|>' + loop.index | string +")
     processor.tokenizer.chat_template = counting.replace("'<|im_start|>assistant", "'<|im_start|>9assistant")
-    complete_template(processor.tokenizer)
+    patch_chat_template(processor.tokenizer)
     processor.chat_template = processor.tokenizer.chat_template
     processor.save_pretrained(tmp_path / "counts")
     with pytest.raises(ValueError, match="in a way that Ollama's cannot"):

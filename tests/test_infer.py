@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import IMAGES, QUESTIONS, question
+from conftest import IMAGES, QUESTIONS, user_message
 
 from train_llava import evaluate, infer
 from train_llava.chat import Chat
@@ -45,7 +45,7 @@ def test_short_answers_do_not_wait_for_long_ones(merged, monkeypatch):
     chat, vocabulary = Chat(processor), len(processor.tokenizer)
     monkeypatch.setattr(model.generation_config, "eos_token_id", [0, *range(1, vocabulary, 12)])
     texts = [f"What is {word}?" + " It is" * (i % 5) for i, word in enumerate("abcdefghijkl")]
-    asked = [question(*["<image>"] * (i % 3), text) for i, text in enumerate(texts)]
+    asked = [user_message(*["<image>"] * (i % 3), text) for i, text in enumerate(texts)]
     shown = [IMAGES[: i % 3] for i in range(len(texts))]
     alone = [generate(model, processor, [q], pictures, 40)[0] for q, pictures in zip(asked, shown, strict=True)]
     calls, real = [], model.generate
@@ -87,19 +87,19 @@ def test_infer_prints_the_answer_alone(merged, corpus):
 
 def test_the_context_of_the_model_is_kept(opened):
     model, processor = opened
-    length = Chat(processor).prompts([question("hi")], [])["input_ids"].shape[1]
-    fits = question("hi" + "z" * (512 - length - 2))  # one token each
+    length = Chat(processor).prompts([user_message("hi")], [])["input_ids"].shape[1]
+    fits = user_message("hi" + "z" * (512 - length - 2))  # one token each
     assert generation.room_for_answer(model, Chat(processor), fits, []) == 2
     together = generate(model, processor, [fits, *QUESTIONS[:1]], IMAGES[:1], 8)
     assert together[1] == generate(model, processor, QUESTIONS[:1], IMAGES[:1], 8)[0]
     with pytest.raises(ValueError, match="has 512 tokens, pictures included, and the model reads 512"):
-        generate(model, processor, [question("hi" + "z" * (512 - length))], [], 8)
+        generate(model, processor, [user_message("hi" + "z" * (512 - length))], [], 8)
 
 
 @pytest.mark.parametrize("token", ["<image>", "<|im_end|>", "<|im_start|>"])
 def test_a_control_token_in_a_prompt_is_refused(opened, token):
     with pytest.raises(ValueError, match=re.escape(f"the control token {token} stands in a text")):
-        generate(*opened, [question(f"What is {token} this?")], [], 4)
+        generate(*opened, [user_message(f"What is {token} this?")], [], 4)
 
 
 def test_what_the_model_has_said_is_no_attempt_to_end_a_turn(opened):
@@ -107,9 +107,9 @@ def test_what_the_model_has_said_is_no_attempt_to_end_a_turn(opened):
     model, processor = opened
     chat = Chat(processor)
     chat.control_tokens = chat.control_tokens | {"</think>"}
-    (user,), (again,) = question("What is this?"), question("And this?")
-    assert generation.room_for_answer(model, chat, [user, generation.reply("red</think>"), again], [])
-    for messages in ([user, generation.reply("red<|im_end|>"), again], question("red</think>")):
+    (user,), (again,) = user_message("What is this?"), user_message("And this?")
+    assert generation.room_for_answer(model, chat, [user, generation.assistant_message("red</think>"), again], [])
+    for messages in ([user, generation.assistant_message("red<|im_end|>"), again], user_message("red</think>")):
         with pytest.raises(ValueError, match="stands in a text"):
             generation.room_for_answer(model, chat, messages, [])
 
@@ -150,8 +150,8 @@ def test_a_chat_keeps_the_conversation_and_takes_pictures_on_the_way(merged, cor
     (first, one), (second, two) = asked
     assert (one, two) == (1, 2)
     messages = json.loads(second)
-    assert messages[0] == json.loads(first)[0] == question("<image>", "What is this?")[0]
-    assert messages[2] == question("<image>", "And this?")[0]
+    assert messages[0] == json.loads(first)[0] == user_message("<image>", "What is this?")[0]
+    assert messages[2] == user_message("<image>", "And this?")[0]
     assert messages[1]["content"][0]["text"] in shown.out
     assert "nothing.png does not exist" in shown.err
     assert "can't decode byte 0xe5" in shown.err

@@ -28,10 +28,10 @@ from train_llava.training.memory import (
     SavedTensors,
     activation_bytes,
     empty_model,
+    model_state_bytes,
+    optimizer_step_bytes,
     picture_features,
-    state_bytes,
     step_bytes,
-    update_bytes,
 )
 
 LORA = LoraArguments(lora_r=4, lora_dropout=0.0)
@@ -101,7 +101,7 @@ def test_state_is_that_of_a_step_with_numbers(llava):
     optimizer.step()
     moments = [x for state in optimizer.state.values() for name, x in state.items() if name != "step"]
     empty = empty_model(load_config(str(llava)), "freeze_vision", LORA, torch.float32)[1]
-    assert state_bytes(empty, torch.float32) == {
+    assert model_state_bytes(empty, torch.float32) == {
         "weights": sum(p.nbytes for p in model.parameters()),
         "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
         "optimizer": sum(x.nbytes for x in moments),
@@ -110,21 +110,21 @@ def test_state_is_that_of_a_step_with_numbers(llava):
 
 def test_what_zero_divides(llava):
     empty = empty_model(load_config(str(llava)), "full", LORA, torch.bfloat16)[1]
-    alone = state_bytes(empty, torch.bfloat16, 1, zero=2)
-    shares = [state_bytes(empty, torch.bfloat16, 8, zero=stage) for stage in (0, 1, 2, 3)]
+    alone = model_state_bytes(empty, torch.bfloat16, 1, zero=2)
+    shares = [model_state_bytes(empty, torch.bfloat16, 8, zero=stage) for stage in (0, 1, 2, 3)]
     divided = [[name for name in alone if share[name] == alone[name] / 8] for share in shares]
     assert divided == [[], ["optimizer"], ["gradients", "optimizer"], ["weights", "gradients", "optimizer"]]
-    assert sum(state_bytes(empty, torch.bfloat16, 8, zero=3, offload=True).values()) == 0
+    assert sum(model_state_bytes(empty, torch.bfloat16, 8, zero=3, offload=True).values()) == 0
     total = sum(trained for trained, _ in count_parameters(empty).values())
-    updates = [update_bytes(empty, torch.bfloat16, 8, zero=stage) for stage in (None, 1, 2, 3)]
+    updates = [optimizer_step_bytes(empty, torch.bfloat16, 8, zero=stage) for stage in (None, 1, 2, 3)]
     assert updates == [0, *[total / 8 * (2 + 4)] * 3]
-    assert update_bytes(empty, torch.bfloat16, 1, zero=2, offload=True) == 0
+    assert optimizer_step_bytes(empty, torch.bfloat16, 1, zero=2, offload=True) == 0
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_few_bits_hold_what_of_the_language_model_is_frozen(llava, bits):
     empty = empty_model(load_config(str(llava)), "lora", LORA, torch.bfloat16)[1]
-    whole, few = (state_bytes(empty, torch.bfloat16, 1, zero=2, bits=given) for given in (None, bits))
+    whole, few = (model_state_bytes(empty, torch.bfloat16, 1, zero=2, bits=given) for given in (None, bits))
     attention, mlp = 32 * (32 + 16 + 16 + 32), 3 * 32 * 64
     assert whole.pop("weights") - few.pop("weights") == 2 * (attention + mlp) * (2 - bits / 8)
     assert whole == few
@@ -133,22 +133,22 @@ def test_few_bits_hold_what_of_the_language_model_is_frozen(llava, bits):
 def test_what_is_offloaded_is_the_optimizer_and_gradients_and_under_zero_3_the_weights(llava):
     empty = empty_model(load_config(str(llava)), "lora", LORA, torch.bfloat16)[1]
     for stage in (1, 2, 3):
-        sizes = state_bytes(empty, torch.bfloat16, 2, zero=stage)
+        sizes = model_state_bytes(empty, torch.bfloat16, 2, zero=stage)
         kept = {"weights": sizes["weights"]} if stage < 3 else {}
-        assert state_bytes(empty, torch.bfloat16, 2, zero=stage, offload=True) == dict.fromkeys(sizes, 0) | kept
+        assert model_state_bytes(empty, torch.bfloat16, 2, zero=stage, offload=True) == dict.fromkeys(sizes, 0) | kept
 
 
 def test_without_deepspeed_what_trains_has_a_copy_in_half_precision(llava):
     empty = empty_model(load_config(str(llava)), "projector", LORA, torch.bfloat16)[1]
     trained, total = (sum(column) for column in zip(*count_parameters(empty).values(), strict=True))
     sizes = {"weights": total * 2 + trained * 4, "gradients": trained * 4, "optimizer": trained * 8}
-    assert state_bytes(empty, torch.bfloat16) == sizes
+    assert model_state_bytes(empty, torch.bfloat16) == sizes
 
 
 def test_zero_3_updates_a_group_at_a_time(llava, monkeypatch):
     monkeypatch.setattr(memory, "SUB_GROUP", 100)
     empty = empty_model(load_config(str(llava)), "full", LORA, torch.bfloat16)[1]
-    assert update_bytes(empty, torch.bfloat16, 2, zero=3) == 100 * (2 + 4)
+    assert optimizer_step_bytes(empty, torch.bfloat16, 2, zero=3) == 100 * (2 + 4)
 
 
 # what differs from two records of 16 + 64 tokens each on one rank: a run, its state, its step, and what is said of it
@@ -182,10 +182,10 @@ def test_an_estimate_is_that_of_the_run_at_hand(llava, monkeypatch, run, state, 
     arguments = train.TrainArguments(output_dir="run", report_to="none", **given)
     config = load_config(str(llava))
     whole, model = empty_model(config, arguments.train_type, LORA, torch.float32)
-    sizes = state_bytes(model, torch.float32, **state) | activation_bytes(whole, *step)
+    sizes = model_state_bytes(model, torch.float32, **state) | activation_bytes(whole, *step)
     if run.get("gradient_accumulation_steps"):
         sizes["gradients of the batches before"] = sizes["gradients"]
-    update = update_bytes(model, torch.float32, own["world_size"], zero, own["zero"][1])
+    update = optimizer_step_bytes(model, torch.float32, own["world_size"], zero, own["zero"][1])
     estimate = memory.estimate_memory(config, LORA, arguments, own["bits"], own["packing"], own["max_length"])
     assert estimate == (sizes, update, note)
 
@@ -249,7 +249,7 @@ def test_an_update_takes_what_deepspeed_takes():
 def test_gradients_of_earlier_batches_are_kept_beside_the_next(monkeypatch, stage, batches, earlier):
     """As ZeRO-2 does, which shares them out at once; elsewhere the next ones are added where they lie."""
     monkeypatch.setattr(memory, "zero_of", lambda _: (stage, False))
-    assert memory.earlier_bytes(SimpleNamespace(gradient_accumulation_steps=batches), 100) == earlier
+    assert memory.accumulated_gradient_bytes(SimpleNamespace(gradient_accumulation_steps=batches), 100) == earlier
 
 
 def test_a_picture_in_tiles_has_its_most_tokens(parts, tmp_path):

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from train_llava import evaluate, model_card
-from train_llava.evaluation.plots import draw_sheet, plot_loss
+from train_llava.evaluation.plots import draw_sample_grid, plot_loss
 from train_llava.merge_lora import merge_lora
 from train_llava.model import LoraArguments
-from train_llava.training.cards import ancestors, carry_card, write_card, write_run_card
+from train_llava.training.cards import ancestors, copy_card, write_card, write_run_card
 
 SHORT = ["--max_steps", "1", "--preflight", "false", "--lora_r", "4"]
 
@@ -158,7 +158,7 @@ def test_a_merged_model_has_the_pictures_of_its_adapters_card(llava, adapter, tm
     shutil.copytree(adapter, folder)
     (folder / "captions.png").write_bytes(b"a sheet")
     (tmp_path / "merged").mkdir()
-    carry_card(str(folder), str(llava), tmp_path / "merged", "merged")
+    copy_card(str(folder), str(llava), tmp_path / "merged", "merged")
     assert (tmp_path / "merged" / "captions.png").read_bytes() == b"a sheet"
     assert (tmp_path / "merged" / "loss.png").read_bytes() == (adapter / "loss.png").read_bytes()
 
@@ -198,7 +198,7 @@ def test_the_sheet_shows_questions_spread_evenly_and_which_are_right(drawn, tmp_
         for i in range(6)
     ]  # fmt: skip
     predictions.insert(0, predictions[0] | {"pictures": 0})  # there is none to draw
-    draw_sheet(pictures, predictions, tmp_path / "sheet.png", (1, 3), asked)
+    draw_sample_grid(pictures, predictions, tmp_path / "sheet.png", (1, 3), asked)
     found = []
     for axes in drawn[0].axes:
         (text,), (image,) = axes.texts, axes.images

@@ -203,7 +203,7 @@ def picture(size: tuple[int, int], ending: str, **options) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("ending", "size", "at_least", "expected"),
+    ("ending", "size", "min_side", "expected"),
     [
         ("JPEG", (400, 300), None, (400, 300)),
         ("JPEG", (400, 300), 30, (100, 75)),
@@ -216,10 +216,10 @@ def picture(size: tuple[int, int], ending: str, **options) -> bytes:
         ("MPO", (400, 300), 30, (100, 75)),
     ],
 )
-def test_a_large_picture_comes_small(ending, size, at_least, expected):
-    image = open_image(picture(size, ending), "x", at_least=at_least)
+def test_a_large_picture_comes_small(ending, size, min_side, expected):
+    image = open_image(picture(size, ending), "x", min_side=min_side)
     assert image.size == expected
-    assert min(image.size) >= min(2 * (at_least or 0), *size)
+    assert min(image.size) >= min(2 * (min_side or 0), *size)
     assert np.abs(np.subtract(image.getpixel((5, 5)), (255, 0, 0))).max() < 3
 
 
@@ -231,7 +231,7 @@ def test_a_jpeg_of_too_many_pixels_is_decoded_at_a_half(monkeypatch, progressive
     exif[0x0112] = 6
     content = picture((41, 30), "JPEG", progressive=progressive, exif=exif)
     assert open_image(content, "x").size == picture_size(content, "x") == (15, 21)
-    assert open_image(picture((400, 7), "JPEG"), "x", at_least=9).size == (200, 4)
+    assert open_image(picture((400, 7), "JPEG"), "x", min_side=9).size == (200, 4)
     for size, ending in (((41, 30), "PNG"), ((41, 30), "TIFF"), ((100, 31), "JPEG")):
         for look in (open_image, picture_size):
             with pytest.raises(ValueError, match=r"^x cannot be read as a picture: .*pixels"):
@@ -246,7 +246,7 @@ def test_a_bomb_is_refused_by_its_head():
     jpeg = jpeg.replace(struct.pack(">HH", 6, 8), struct.pack(">HH", 65000, 65000), 1)
     for content in (png, jpeg):
         with pytest.raises(ValueError, match=r"x cannot be read as a picture: .*pixels"):
-            open_image(content, "x", at_least=28)
+            open_image(content, "x", min_side=28)
     assert pictures.PIXELS == 90_000_000
     assert 2 * Image.MAX_IMAGE_PIXELS == 3 * pictures.PIXELS
 

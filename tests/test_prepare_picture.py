@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import question
+from conftest import user_message
 from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaNextImageProcessor, SiglipImageProcessorPil, pipeline
 from transformers.image_utils import load_image
@@ -45,7 +45,7 @@ def test_other_programs_see_of_the_written_files_what_is_seen_here(merged, opene
         otherwise += [before.suffix] * (not torch.allclose(unprepared, pixels, atol=0.1))
     assert otherwise == [".transparent pictures"] * 2 + [".gray of 16 bits"]
 
-    ask = question("<image>", "What is this?")
+    ask = user_message("<image>", "What is this?")
     answers = generate(model, processor, [ask] * len(images), images, 6)
     assert len(set(answers)) > 1
     pipe = pipeline("image-text-to-text", model=str(merged))

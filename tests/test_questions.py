@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import QUESTIONS, question
+from conftest import QUESTIONS, user_message
 
 from train_llava import infer
 from train_llava.evaluation import generation
@@ -167,12 +167,12 @@ def test_a_question_names_its_pictures_as_a_record_does(opened, corpus, tmp_path
         {"prompt": "What is this?", "images": [str(file)]},
         {"prompt": "What is this?", "image": address},
         {"prompt": "<image>\nWhat is this?", "image": str(file)},
-        {"messages": question("<image>", "What is this?"), "images": [str(file)]},
+        {"messages": user_message("<image>", "What is this?"), "images": [str(file)]},
         {"prompt": "What is this?", "image": None},
     ]
     answers = ask_file(opened, tmp_path / "q.jsonl", tmp_path / "a.jsonl", *asked)
     expected = [generate(*opened, QUESTIONS[:1], [infer.open_image(file)], 4)[0]] * 5
-    expected += generate(*opened, [question("What is this?")], [], 4)
+    expected += generate(*opened, [user_message("What is this?")], [], 4)
     assert [line["answer"] for line in answers] == expected
     assert len(set(expected)) == 2
 

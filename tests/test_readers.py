@@ -125,8 +125,8 @@ def test_what_an_item_holds_decoded_measured_and_neither(tmp_path):
     assert [image.size for image in whole["images"]] == [(300, 400)]
     assert (measured["images"], bare["images"], bare["image_sizes"]) == ([], [], [])
     assert (bare["language"], bare["answers"], bare["references"]) == ("en", ["x"], ["red", "a red one"])
-    small = LlavaDataset(str(tmp_path), at_least=30)[0]
-    assert small["images"][0].size == (75, 100) == open_image(tmp_path / "a.jpg", at_least=30).size
+    small = LlavaDataset(str(tmp_path), min_side=30)[0]
+    assert small["images"][0].size == (75, 100) == open_image(tmp_path / "a.jpg", min_side=30).size
 
 
 def test_a_stream_of_nothing_says_so(tmp_path, processor):
@@ -146,7 +146,7 @@ def test_a_streams_pictures_are_made_small_as_a_tables_are(tmp_path, processor):
     (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.jpg", "caption": "x"}))
     chat = Chat(processor)
     (item,) = islice(stream_items(str(tmp_path / "a.jsonl"), None, None, chat, tmp_path / "log"), 1)
-    assert chat.at_least == 28
+    assert chat.min_side == 28
     assert item["images"][0].size == (75, 100)
     checked = CheckedDataset(LlavaDataset(str(tmp_path / "a.jsonl")), chat, tmp_path / "log")
     assert (checked[0]["stand_in"], checked[0]["images"][0].size) == (False, (300, 400))

@@ -162,7 +162,7 @@ def messages(i: int, content) -> list[dict]:
 
 PLAIN, TEXT = "What is this?", {"type": "text", "text": "What is this?", "image_url": None, "image": None}
 URIS = [f"data:image/png;base64,{base64.b64encode(picture).decode()}" for picture in PICTURES]
-SHAPES = {
+RECORD_FORMATS = {
     "minimind-v": lambda i: {"conversations": json.dumps(messages(i, QUESTION)), "image_bytes": PICTURES[i]},
     "FineVision": lambda i: {
         "images": [PICTURES[i]],
@@ -207,7 +207,7 @@ FORMATS = {
     "LLaVA, bzip2 zip": lambda root: zipped(root, zipfile.ZIP_BZIP2),
     "LLaVA, lzma zip": lambda root: zipped(root, zipfile.ZIP_LZMA),
     "LLaVA, linked": linked_pictures,
-    **{name: partial(parquet_of, shape) for name, shape in SHAPES.items()},
+    **{name: partial(parquet_of, shape) for name, shape in RECORD_FORMATS.items()},
 }
 
 
@@ -622,7 +622,7 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
     )
     file = io.BytesIO()
     smooth.save(file, "JPEG", quality=95)
-    small = open_image(file.getvalue(), "x", at_least=56)
+    small = open_image(file.getvalue(), "x", min_side=56)
     assert small.size == (225, 150)
     whole = open_image(file.getvalue(), "x")
     assert whole.size == (1800, 1200)

@@ -32,7 +32,7 @@ from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.modeling.weights import base_tensors, differing_tensor, save_weights
 from train_llava.train import TrainArguments
 from train_llava.trainer import LlavaTrainer
-from train_llava.training.preflight import unreached_parameters
+from train_llava.training.preflight import parameters_without_gradient
 
 STEP = ["--max_steps", "2", "--save_steps", "1", "--learning_rate", "1e-2", "--warmup_steps", "0", "--lora_r", "4"]
 MIXTURE = NARROW | {"num_hidden_layers": 2, "max_position_embeddings": 256, "moe_intermediate_size": 16}
@@ -237,7 +237,7 @@ def test_a_parameter_without_gradient_is_a_fault_an_expert_or_not_trained(model,
 
     def check(*names: str) -> set[str]:
         without = {f"model.language_model.layers.0.{n}": layer.get_parameter(n) for n in names}
-        return unreached_parameters(model, without, lambda: model(input_ids=ids, labels=ids).loss)
+        return parameters_without_gradient(model, without, lambda: model(input_ids=ids, labels=ids).loss)
 
     assert check("unread.weight", "expert.weight") == {"model.language_model.layers.0.unread.weight"}
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -85,10 +85,10 @@ from train_llava.build_model import build_model
 from train_llava.data import LlavaCollator
 from train_llava.evaluation.generation import generate
 from train_llava.merge_lora import merge_lora
-from train_llava.model import LoraArguments, load_checkpoint, set_trainable, unread_parameters
+from train_llava.model import LoraArguments, load_checkpoint, set_trainable, unused_parameters
 from train_llava.modeling.adapter import load_model
-from train_llava.modeling.verification import check_apart
-from train_llava.training.memory import empty_model, token_operations
+from train_llava.modeling.verification import verify_in_fresh_process
+from train_llava.training.memory import empty_model, flops_per_token
 
 VISION = NARROW | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 7}
 TEXT = NARROW | {"num_hidden_layers": 1, "vocab_size": 64, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
@@ -293,10 +293,10 @@ def test_what_is_computed_from_shapes_alone_leaves_the_caches_of_transformers_ri
     """Relative positions are kept by size for the whole process, and so on the device of the first who needs them."""
     text = Qwen2Config(**TEXT, num_key_value_heads=1)
     config = LlavaConfig(vision_config=RELATIVE, text_config=text, vision_feature_layer=-2)
-    unread = unread_parameters(config.vision_config, -2)
+    unread = unused_parameters(config.vision_config, -2)
     empty_model(config, "full", LoraArguments(), torch.float32)
     args = SimpleNamespace(train_type="full", activation_checkpointing=False, deepspeed=None)
-    token_operations(config, LoraArguments(), args)
+    flops_per_token(config, LoraArguments(), args)
     kept = BeitRelativePositionBias.generate_relative_position_index
     assert torch.equal(kept((6, 6)), kept.__wrapped__((6, 6)))
     assert {name.split(".")[1] for name in unread if name.startswith("layers.")} == {"2"}
@@ -306,7 +306,7 @@ def test_what_was_measured_in_a_spoilt_process_does_not_hold_in_a_fresh_one(part
     save_tower(tmp_path / "tower", BeitModel, RELATIVE, ViTImageProcessorPil(size={"height": 42, "width": 42}))
     wrong = torch.zeros(37, 37, dtype=torch.long)
     monkeypatch.setattr(BeitRelativePositionBias, "generate_relative_position_index", staticmethod(lambda _: wrong))
-    monkeypatch.setattr("train_llava.build_model.check_apart", check_apart)
+    monkeypatch.setattr("train_llava.build_model.verify_in_fresh_process", verify_in_fresh_process)
     with pytest.raises(ValueError, match="the vision features differ from the part's own") as refusal:
         build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "out" / "llava"))
     assert "\n" not in str(refusal.value)

@@ -30,10 +30,10 @@ from train_llava.trainer import LlavaTrainer
 from train_llava.training import preflight as preflight_module
 from train_llava.training import throughput as pace
 from train_llava.training.checkpointing import (
-    UNFINISHED,
+    INCOMPLETE,
     check_resumable,
-    finished_checkpoint,
-    is_finished,
+    is_checkpoint_complete,
+    last_complete_checkpoint,
     rotate_checkpoints,
     starting_point,
 )
@@ -51,12 +51,12 @@ def write_checkpoint(folder: Path, ranks: int = 1) -> None:
 
 
 def test_only_a_finished_checkpoint_of_as_many_ranks_is_resumed_from(tmp_path):
-    assert finished_checkpoint(str(tmp_path)) is None
+    assert last_complete_checkpoint(str(tmp_path)) is None
     for step in (8, 9, 10, 11):
         write_checkpoint(tmp_path / f"checkpoint-{step}", ranks=2)
-    (tmp_path / "checkpoint-10" / UNFINISHED).touch()
+    (tmp_path / "checkpoint-10" / INCOMPLETE).touch()
     (tmp_path / "checkpoint-11" / "trainer_state.json").unlink()
-    assert finished_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-9")
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-9")
     check_resumable(tmp_path / "checkpoint-9", 2)
     with pytest.raises(ValueError, match="written by 2 ranks and this run has 4"):
         check_resumable(tmp_path / "checkpoint-9", 4)
@@ -66,7 +66,7 @@ def test_only_a_finished_checkpoint_of_as_many_ranks_is_resumed_from(tmp_path):
     with pytest.raises(ValueError, match="holds the model only"):
         check_resumable(tmp_path / "checkpoint-12", 2)
     write_checkpoint(tmp_path / "checkpoint-13.bak")
-    assert finished_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-12")
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-12")
 
 
 def test_only_checkpoints_of_the_run_itself_are_removed(tmp_path):
@@ -128,7 +128,7 @@ def start(command: list, environment: dict, output: Path, checkpoint: str) -> su
     )
     folder = output / checkpoint
     deadline = time.monotonic() + 240
-    while not ((folder / "trainer_state.json").exists() and not (folder / UNFINISHED).exists()):
+    while not ((folder / "trainer_state.json").exists() and not (folder / INCOMPLETE).exists()):
         assert run.poll() is None, run.stdout.read().decode()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -148,10 +148,10 @@ def test_a_killed_run_goes_on_to_the_same_losses(llava, corpus, tmp_path, train_
     run.communicate()
     assert not (tmp_path / "run" / "model.safetensors").exists()
     # as a kill in the middle of writing leaves it
-    last = finished_checkpoint(str(tmp_path / "run"))
+    last = last_complete_checkpoint(str(tmp_path / "run"))
     torn = tmp_path / "run" / "checkpoint-59"
     shutil.copytree(last, torn)
-    (torn / UNFINISHED).touch()
+    (torn / INCOMPLETE).touch()
     for file in torn.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
     done = run_zero2(llava, corpus, tmp_path / "run", *arguments, "--resume_from_checkpoint", "true")
@@ -208,7 +208,7 @@ def test_sigterm_ends_a_run_with_a_checkpoint(llava, corpus, tmp_path, everybody
     output = run.communicate(timeout=120)[0].decode()
     assert "SIGTERM: ending at step" in output, output[-3000:]
     step = int(output.split("SIGTERM: ending at step ")[1].split()[0])
-    assert finished_checkpoint(str(tmp_path / "run")) == str(tmp_path / "run" / f"checkpoint-{step}")
+    assert last_complete_checkpoint(str(tmp_path / "run")) == str(tmp_path / "run" / f"checkpoint-{step}")
     check_resumable(tmp_path / "run" / f"checkpoint-{step}", 2)
 
 
@@ -245,7 +245,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(llava, co
     with pytest.raises(ValueError, match=r"step \d+: the loss is nan at the records .*'poison'") as error:
         run_train(monkeypatch, tmp_path / "model", tmp_path, tmp_path / "run", *arguments)
     step = int(str(error.value).split()[1].strip(":"))
-    assert finished_checkpoint(str(tmp_path / "run")) in (None, str(tmp_path / "run" / f"checkpoint-{step - 1}"))
+    assert last_complete_checkpoint(str(tmp_path / "run")) in (None, str(tmp_path / "run" / f"checkpoint-{step - 1}"))
     command = [sys.executable, "-m", "train_llava.train", "--model_name_or_path", tmp_path / "model", "--data_path"]
     command += [tmp_path, "--output_dir", tmp_path / "again", "--report_to", "none", *arguments[:-2]]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
@@ -281,7 +281,7 @@ def test_nothing_is_saved_that_is_not_finite(llava, corpus, tmp_path, monkeypatc
     if save == "no":
         return
     last = run / "checkpoint-2"
-    assert finished_checkpoint(str(run)) == str(last)
+    assert last_complete_checkpoint(str(run)) == str(last)
     monkeypatch.undo()
     weights = load_file(last / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
@@ -302,10 +302,10 @@ def test_a_full_disk_costs_no_checkpoint_before_it(llava, corpus, tmp_path, monk
         arguments = [*FAST, "--train_type", "full", "--max_steps", "20", "--save_steps", "2", "--preflight", "false"]
         with pytest.raises(ValueError, match=r"checkpoint-\d+ could not be written .* before it are whole"):
             run_train(monkeypatch, llava, corpus, disk / "run", *arguments)
-        last = finished_checkpoint(str(disk / "run"))
+        last = last_complete_checkpoint(str(disk / "run"))
         check_resumable(Path(last), 1)
         load_checkpoint(last)
-        assert all(is_finished(checkpoint) for checkpoint in (disk / "run").glob("checkpoint-*"))
+        assert all(is_checkpoint_complete(checkpoint) for checkpoint in (disk / "run").glob("checkpoint-*"))
     finally:
         subprocess.run(["umount", disk], check=True)
 

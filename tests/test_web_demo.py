@@ -24,7 +24,7 @@ from conftest import random_adapter
 from train_llava import web_demo
 from train_llava.chat import Chat
 from train_llava.dataset.images import open_image
-from train_llava.evaluation.generation import generate, question, reply, room_for_answer
+from train_llava.evaluation.generation import assistant_message, generate, room_for_answer, user_message
 from train_llava.evaluation.web_look import DOTS, HEADER, TEXTS, header
 from train_llava.modeling.adapter import load_model
 from train_llava.web_demo import Turn
@@ -61,9 +61,9 @@ def replies(model: Any, processor: Any, asked: list[tuple[str, list[str]]], **op
     messages, images, found = [], [], []
     for text, files in asked:
         images += [open_image(file) for file in files]
-        messages.append(question(text, len(files)))
+        messages.append(user_message(text, len(files)))
         (said,) = generate(model, processor, [messages], images, **options)
-        messages.append(reply(said))
+        messages.append(assistant_message(said))
         found.append(said)
     return found
 
@@ -113,8 +113,11 @@ def test_stop_ends_an_answer_and_the_next_question_works(llava, adapter, picture
     turns.append(Turn("Where is Paris?", [], ["", ""]))
     finish(model, processor, turns, max_new_tokens=8)
     images = [open_image(pictures[0])]
-    first, said = question("What is this?", 1), turns[0].answers[0]
-    asked = [[first, reply(said), question("Where is Paris?", 0)], [question("Where is Paris?", 1)]]
+    first, said = user_message("What is this?", 1), turns[0].answers[0]
+    asked = [
+        [first, assistant_message(said), user_message("Where is Paris?", 0)],
+        [user_message("Where is Paris?", 1)],
+    ]
     for column, around in ((0, model), (1, load_model(str(llava))[0])):
         assert web_demo.prompt(turns, column) == asked[column]
         assert generate(around, processor, [asked[column]], images, 8) == [turns[1].answers[column]]

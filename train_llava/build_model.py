@@ -87,17 +87,17 @@ from train_llava.chat import Processor
 from train_llava.dataset.images import is_anyres
 from train_llava.model import Llava, count_parameters
 from train_llava.modeling.parts import (
-    ask_tower,
     decoder_of,
     load_image_processor,
     load_language_model,
     load_tokenizer,
     load_vision_tower,
     part_config,
+    probe_tower,
     running_as_one,
 )
 from train_llava.modeling.templates import complete_generation_config
-from train_llava.modeling.verification import check_apart, check_text_path, reference_outputs
+from train_llava.modeling.verification import reference_outputs, verify_in_fresh_process, verify_text_path
 from train_llava.modeling.weights import PROJECTOR
 from train_llava.records import IMAGE_TOKEN
 from train_llava.training.cards import write_card
@@ -260,7 +260,7 @@ def build_model(*arguments: Any, **named: Any) -> None:
         vision_tower = load_vision_tower(given.vision_model_name_or_path, language_model.dtype)
         grids, side = given.image_grid_pinpoints or PINPOINTS, getattr(vision_tower.config, "image_size", None)
         image_processor = load_image_processor(given.vision_model_name_or_path, given.image_aspect_ratio, side, grids)
-        tokens, beside, states = ask_tower(vision_tower, image_processor, given.vision_model_name_or_path)
+        tokens, beside, states = probe_tower(vision_tower, image_processor, given.vision_model_name_or_path)
         if not -states <= layer < states:
             raise ValueError(f"--vision_feature_layer {layer}: the tower has hidden states {-states} to {states - 1}")
         if strategy == "auto":
@@ -280,7 +280,7 @@ def build_model(*arguments: Any, **named: Any) -> None:
         )
         with running_as_one():
             if not given.skip_checks:
-                check_text_path(language_model, processor)
+                verify_text_path(language_model, processor)
                 references = reference_outputs(vision_tower, language_model, processor, layer)
             model = assemble(vision_tower, language_model, processor, tokens - (strategy == "default"), layer)
         if projector is not None:
@@ -299,7 +299,7 @@ def build_model(*arguments: Any, **named: Any) -> None:
         sizes = [(part, f"{total:,} parameters") for part, (_, total) in count_parameters(model).items()]
         del model, vision_tower, language_model  # the checks load the saved model: never two in memory
         try:
-            checks = [] if given.skip_checks else check_apart(folder, *references)
+            checks = [] if given.skip_checks else verify_in_fresh_process(folder, *references)
         except ValueError as error:
             raise ValueError(str(error).replace(str(folder), given.output_dir)) from error
     for what, outcome in [*sizes, *checks, ("written to", given.output_dir)]:

@@ -13,19 +13,27 @@ from PIL import Image
 from transformers import LlavaNextProcessor, LlavaProcessor
 
 from train_llava.dataset.images import is_anyres, prepare_pictures
-from train_llava.modeling.templates import TWO_TURNS, Form, end_of, opens_like, pieces_of, render, special_tokens
+from train_llava.modeling.templates import (
+    TWO_TURNS,
+    TurnStructure,
+    end_of,
+    opens_like,
+    render,
+    special_tokens,
+    template_segments,
+)
 from train_llava.records import IMAGE_TOKEN, BadRecordError, text_of
 
 Processor = LlavaProcessor | LlavaNextProcessor
 IGNORE = -100  # the label that cross entropy leaves out
 
 
-def form_of(messages: list[dict[str, Any]]) -> Form:
+def turn_structure(messages: list[dict[str, Any]]) -> TurnStructure:
     """The roles of a conversation, and of what kinds each message's parts are."""
     return tuple((message["role"], tuple(part["type"] for part in message["content"])) for message in messages)
 
 
-def image_side(processor: Processor) -> int:
+def image_size(processor: Processor) -> int:
     """How many pixels a side a picture, or a tile of one, has once it is prepared."""
     return prepare_pictures(processor.image_processor, [Image.new("RGB", (32, 32))])["pixel_values"].shape[-1]
 
@@ -33,7 +41,7 @@ def image_side(processor: Processor) -> int:
 def image_tokens(processor: Processor, side: int, size: tuple[int, int]) -> int:
     """How many `<image>` tokens the processor writes for a picture of that width and height.
 
-    `side`: see `image_side`.
+    `side`: see `image_size`.
     """
     prepared = {"pixel_values": torch.empty(1, 3, side, side), "image_sizes": [size[::-1]]}
     return processor.replace_image_token(prepared, 0).count(processor.image_token)
@@ -59,14 +67,14 @@ class Chat:
     """A model's conversations, from messages to token ids: what is learnt of them, and what generation begins from.
 
     Raises:
-        ValueError: the processor's chat template is not one of `complete_template`'s.
+        ValueError: the processor's chat template is not one of `patch_chat_template`'s.
     """
 
     def __init__(self, processor: Processor, max_length: int | None = None):
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
-        self.side, self.anyres = image_side(processor), is_anyres(processor.image_processor)
+        self.side, self.anyres = image_size(processor), is_anyres(processor.image_processor)
         # a JPEG may be decoded smaller, down to this; by its tiles a picture has as many tokens as its size says
-        self.at_least = None if self.anyres else self.side
+        self.min_side = None if self.anyres else self.side
         written = "".join(self.pieces(TWO_TURNS))
         added = (token.content for token in self.tokenizer.added_tokens_decoder.values())
         added = {content for content in added if content.strip() and content in written}  # Gemma's has line breaks
@@ -81,13 +89,13 @@ class Chat:
         """The `image_tokens` of so many pictures, whose `sizes` need not be known where there are no tiles."""
         return [self.image_tokens(size) for size in sizes] if self.anyres else [self.image_tokens()] * pictures
 
-    def pieces(self, form: Form, answer_next: bool = False) -> list[str]:
-        """See `pieces_of`."""
+    def pieces(self, form: TurnStructure, answer_next: bool = False) -> list[str]:
+        """See `template_segments`."""
         return self._pieces(form, answer_next, date.today())  # which some templates write
 
     @lru_cache(maxsize=64)  # noqa: B019 - there is one of these a process
-    def _pieces(self, form: Form, answer_next: bool, _: date) -> list[str]:
-        return pieces_of(self.tokenizer, form, answer_next)
+    def _pieces(self, form: TurnStructure, answer_next: bool, _: date) -> list[str]:
+        return template_segments(self.tokenizer, form, answer_next)
 
     def answer_spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[range], list[str]]:
         """A conversation as the chat template writes it, and what the model has to say of it.
@@ -100,7 +108,7 @@ class Chat:
         Raises:
             ValueError: the template refuses the conversation, or writes something else than its texts.
         """
-        text, form = render(self.tokenizer, messages), form_of(messages)
+        text, form = render(self.tokenizer, messages), turn_structure(messages)
         pieces, place, spans, ends = self.pieces(form), 0, [], []
         after = 0  # the number of the piece that the next text comes behind; `place` is where that piece begins
         for i, message in enumerate(messages):

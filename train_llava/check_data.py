@@ -77,7 +77,7 @@ def rows(dataset: LlavaDataset, start: int, stop: int) -> Iterator[tuple[dict[st
             yield dict(zip(columns, values, strict=True)), dataset.image_dirs[source]
 
 
-def look_through(start: int, stop: int) -> dict[str, list]:
+def scan(start: int, stop: int) -> dict[str, list]:
     """What the records from `start` to `stop` are like: their faults, and the sizes of the good ones."""
     dataset, chat = worker["dataset"], worker["chat"]
     findings: dict[str, list] = {"faults": [], "tokens": [], "characters": [], "sides": []}
@@ -147,7 +147,7 @@ def main() -> None:
     alone = arguments.num_proc == 1 or not (arguments.decode_pictures or arguments.model_name_or_path)
     processes = partial(ProcessPoolExecutor, arguments.num_proc, get_context("spawn"), open_data, (arguments,))
     with nullcontext() if alone else processes() as pool:
-        parts = (map if alone else pool.map)(look_through, starts, [min(start + CHUNK, total) for start in starts])
+        parts = (map if alone else pool.map)(scan, starts, [min(start + CHUNK, total) for start in starts])
         for part in tqdm(parts, total=len(starts), desc="looking", unit=f" x {CHUNK} records"):
             for name, values in part.items():
                 findings[name] += values

@@ -19,7 +19,7 @@ from train_llava.records import BadRecordError, load_records
 
 
 def to_item(
-    row: dict[str, Any], image_dir: Path | None, at_least: int | None = None, decode: bool = True, measure: bool = True
+    row: dict[str, Any], image_dir: Path | None, min_side: int | None = None, decode: bool = True, measure: bool = True
 ) -> dict[str, Any]:
     """A row of the table as an item of a data set, its pictures opened; see `LlavaDataset`.
 
@@ -33,7 +33,7 @@ def to_item(
         if decode or measure:
             sources = [(read_picture(image_dir, name), label(name)) for name in row["images"]]
             sources += [(content, f"picture {i}") for i, content in enumerate(row["image_bytes"])]
-            images = [open_image(source, name, at_least) for source, name in sources if decode]
+            images = [open_image(source, name, min_side) for source, name in sources if decode]
             sizes = [image.size for image in images] or [picture_size(*source) for source in sources]
     except (OSError, ValueError) as error:
         raise BadRecordError(row["id"], str(error)) from error
@@ -47,7 +47,7 @@ class LlavaDataset(torch.utils.data.Dataset):
 
     The records lie in Arrow files on disk and are mapped into memory, so that neither this process nor a data-loader
     worker holds them; pictures are opened when their record is asked for. `data_weights` says how often a pass goes
-    through each source: 2 is twice, 0.5 is half of its records, always the same half. With `at_least`, large JPEGs are
+    through each source: 2 is twice, 0.5 is half of its records, always the same half. With `min_side`, large JPEGs are
     decoded smaller (see `open_image`). Without `decode`, items come without their pictures; with `measure`, the heads
     of their files are read for the sizes.
 
@@ -60,14 +60,14 @@ class LlavaDataset(torch.utils.data.Dataset):
         data_path: str | list[str],
         image_dir: str | None = None,
         data_weights: list[float] | None = None,
-        at_least: int | None = None,
+        min_side: int | None = None,
         decode: bool = True,
         measure: bool = False,
     ):
         paths = [data_path] if isinstance(data_path, str) else data_path
         weights = weights_of(paths, data_weights)
         self.tables, self.image_dirs = zip(*(load_records(path, image_dir) for path in paths), strict=True)
-        self.at_least, self.decode, self.measure = at_least, decode, measure
+        self.min_side, self.decode, self.measure = min_side, decode, measure
         rng = np.random.default_rng(0)
         picked = []
         for source, (table, weight) in enumerate(zip(self.tables, weights, strict=True)):
@@ -86,7 +86,7 @@ class LlavaDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         source, row = self.index[index]
         record = self.tables[source][int(row)]
-        return to_item(record, self.image_dirs[source], self.at_least, self.decode, self.measure)
+        return to_item(record, self.image_dirs[source], self.min_side, self.decode, self.measure)
 
 
 def weights_of(paths: list[str], data_weights: list[float] | None) -> list[float]:

@@ -98,7 +98,7 @@ from train_llava.evaluation.metrics import (
     score_exact,
     score_group,
 )
-from train_llava.evaluation.plots import draw, draw_sheet
+from train_llava.evaluation.plots import draw, draw_sample_grid
 from train_llava.evaluation.questions import settings_of
 from train_llava.model import load_checkpoint
 from train_llava.modeling.adapter import load_model
@@ -232,7 +232,9 @@ def text_loss(model: PreTrainedModel | PeftModel, input_ids: list[int]) -> float
     return sum(totals) / sum(counts)
 
 
-def language_kept(model: PreTrainedModel | PeftModel, tokenizer: Any, text: str, base: str | None) -> dict[str, Any]:
+def text_loss_change(
+    model: PreTrainedModel | PeftModel, tokenizer: Any, text: str, base: str | None
+) -> dict[str, Any]:
     """How well the model predicts a text, and how well what it was made of does: `base`, or it without its adapter.
 
     Raises:
@@ -256,7 +258,7 @@ def language_kept(model: PreTrainedModel | PeftModel, tokenizer: Any, text: str,
     return kept
 
 
-def answers_beside(output_dir: str) -> list[Path]:
+def previous_answers(output_dir: str) -> list[Path]:
     """Where an evaluation keeps its answers until its folder is whole: those of the model, and of blank pictures."""
     target = Path(os.path.realpath(output_dir))
     return [target.with_name(f"{target.name}.{kind}.jsonl") for kind in ("answers", "blank-answers")]
@@ -276,9 +278,9 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
             raise ValueError(f"--text_path {arguments.text_path} has {IMAGE_TOKEN} in it, where a picture would stand")
     dataset = LlavaDataset(arguments.data_path, arguments.image_dir)
     model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
-    kept = None if text is None else language_kept(model, processor.tokenizer, text, arguments.base)
-    dataset.at_least = Chat(processor).at_least  # as training opens pictures
-    settings, files = settings_of(arguments, model), answers_beside(arguments.output_dir)
+    kept = None if text is None else text_loss_change(model, processor.tokenizer, text, arguments.base)
+    dataset.min_side = Chat(processor).min_side  # as training opens pictures
+    settings, files = settings_of(arguments, model), previous_answers(arguments.output_dir)
     predictions, bad = predict(model, processor, dataset, files[0], settings, arguments.batch_size)
     if not predictions:
         files[0].unlink(missing_ok=True)
@@ -302,7 +304,7 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
         print(f"{len(bad)} questions or records could not be asked: see bad in metrics.json", file=sys.stderr)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_predictions(predictions, folder / "predictions.jsonl")
-    draw(lambda path: draw_sheet(dataset, predictions, path, SHEET), folder / "captions.png")
+    draw(lambda path: draw_sample_grid(dataset, predictions, path, SHEET), folder / "captions.png")
     return metrics
 
 
@@ -313,7 +315,7 @@ def main() -> None:
         if not arguments.compare:
             evaluate(arguments, None)
         return
-    files = [] if arguments.compare else answers_beside(arguments.output_dir)[: 1 + arguments.blank_control]
+    files = [] if arguments.compare else previous_answers(arguments.output_dir)[: 1 + arguments.blank_control]
     with written_whole(arguments.output_dir) as folder:
         if arguments.compare:
             text, shown, picture = compare([Path(run) for run in arguments.compare], folder), "plot", "comparison.png"

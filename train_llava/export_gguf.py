@@ -51,7 +51,7 @@ from transformers.utils import is_gguf_available
 
 from train_llava.dataset.images import open_image
 from train_llava.model import load_checkpoint
-from train_llava.modeling.templates import ANSWER, QUESTION, TWO_TURNS, end_of_turn_tokens, pieces_of
+from train_llava.modeling.templates import ANSWER, QUESTION, TWO_TURNS, end_of_turn_tokens, template_segments
 from train_llava.prepare_picture import as_seen, levels
 
 if is_gguf_available():
@@ -157,7 +157,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     plain = {"model": model, "added_tokens": added, "decoder": BYTES | {"trim_offsets": True}}
     theirs = Tokenizer.from_str(json.dumps(written | plain))
 
-    texts = ["a".join(pieces_of(tokenizer, TWO_TURNS))]
+    texts = ["a".join(template_segments(tokenizer, TWO_TURNS))]
     texts += [text for token in added for text in (f"a {token['content']} a", f"a{token['content']}a")]
     texts += theirs.decode_batch([[token_id] for token_id in theirs.get_vocab().values()], skip_special_tokens=False)
     encoded = [[e.ids for e in t.encode_batch(texts, add_special_tokens=False)] for t in (ours, theirs)]
@@ -370,7 +370,7 @@ def prepared_otherwise(image_processor: BaseImageProcessor, side: int, prepared:
 
 def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template begins with the tokenizer's first token. llama.cpp then does not write it twice."""
-    before = pieces_of(tokenizer, (QUESTION,), answer_next=True)[0]
+    before = template_segments(tokenizer, (QUESTION,), answer_next=True)[0]
     return tokenizer.bos_token is not None and before.startswith(tokenizer.bos_token)
 
 
@@ -389,19 +389,21 @@ def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
     Raises:
         ValueError: what the chat template writes around a text depends on more than the messages beside it.
     """
-    first, to_answer, after_answer, to_generate = pieces_of(tokenizer, (QUESTION, ANSWER, QUESTION), answer_next=True)
+    first, to_answer, after_answer, to_generate = template_segments(
+        tokenizer, (QUESTION, ANSWER, QUESTION), answer_next=True
+    )
     more = (to_answer, after_answer, to_generate)
     expected = {
         (QUESTION,): (first, to_generate),
         (QUESTION, ANSWER, QUESTION, ANSWER, QUESTION): (first, to_answer, after_answer, *more),
     }
     try:
-        before_system, after_system, _ = pieces_of(tokenizer, (SYSTEM, QUESTION), answer_next=True)
+        before_system, after_system, _ = template_segments(tokenizer, (SYSTEM, QUESTION), answer_next=True)
         expected[(SYSTEM, QUESTION, ANSWER, QUESTION)] = (before_system, after_system, *more)
     except ValueError:  # it takes no system message
         before_system = None
     for form, pieces in expected.items():
-        if tuple(pieces_of(tokenizer, form, answer_next=True)) != pieces:
+        if tuple(template_segments(tokenizer, form, answer_next=True)) != pieces:
             roles = ", ".join(role for role, _ in form)
             raise ValueError(f"the chat template writes a conversation of {roles} in a way that Ollama's cannot")
 

@@ -77,7 +77,7 @@ from transformers import TextStreamer
 
 from train_llava.chat import Chat, Processor
 from train_llava.dataset.images import open_image
-from train_llava.evaluation.generation import generate, question, reply, sampling, this_process
+from train_llava.evaluation.generation import assistant_message, generate, sampling, this_process, user_message
 from train_llava.evaluation.questions import answer_questions, read_questions, settings_of
 from train_llava.model import Llava
 from train_llava.modeling.adapter import load_model
@@ -85,18 +85,18 @@ from train_llava.modeling.adapter import load_model
 MAX_BYTES = 50 << 20  # of a picture from the network
 
 
-def fetch_image(name: str, at_least: int | None = None) -> Image.Image:
+def fetch_image(name: str, min_side: int | None = None) -> Image.Image:
     """The picture at a path, an http(s) address or in a data URI, or, for "-", on standard input.
 
-    `at_least`: see `open_image`.
+    `min_side`: see `open_image`.
 
     Raises:
         OSError, ValueError: it is not there, or no picture.
     """
     if name == "-":
-        return open_image(sys.stdin.buffer.read(), "the picture on standard input", at_least)
+        return open_image(sys.stdin.buffer.read(), "the picture on standard input", min_side)
     if not name.startswith(ADDRESSES):
-        return open_image(Path(name), at_least=at_least)
+        return open_image(Path(name), min_side=min_side)
     short = name if len(name) < 200 else f"{name[:60]}…"
     try:
         # what an address cannot hold, such as Chinese, goes in percent signs
@@ -106,7 +106,7 @@ def fetch_image(name: str, at_least: int | None = None) -> Image.Image:
         raise OSError(f"{short} gives no picture: {error!r}") from error
     if len(content) > MAX_BYTES:
         raise ValueError(f"{short} is larger than {MAX_BYTES >> 20} MB")
-    return open_image(content, short, at_least)
+    return open_image(content, short, min_side)
 
 
 def chat(
@@ -119,7 +119,7 @@ def chat(
 
     "/image FILE" puts a picture before the next question, and "/image" alone takes back those that wait for it.
     """
-    messages, new, at_least = [], len(images), Chat(processor).at_least
+    messages, new, min_side = [], len(images), Chat(processor).min_side
     while True:
         try:
             text = input("> ").strip()
@@ -137,13 +137,13 @@ def chat(
                 images, new = images[: len(images) - new], 0
                 continue
             if text.startswith("/image "):
-                images = [*images, fetch_image(text.removeprefix("/image ").strip(), at_least)]
+                images = [*images, fetch_image(text.removeprefix("/image ").strip(), min_side)]
                 new += 1
                 continue
-            asked = [*messages, question(text, new)]
+            asked = [*messages, user_message(text, new)]
             streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
             (answer,) = generate(model, processor, [asked], images, streamer=streamer, **options)
-            messages, new = [*asked, reply(answer)], 0
+            messages, new = [*asked, assistant_message(answer)], 0
         except Exception as error:  # whatever it is, the conversation stays as it was before
             print(f"error: {error}", file=sys.stderr)
 
@@ -169,7 +169,7 @@ def answer_file(
         raise ValueError(f"--answers {answers} is the file of the questions: choose another")
 
     def open_question(place: int) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-        return asked[place].messages, [fetch_image(name, chat.at_least) for name in asked[place].pictures]
+        return asked[place].messages, [fetch_image(name, chat.min_side) for name in asked[place].pictures]
 
     named = [{"id": question.id, "prompt": question.prompt} for question in asked]
     lines, bad = answer_questions(model, chat, named, open_question, answers, settings, batch_size)
@@ -187,7 +187,7 @@ def main() -> None:
     if arguments.answers is not None:
         Path(arguments.answers).absolute().parent.mkdir(parents=True, exist_ok=True)
     model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
-    images = [fetch_image(name, Chat(processor).at_least) for name in arguments.image]
+    images = [fetch_image(name, Chat(processor).min_side) for name in arguments.image]
     options = sampling(arguments.temperature, arguments.top_p) | {"max_new_tokens": arguments.max_new_tokens}
     if arguments.interactive:
         chat(model, processor, images, **options)
@@ -195,7 +195,7 @@ def main() -> None:
         paths, settings = (Path(arguments.questions), Path(arguments.answers)), settings_of(arguments, model)
         answer_file(model, processor, *paths, settings, arguments.batch_size)
     else:
-        conversation = [question(arguments.prompt, len(images))]
+        conversation = [user_message(arguments.prompt, len(images))]
         print(generate(model, processor, [conversation], images, **options)[0])
 
 

@@ -33,7 +33,7 @@ from peft.tuners.lora import LoraLayer
 from train_llava.cli import device
 from train_llava.model import load_checkpoint
 from train_llava.modeling.adapter import load_adapter
-from train_llava.training.cards import carry_card
+from train_llava.training.cards import copy_card
 
 MUCH = 0.1  # of an adapter's change, if so much is lost to rounding
 
@@ -87,7 +87,7 @@ def merge_lora(*arguments: Any, **named: Any) -> None:
         processor.save_pretrained(folder)
         if merged.dtype != dtype:  # opened in it, all has the precision that its model wants
             load_checkpoint(str(folder), dtype)[0].save_pretrained(folder)
-        carry_card(given.adapter_name_or_path, given.model_name_or_path, folder, Path(given.output_dir).name)
+        copy_card(given.adapter_name_or_path, given.model_name_or_path, folder, Path(given.output_dir).name)
         saved, _ = load_checkpoint(str(folder))
         for (name, ours), theirs in zip(saved.named_parameters(), merged.parameters(), strict=True):
             if not torch.equal(ours, theirs.to("cpu", ours.dtype)):

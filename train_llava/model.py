@@ -27,11 +27,11 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
-from train_llava.chat import Processor, image_side, image_tokens
+from train_llava.chat import Processor, image_size, image_tokens
 from train_llava.cli import device
 from train_llava.common.files import opening
 from train_llava.modeling.quantization import quantization
-from train_llava.modeling.templates import complete_generation_config, complete_template, context_length
+from train_llava.modeling.templates import complete_generation_config, context_length, patch_chat_template
 
 if device().type == "cpu":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is imported, complains on standard output
@@ -82,7 +82,7 @@ def tower_states(
         return tower, tower(torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states
 
 
-def unread_parameters(config: PreTrainedConfig, layers: int | list[int]) -> set[str]:
+def unused_parameters(config: PreTrainedConfig, layers: int | list[int]) -> set[str]:
     """The names of a vision tower's parameters that none of these hidden states depends on.
 
     A small picture finds them: the graph of its hidden states does not lead to them.
@@ -158,7 +158,7 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig | LlavaNextConf
             raise ValueError(f"its processor is a {type(processor).__name__} and no LLaVA's: see the README's FAQ")
     tokenizer, derived = processor.tokenizer, []
     tokenizer.model_max_length = context_length(config.text_config)
-    side = image_side(processor)
+    side = image_size(processor)
     written = None if processor.patch_size is None else image_tokens(processor, side, (side, side))
     processor.patch_size = config.vision_config.patch_size
     processor.vision_feature_select_strategy = config.vision_feature_select_strategy
@@ -168,7 +168,7 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig | LlavaNextConf
         derived.append("the number of tokens a picture has")
     tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
     with opening(model_name_or_path):
-        derived += complete_template(tokenizer)
+        derived += patch_chat_template(tokenizer)
     processor.chat_template = tokenizer.chat_template
     if derived:
         print(f"{model_name_or_path} lacks {' and '.join(derived)}: derived from its config", file=sys.stderr)
@@ -255,12 +255,12 @@ def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConf
     )
 
 
-def skip_unread_layers(model: Llava) -> set[str]:
+def skip_unused_layers(model: Llava) -> set[str]:
     """Skips the vision tower's layers whose output the projector never uses. They are kept, and saved.
 
     Returns the names of the tower's parameters that get no gradient.
     """
-    unread = unread_parameters(model.config.vision_config, model.config.vision_feature_layer)
+    unread = unused_parameters(model.config.vision_config, model.config.vision_feature_layer)
     for name, modules in model.model.vision_tower.named_modules():
         if isinstance(modules, nn.ModuleList):
             for i, layer in enumerate(modules):
@@ -281,7 +281,7 @@ def untrained_by_design(language_model: nn.Module) -> set[str]:
 def set_trainable(model: Llava, train_type: str, arguments: LoraArguments) -> Llava | PeftModel:
     """Decides what trains, by `TRAIN_TYPES`. All else is frozen, what of the tower the projector never uses, and what
     is `untrained_by_design`."""
-    frozen = {f"model.vision_tower.{name}" for name in skip_unread_layers(model)}
+    frozen = {f"model.vision_tower.{name}" for name in skip_unused_layers(model)}
     language_model = model.model.language_model
     frozen |= {f"model.language_model.{name}" for name in untrained_by_design(language_model)}
     for name, parameter in model.named_parameters():

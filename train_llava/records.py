@@ -37,7 +37,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from train_llava.common.files import written_whole
-from train_llava.dataset.archives import Place, is_archive, locate_picture, zip_members
+from train_llava.dataset.archives import ArchiveMember, is_archive, locate_picture, zip_members
 from train_llava.dataset.readers import (
     BadRecordError,
     Record,
@@ -54,7 +54,7 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user"
 UNSEEN = {"video", "videos", "audio", "audios"}  # what a record may hold that a LLaVA does not take in
 ID_KEYS = ("id", "question_id", "questionId", "image_id")
 BATCH_BYTES = 64 << 20  # of pictures that are written at once: Arrow counts a batch in 31 bits
-LAYOUT = 8  # of the table and of the rules below; another number makes every data set be read anew
+CACHE_VERSION = 8  # of the table and of the rules below; another number makes every data set be read anew
 
 FEATURES = datasets.Features(
     {
@@ -120,14 +120,14 @@ def _visual_question(question: Any, record: Record) -> list[dict[str, Any]]:
 
 
 # Each shape of record by the key that tells it, the first that a record has: from that key's value to the turns
-SHAPES: dict[str, Callable[[Any, Record], list[dict[str, Any]]]] = {
+RECORD_FORMATS: dict[str, Callable[[Any, Record], list[dict[str, Any]]]] = {
     "conversations": lambda turns, _: _list_of_dicts(turns, "conversations"),
     "messages": lambda turns, _: _list_of_dicts(turns, "messages"),
     "texts": lambda texts, _: _pairs(*((t.get("user"), t.get("assistant")) for t in _list_of_dicts(texts, "texts"))),
     "completion": lambda completion, record: _completion(record.get("prompt"), completion),
     "question": _visual_question,
     "caption": lambda text, _: _pairs((CAPTION_QUESTION, text[0] if isinstance(text, list) and text else text)),
-    "text": lambda text, record: SHAPES["caption"](text, record),
+    "text": lambda text, record: RECORD_FORMATS["caption"](text, record),
 }
 
 
@@ -144,10 +144,10 @@ def to_messages(record: Record) -> list[dict[str, Any]]:
     for key in UNSEEN & record.keys():
         if record[key]:
             raise ValueError(f"it has {key}, which the model cannot take in")
-    shape = next((shape for shape in SHAPES if record.get(shape) is not None), None)
+    shape = next((shape for shape in RECORD_FORMATS if record.get(shape) is not None), None)
     if shape is None:
-        raise ValueError(f"it has no {', no '.join(SHAPES)}")
-    messages = [_message(turn) for turn in SHAPES[shape](record[shape], record)]
+        raise ValueError(f"it has no {', no '.join(RECORD_FORMATS)}")
+    messages = [_message(turn) for turn in RECORD_FORMATS[shape](record[shape], record)]
     roles = [message["role"] for message in messages if message["role"] != "system"]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise ValueError("questions and answers do not take turns, a question first and an answer last")
@@ -219,7 +219,7 @@ def load_records(data_path: str, image_dir: str | None = None) -> tuple[datasets
     ]
     # by absolute names of pictures, a table is of its folder
     named = str(images.absolute() if isinstance(images, Path) else images)
-    name = hashlib.sha256(repr((LAYOUT, named, stamp)).encode()).hexdigest()[:24]
+    name = hashlib.sha256(repr((CACHE_VERSION, named, stamp)).encode()).hexdigest()[:24]
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "train_llava" / name
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{cache}.lock"):  # one rank reads, the others wait for it
@@ -252,7 +252,7 @@ def table_rows(data_path: str, files: list[PurePath], image_dir: PurePath | None
 
 
 def table_row(
-    record: Any, number: int, image_dir: Path | None = None, members: dict[str, Place | None] | None = None
+    record: Any, number: int, image_dir: Path | None = None, members: dict[str, ArchiveMember | None] | None = None
 ) -> dict[str, Any]:
     """One record as a row of the table; what is wrong with it stands in `fault`."""
     row = EMPTY_ROW | {"id": str(number)}

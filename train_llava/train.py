@@ -27,10 +27,10 @@ from train_llava.dataset.packing import PackedDataset
 from train_llava.dataset.streaming import stream_items
 from train_llava.model import TRAIN_TYPES, LoraArguments, count_parameters, load_checkpoint, set_trainable
 from train_llava.modeling.adapter import continued, load_adapter
-from train_llava.modeling.verification import check_claims
+from train_llava.modeling.verification import verify_for_training
 from train_llava.modeling.weights import save_projector
 from train_llava.trainer import LlavaTrainer
-from train_llava.training.arguments import check_batches, check_options, check_together
+from train_llava.training.arguments import check_argument_pairs, check_batches, check_training_options
 from train_llava.training.cards import describe_trainable, write_run_card
 from train_llava.training.checkpointing import locked, on_first_rank, starting_point, write_recipe
 from train_llava.training.memory import precision, print_estimate
@@ -44,7 +44,7 @@ from train_llava.training.resume import (
     settings_of,
     write_settings,
 )
-from train_llava.training.throughput import describe_pace
+from train_llava.training.throughput import describe_throughput
 
 LEARNING_RATES = {name: rate for name, (rate, _) in TRAIN_TYPES.items()}
 TUTORIAL_NAMES = {"use_lora": "lora", "none": "full"}
@@ -161,12 +161,12 @@ def load_data(
     folder, settings = Path(args.output_dir), (data_arguments.bad_samples, data_arguments.max_bad_fraction)
     log, eval_log, held_out = folder / "bad_samples.jsonl", folder / "bad_eval_samples.jsonl", None
     if data_arguments.eval_data_path is not None:
-        dataset = LlavaDataset(data_arguments.eval_data_path, data_arguments.eval_image_dir, at_least=chat.at_least)
+        dataset = LlavaDataset(data_arguments.eval_data_path, data_arguments.eval_image_dir, min_side=chat.min_side)
         held_out = CheckedDataset(dataset, chat, eval_log, *settings)
     sources = (data_arguments.data_path, data_arguments.image_dir, data_arguments.data_weights)
     if data_arguments.streaming:
         return stream_items(*sources, chat, log, *settings, order_seed(args)), held_out
-    dataset = LlavaDataset(*sources, chat.at_least)
+    dataset = LlavaDataset(*sources, chat.min_side)
     if args.process_index == 0:
         print(f"{len(dataset):,} records, {len(held_out or ()):,} held out")
     return CheckedDataset(dataset, chat, log, *settings), held_out
@@ -178,7 +178,7 @@ def main() -> None:
         ModelArguments, LoraArguments, DataArguments, TrainArguments
     )
     adapter = model_arguments.adapter_name_or_path
-    check_together(adapter, model_arguments.bits, data_arguments, args)
+    check_argument_pairs(adapter, model_arguments.bits, data_arguments, args)
     if adapter is not None:
         lora_arguments = continued(
             adapter, given_arguments([LoraArguments, ModelArguments, DataArguments, TrainArguments])
@@ -229,8 +229,8 @@ def run(
     model, processor = load_checkpoint(
         model_arguments.model_name_or_path, precision(args), model_arguments.attn_implementation, model_arguments.bits
     )
-    check_options(args, model, data_arguments.eval_answers)
-    check_claims(model, processor, data_arguments.packing)
+    check_training_options(args, model, data_arguments.eval_answers)
+    verify_for_training(model, processor, data_arguments.packing)
 
     # 4. The data
     collator = LlavaCollator(processor, data_arguments.max_length, data_arguments.packing)
@@ -286,7 +286,7 @@ def run(
         eval_answers=data_arguments.eval_answers,
     )
     if args.preflight:
-        trainer.pace.learn_operations(model.config, lora_arguments, args)
+        trainer.throughput.learn_operations(model.config, lora_arguments, args)
         preflight(trainer)
 
     # 7. Training, and what it leaves
@@ -300,7 +300,7 @@ def run(
         trainer.save_state()  # by which a run is told to be done
         trainer.create_model_card()
     if trainer.is_world_process_zero():
-        print(describe_pace(trainer.state.log_history))
+        print(describe_throughput(trainer.state.log_history))
         print(f"written to {args.output_dir}")
     trainer.accelerator.end_training()  # ranks that leave without parting from each other may abort at exit
 

@@ -42,9 +42,9 @@ from train_llava.model import load_checkpoint, load_config, part_of
 from train_llava.modeling.weights import base_tensors, check_base, read_back, save_base_fingerprint, save_weights
 from train_llava.training.checkpointing import RECIPE, number_of, rotate_checkpoints, unfinished
 from train_llava.training.memory import precision
-from train_llava.training.resume import SETTINGS, is_complete
+from train_llava.training.resume import SETTINGS, is_run_complete
 from train_llava.training.stopping import StopOnSignal, outlive_sigterm
-from train_llava.training.throughput import Pace
+from train_llava.training.throughput import Throughput
 
 
 def with_ids(items: list[dict[str, Any]], collator: LlavaCollator) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class LlavaTrainer(Trainer):
         self.learning_rates, self.write_card, self.eval_answers = learning_rates, write_card, eval_answers
         # Trainer would remove older checkpoints too early, and of a run that was stopped its last one
         self.limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self.pace = Pace(self.args.device, precision(self.args), self.args.world_size)
+        self.throughput = Throughput(self.args.device, precision(self.args), self.args.world_size)
         name = self.model.config.name_or_path
         self.base = base_tensors(name)
         # what the saved model is opened in
@@ -157,14 +157,14 @@ class LlavaTrainer(Trainer):
         return outcome
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if is_complete(self.state, self.args):  # a resumed run of which the final model alone is missing
+        if is_run_complete(self.state, self.args):  # a resumed run of which the final model alone is missing
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         ids, size, *_ = (inputs.pop(name) for name in ("ids", "size", "answer_tokens", "stand_in"))
-        self.pace.add(*size)
+        self.throughput.add(*size)
         outcome = super().compute_loss(model, inputs, *args, **kwargs)
         loss = outcome[0] if isinstance(outcome, tuple) else outcome
         if model.training and not torch.isfinite(loss):
@@ -181,11 +181,11 @@ class LlavaTrainer(Trainer):
         return norm
 
     def get_batch_samples(self, *args: Any) -> Any:
-        with self.pace.waiting():
+        with self.throughput.waiting():
             return super().get_batch_samples(*args)
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        super().log(logs | self.pace.read() if "loss" in logs else logs, *args)
+        super().log(logs | self.throughput.read() if "loss" in logs else logs, *args)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
         """Adds the losses of the records of a batch, and their tokens, to `held_out`; no record counts twice."""
@@ -201,7 +201,7 @@ class LlavaTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self.held_out = torch.zeros(2, dtype=torch.float64)
-        with self.pace.pausing():
+        with self.throughput.pausing():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             scores = score_answers(self, self.eval_answers) if self.eval_answers else {}
         scores["loss"] = (self.held_out[0] / self.held_out[1]).item()
@@ -261,7 +261,7 @@ class LlavaTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with unfinished(folder, self.accelerator), self.pace.pausing():
+        with unfinished(folder, self.accelerator), self.throughput.pausing():
             super()._save_checkpoint(model, trial)
             for name in (RECIPE, SETTINGS):
                 if self.args.should_save and (folder.parent / name).exists():

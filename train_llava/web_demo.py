@@ -59,7 +59,7 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from train_llava.chat import Chat, Processor
 from train_llava.dataset.images import open_image
-from train_llava.evaluation.generation import question, reply, room_for_answer, sampling
+from train_llava.evaluation.generation import assistant_message, room_for_answer, sampling, user_message
 from train_llava.evaluation.web_look import COPY, CSS, DOTS, TEXTS, header
 from train_llava.model import Llava
 from train_llava.modeling.adapter import load_model
@@ -94,7 +94,7 @@ def prompt(turns: list[Turn], column: int) -> list[dict[str, Any]]:
     for turn in turns:
         pictures += len(turn.files)
         if turn.answers[column] or turn is turns[-1]:
-            messages += [question(turn.text, pictures), reply(turn.answers[column])]
+            messages += [user_message(turn.text, pictures), assistant_message(turn.answers[column])]
             pictures = 0
     return messages[:-1]
 
@@ -173,12 +173,12 @@ def answer(
     Raises:
         OSError, ValueError: a picture or the question cannot be read.
     """
-    turn, images, at_least = turns[-1], [], Chat(processor).at_least
+    turn, images, min_side = turns[-1], [], Chat(processor).min_side
     if not turn.text:
         raise ValueError("there is no question yet")
     for file in [file for turn in turns for file in turn.files]:
         try:
-            images.append(open_image(file, at_least=at_least))
+            images.append(open_image(file, min_side=min_side))
         except (OSError, ValueError) as error:  # named as the user knows it, without the folder of uploads
             raise ValueError(str(error).replace(file, Path(file).name)) from error
     try:

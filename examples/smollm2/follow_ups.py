@@ -33,7 +33,7 @@ from examples.openmoji.make_data import emoji_of, tones
 from examples.smollm2.make_data import SYSTEM
 from train_llava.cli import run_command
 from train_llava.common.files import replacing, written_whole
-from train_llava.evaluation.generation import generate, question, reply
+from train_llava.evaluation.generation import assistant_message, generate, user_message
 from train_llava.evaluation.metrics import bootstrap, token_f1
 from train_llava.evaluation.questions import weights_digest
 from train_llava.modeling.adapter import load_model
@@ -90,7 +90,7 @@ def references(pictures: list[dict[str, Any]], untrained: Path, file: Path) -> l
     if kept["asked"] != asked:
         system = {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
         answers = [
-            answer(model, processor, [([*turn, question(text, 0)], []) for text in texts], name)
+            answer(model, processor, [([*turn, user_message(text, 0)], []) for text in texts], name)
             for name, turn in (("captions in words", []), ("under another system turn", [system]))
         ]
         kept = {"asked": asked, "answers": answers}
@@ -136,9 +136,9 @@ def talk(model: Any, processor: Any, picture: dict[str, Any]) -> list[tuple[str,
     """A conversation about a picture: its questions and answers."""
     image, messages, turns = Image.open(picture["file"]), [], []
     for text in (NAME, *QUESTIONS):
-        messages.append(question(text, 0 if turns else 1))
+        messages.append(user_message(text, 0 if turns else 1))
         (said,) = generate(model, processor, [messages], [image], NEW_TOKENS)
-        messages.append(reply(said))
+        messages.append(assistant_message(said))
         turns.append((text, said))
     return turns
 
@@ -184,10 +184,10 @@ def main() -> None:
         pictures = load_pictures(args.data)
         right, reworded = references(pictures, args.untrained, args.data / "references.json")
         model, processor = load_model(args.model_name_or_path, args.adapter_name_or_path)
-        asked = [([question(text, 1)], [Image.open(p["file"])]) for p in pictures for text in QUESTIONS]
+        asked = [([user_message(text, 1)], [Image.open(p["file"])]) for p in pictures for text in QUESTIONS]
         white = Image.new("RGB", Image.open(pictures[0]["file"]).size, "white")
         answers = answer(model, processor, asked, "pictures")
-        blank = answer(model, processor, [([question(text, 1)], [white]) for text in QUESTIONS], "a white picture")
+        blank = answer(model, processor, [([user_message(text, 1)], [white]) for text in QUESTIONS], "a white picture")
         said = by_picture(answers)
         result = compare(pictures, said, blank, right, reworded)
         (folder / "follow_ups.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

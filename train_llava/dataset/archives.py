@@ -20,7 +20,7 @@ from train_llava.dataset.hub import is_file, opened
 LEADS_OUT = re.compile(r"(^|[/\\])\.\.($|[/\\])|\0")
 
 
-class Place(NamedTuple):
+class ArchiveMember(NamedTuple):
     """Where a picture lies in a tar or zip archive, in bytes, so that it is read without the list of all members.
 
     In the table it is one text; the NUL characters between its fields stand in no file's name.
@@ -59,7 +59,7 @@ def plain(name: str) -> str:
     return "/".join(part for part in parts if part not in ("", "."))
 
 
-def possible_names(name: str, top: str) -> list[str]:
+def candidate_names(name: str, top: str) -> list[str]:
     """What a file that a record names may be called in its folder, or archive, `top`; the likeliest comes first.
 
     A record may escape a name as addresses do, or write `top` in front of it.
@@ -69,7 +69,7 @@ def possible_names(name: str, top: str) -> list[str]:
     return [spelt for spelt in names if not LEADS_OUT.search(spelt)]
 
 
-def zip_members(archive: Path) -> dict[str, Place | None]:
+def zip_members(archive: Path) -> dict[str, ArchiveMember | None]:
     """Where each file of an archive lies, by its `plain` name; None where several that differ have this name.
 
     Some archives hold one folder with everything in it, which records do not name: names without it count, too. So do
@@ -84,13 +84,13 @@ def zip_members(archive: Path) -> dict[str, Place | None]:
     except zipfile.BadZipFile as error:
         raise ValueError(f"{archive} is not a whole zip archive: {error}") from error
     path = str(archive.absolute())
-    full: dict[str, Place | None] = {}
-    short: dict[str, Place | None] = {}
+    full: dict[str, ArchiveMember | None] = {}
+    short: dict[str, ArchiveMember | None] = {}
     for m in members:
         if m.filename.endswith(("/", "\\")):  # a folder
             continue
-        place = Place(path, m.filename, m.header_offset, m.compress_size, m.compress_type, m.file_size, m.CRC)
-        for spelt in map(plain, spellings(m)):
+        place = ArchiveMember(path, m.filename, m.header_offset, m.compress_size, m.compress_type, m.file_size, m.CRC)
+        for spelt in map(plain, name_spellings(m)):
             for names, name in ((full, spelt), (short, spelt.partition("/")[2])):
                 other = names.setdefault(name, place)
                 if other is None or other[-2:] != place[-2:]:  # another size or checksum
@@ -98,7 +98,7 @@ def zip_members(archive: Path) -> dict[str, Place | None]:
     return short | full
 
 
-def spellings(member: zipfile.ZipInfo) -> list[str]:
+def name_spellings(member: zipfile.ZipInfo) -> list[str]:
     """What a file of an archive is called: as `zipfile` reads it and, where that was a guess, as it may be meant."""
     found = [member.filename]
     if not member.flag_bits & 0x800 and not member.filename.isascii():  # not said to be UTF-8, read as cp437
@@ -114,7 +114,7 @@ def _is_same_folder(folder: PurePath, other: Path) -> bool:
 
 
 def locate_picture(
-    picture: Any, image_dir: Path | None = None, members: dict[str, Place | None] | None = None
+    picture: Any, image_dir: Path | None = None, members: dict[str, ArchiveMember | None] | None = None
 ) -> str | bytes:
     """A picture as a raw record names it: its bytes, or what `read_picture` takes; `members` are an archive's.
 
@@ -128,7 +128,7 @@ def locate_picture(
         picture = picture["bytes"] if picture.get("bytes") else picture.get("path")
     if isinstance(picture, bytes):
         return picture
-    if isinstance(picture, Place):
+    if isinstance(picture, ArchiveMember):
         return str(picture)
     if not isinstance(picture, str):
         raise ValueError(f"a picture is named by {reprlib.repr(picture)}")
@@ -147,7 +147,7 @@ def locate_picture(
         raise ValueError(f"{label(picture)} lies outside the picture folder")
     if members is None:
         return picture
-    name = next((name for name in possible_names(picture, image_dir.stem) if name in members), None)
+    name = next((name for name in candidate_names(picture, image_dir.stem) if name in members), None)
     if name is None or members[name] is None:
         fault = "is not in the archive" if name is None else "is the name of several members of the archive"
         raise ValueError(f"{label(picture)} {fault}")
@@ -170,10 +170,10 @@ def read_picture(image_dir: PurePath, name: str) -> bytes | Path:
     if name.startswith("data:"):
         return base64.b64decode(name.partition(",")[2])
     if "\0" in name:
-        return _read_place(name)
+        return _read_member(name)
     path = image_dir / name
     if not is_file(path):
-        names = possible_names(name, image_dir.name)
+        names = candidate_names(name, image_dir.name)
         paths = [image_dir / unicodedata.normalize(form, spelt) for spelt in names for form in ("NFC", "NFD")]
         path = next(filter(is_file, paths), path)
         if isinstance(path, Path) and path.is_dir():
@@ -184,9 +184,9 @@ def read_picture(image_dir: PurePath, name: str) -> bytes | Path:
     return path
 
 
-def _read_place(text: str) -> bytes:
+def _read_member(text: str) -> bytes:
     archive, member, *numbers = text.split("\0")
-    place = Place(archive, member, *map(int, numbers))
+    place = ArchiveMember(archive, member, *map(int, numbers))
     try:
         with open(archive, "rb") as file:
             file.seek(place.offset)

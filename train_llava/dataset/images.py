@@ -47,16 +47,16 @@ def _eight_bits(gray: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _opened(source: Path | str | bytes, name: str, at_least: int | None = None) -> Iterator[Image.Image]:
+def _opened(source: Path | str | bytes, name: str, min_side: int | None = None) -> Iterator[Image.Image]:
     """A picture whose head is read; what is wrong with it, now or when it is decoded, is an error that names it.
 
-    A JPEG's size is then the one it will be decoded at; `at_least`: see `open_image`.
+    A JPEG's size is then the one it will be decoded at; `min_side`: see `open_image`.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = image.size
             if isinstance(image, JpegImagePlugin.JpegImageFile):  # a phone's MPO is one, too
-                shrink = max(2 if width * height > PIXELS else 1, min(image.size) // (2 * at_least) if at_least else 1)
+                shrink = max(2 if width * height > PIXELS else 1, min(image.size) // (2 * min_side) if min_side else 1)
                 image.draft(None, (max(width // shrink, 1), max(height // shrink, 1)))
             if image.width * image.height > PIXELS:
                 raise ValueError(f"{width} x {height} pixels are too many: make it smaller, or a JPEG")
@@ -74,10 +74,10 @@ def _opened(source: Path | str | bytes, name: str, at_least: int | None = None) 
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
 
 
-def open_image(source: Path | str | bytes, name: str | None = None, at_least: int | None = None) -> Image.Image:
+def open_image(source: Path | str | bytes, name: str | None = None, min_side: int | None = None) -> Image.Image:
     """Reads a picture, from a file or from its bytes, whole: a truncated one is an error.
 
-    With `at_least`, a large picture comes at a half, a third, … of its size, as long as its shorter side stays twice
+    With `min_side`, a large picture comes at a half, a third, … of its size, as long as its shorter side stays twice
     that many pixels: it is made that small anyway. A JPEG is decoded at a half, a quarter or an eighth, which is
     several times faster; and at a half where it has more than `PIXELS`, up to three times as many.
 
@@ -85,9 +85,9 @@ def open_image(source: Path | str | bytes, name: str | None = None, at_least: in
         OSError, ValueError: it is not a picture, not a whole one, or one of so many pixels that it must be an attack;
             the message names it.
     """
-    with _opened(source, name or str(source), at_least) as image:
+    with _opened(source, name or str(source), min_side) as image:
         upright = upright_rgb(image)
-        factor = min(upright.size) // (2 * at_least) if at_least else 1
+        factor = min(upright.size) // (2 * min_side) if min_side else 1
         return upright.reduce(factor) if factor > 1 else upright
 
 

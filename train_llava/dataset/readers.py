@@ -32,7 +32,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from train_llava.dataset.archives import Place, is_archive, is_picture, plain
+from train_llava.dataset.archives import ArchiveMember, is_archive, is_picture, plain
 from train_llava.dataset.hub import BESIDE, HUB_ID, METADATA, find_on_hub, opened, rows_on_hub
 
 BATCH_BYTES = 64 << 20  # of rows that are held at once, as they may hold pictures
@@ -202,11 +202,11 @@ def is_hidden(name: str) -> bool:
 
 
 def _sample(path: PurePath, archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> Record:
-    """One sample of a shard as a record, its pictures as `Place`s; of a shard that stays on the hub, as bytes."""
+    """A sample of a shard as a record. Its images are `ArchiveMember`s, or bytes if the shard stays on the hub."""
     if members[-1].size < 0:
         raise ValueError(f"the archive is broken in {members[-1].name}, and what follows is lost")
     record: Record = {}
-    places: dict[str, Place | bytes] = {}
+    places: dict[str, ArchiveMember | bytes] = {}
     pictures = []
     for member in sorted(members, key=lambda member: _by_number(member.name)):
         ending = _split(member.name)[1]
@@ -222,7 +222,7 @@ def _sample(path: PurePath, archive: tarfile.TarFile, members: list[tarfile.TarI
             except UnicodeDecodeError as error:
                 raise ValueError(f"{member.name} is not in UTF-8") from error
         else:
-            place = Place(os.path.abspath(path), member.name, member.offset_data, member.size)
+            place = ArchiveMember(os.path.abspath(path), member.name, member.offset_data, member.size)
             if member.issparse() or not isinstance(path, Path):  # its zeros are not stored; it stays on the hub
                 place = archive.extractfile(member).read()
             places |= dict.fromkeys((os.path.basename(member.name).lower(), ending), place)

@@ -71,7 +71,7 @@ def good_items(
         read = bad = 0
         for read, (place, row, pictures) in enumerate(shuffled_rows(shards, np.random.default_rng([seed, number])), 1):
             try:
-                item = chat.labelled(to_item(row, pictures, chat.at_least))
+                item = chat.labelled(to_item(row, pictures, chat.min_side))
             except BadRecordError as error:
                 if bad_samples == "error":
                     raise

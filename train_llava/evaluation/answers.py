@@ -21,9 +21,9 @@ from train_llava.dataset.images import open_image
 from train_llava.dataset.readers import BadRecordError
 from train_llava.evaluation.generation import generate_all, prepare, this_process
 from train_llava.evaluation.metrics import score_group
-from train_llava.evaluation.plots import draw, draw_sheet
+from train_llava.evaluation.plots import draw, draw_sample_grid
 from train_llava.evaluation.questions import answer_questions
-from train_llava.modeling.weights import as_opened
+from train_llava.modeling.weights import in_saved_dtype
 from train_llava.records import text_of
 
 LOGGED = ("exact_match", "token_f1", "cider")  # while training
@@ -133,7 +133,7 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
         raise ValueError("no held-out question can be asked of this model: set --eval_answers 0")
     mine, share = prepared[state.process_index :: state.num_processes], -(-len(asked) // state.num_processes)
     mine += [prepared[0]] * (share - len(mine))  # under ZeRO-3 no process computes alone, and all ask batch by batch
-    with as_opened(model, trainer.dtype):
+    with in_saved_dtype(model, trainer.dtype):
         replies = [generate_all(model, chat, mine[start : start + BATCH], BATCH) for start in range(0, share, BATCH)]
         gathered = gather_object([[answer for batch in replies for answer, _ in batch]])
     predictions = [
@@ -145,7 +145,7 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_predictions(predictions, path)
         sheet = path.with_suffix(".png")
-        draw(lambda path: draw_sheet(dataset, predictions, path, (2, 4), asked=True), sheet)
+        draw(lambda path: draw_sample_grid(dataset, predictions, path, (2, 4), asked=True), sheet)
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer and sheet.exists():
                 callback.tb_writer.add_image("answers", np.asarray(open_image(sheet)), step, dataformats="HWC")

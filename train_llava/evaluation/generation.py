@@ -138,7 +138,7 @@ def generate_all(
         batches = [unended[start : start + batch_size] for start in range(0, len(unended), batch_size)]
         unended = []
         for batch in batches:
-            inputs = side_by_side([prompts[i] for i in batch], [said[i] for i in batch], chat.tokenizer.pad_token_id)
+            inputs = pad_left([prompts[i] for i in batch], [said[i] for i in batch], chat.tokenizer.pad_token_id)
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             # whose context is full cuts nobody else's answer, who goes on
             most = min([tokens, *(limits[i] - len(said[i]) for i in batch)])
@@ -160,7 +160,7 @@ def generate_all(
     return [(text, not torch.isin(ids, ends).any()) for text, ids in zip(texts, said, strict=True)]
 
 
-def side_by_side(
+def pad_left(
     prompts: list[dict[str, torch.Tensor]], said: list[torch.Tensor], pad_token_id: int
 ) -> dict[str, torch.Tensor]:
     """Prompts (see `Chat.prompts`), each a batch of one, and what was said to it, as one batch, padded on the left."""
@@ -177,11 +177,11 @@ def side_by_side(
     return batch
 
 
-def question(text: str, pictures: int) -> dict[str, Any]:
+def user_message(text: str, pictures: int) -> dict[str, Any]:
     """A user's message with so many pictures in front of the text."""
     return {"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}
 
 
-def reply(text: str) -> dict[str, Any]:
+def assistant_message(text: str) -> dict[str, Any]:
     """The model's message."""
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}

@@ -50,7 +50,7 @@ def draw(drawing: Callable[[Path], None], path: Path) -> None:
         print(f"{path.name} could not be drawn: {error}", file=sys.stderr)
 
 
-def draw_sheet(
+def draw_sample_grid(
     dataset: Any, predictions: list[dict[str, Any]], path: Path, shape: tuple[int, int], asked: bool = False
 ) -> None:
     """Draws pictures, evenly spread over the questions, in so many rows and columns: above each the reference (with

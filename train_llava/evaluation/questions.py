@@ -28,7 +28,7 @@ from train_llava.cli import ADDRESSES
 from train_llava.dataset.readers import BadRecordError, read_jsonl
 from train_llava.evaluation.generation import WINDOW, generate_all, prepare, sampling, this_process
 from train_llava.model import Llava
-from train_llava.modeling.weights import first_numbers
+from train_llava.modeling.weights import first_values
 from train_llava.records import IMAGE_TOKEN, Record, id_of, pictures_of, text_of, to_messages
 
 OTHERWISE = "choose another name, or remove that file"
@@ -161,7 +161,7 @@ def answered_before(path: Path, asked: list[dict[str, Any]], settings: dict[str,
 
 def weights_digest(model: torch.nn.Module) -> str:
     """By what a model, with its adapter, is told from another: the first numbers of its tensors."""
-    numbers = list(first_numbers(model).values())
+    numbers = list(first_values(model).values())
     return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
 
 

@@ -28,8 +28,8 @@ from transformers import (
 
 from train_llava.common.files import opening
 from train_llava.dataset.images import is_anyres
-from train_llava.model import refuse_adapter, unread_parameters
-from train_llava.modeling.templates import complete_template, end_of_turn_tokens
+from train_llava.model import refuse_adapter, unused_parameters
+from train_llava.modeling.templates import end_of_turn_tokens, patch_chat_template
 from train_llava.records import IMAGE_TOKEN
 
 
@@ -110,7 +110,7 @@ def load_vision_tower(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
     if type(tower.config) not in AutoModel._model_mapping:
         tower = as_clip(tower, name_or_path)
     if lacking:
-        fill_unread(tower, lacking, name_or_path)
+        fill_unused(tower, lacking, name_or_path)
     return tower
 
 
@@ -142,7 +142,7 @@ def as_clip(tower: PreTrainedModel, name: str) -> PreTrainedModel:
     return clip
 
 
-def fill_unread(tower: PreTrainedModel, lacking: set[str], name: str) -> None:
+def fill_unused(tower: PreTrainedModel, lacking: set[str], name: str) -> None:
     """Sets to zero those of a tower's `lacking` weights that no hidden state depends on, such as the pooler of a ViT
     that was published as a classifier.
 
@@ -150,7 +150,7 @@ def fill_unread(tower: PreTrainedModel, lacking: set[str], name: str) -> None:
         ValueError: a hidden state depends on one.
     """
     with running_as_one():
-        unread = unread_parameters(tower.config, -1)
+        unread = unused_parameters(tower.config, -1)
     if broken := sorted(lacking - unread):
         raise ValueError(f"{name} lacks weights of its vision tower, {broken[0]} for one")
     for weight in lacking:
@@ -235,7 +235,7 @@ def load_image_processor(
 
 
 @torch.no_grad()
-def ask_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, name: str) -> tuple[int, int, int]:
+def probe_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, name: str) -> tuple[int, int, int]:
     """What a tower does with pictures of the size that its image processor makes.
 
     Returns:
@@ -284,7 +284,7 @@ def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool = F
         # Mistral's own format, where its package is installed, has no chat template
         settings = {"trust_remote_code": trust_remote_code, "mistral_format": False}
         tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, **settings)
-        complete_template(tokenizer)
+        patch_chat_template(tokenizer)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if words := [word for word, i in tokenizer.get_vocab().items() if i == image_id and word != IMAGE_TOKEN]:

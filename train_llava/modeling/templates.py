@@ -1,7 +1,7 @@
 """What a chat template writes around each text, and how a language model's template is made fit for a LLaVA.
 
 Nothing is known by name. A template is asked: it renders conversations whose texts are marks, and what stands between
-the marks is what it writes around a text (see `pieces_of`).
+the marks is what it writes around a text (see `template_segments`).
 """
 
 import json
@@ -19,7 +19,9 @@ from train_llava.records import IMAGE_TOKEN, text_of
 DRAWING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 MARK = "\ue000{}\ue001"  # characters of Unicode's private use stand in no template
-Form = tuple[tuple[str, tuple[str, ...]], ...]  # the roles of a conversation, and of what kinds a message's parts are
+TurnStructure = tuple[
+    tuple[str, tuple[str, ...]], ...
+]  # the roles of a conversation, and of what kinds a message's parts are
 QUESTION, ANSWER = ("user", ("text",)), ("assistant", ("text",))
 TAG = r"[<\[]\w[\w:]*[>\]]"  # begins a thought, say
 TWO_TURNS = (QUESTION, ANSWER, QUESTION, ANSWER)
@@ -41,7 +43,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], a
         raise ValueError(f"the chat template refuses it: {error}") from error
 
 
-def pieces_of(tokenizer: PreTrainedTokenizerBase, form: Form, answer_next: bool = False) -> list[str]:
+def template_segments(tokenizer: PreTrainedTokenizerBase, form: TurnStructure, answer_next: bool = False) -> list[str]:
     """What the chat template writes around the texts of a conversation: before the first, between two, after the last.
 
     Raises:
@@ -58,10 +60,10 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, form: Form, answer_next: bool 
     return re.split(MARK.format(r"\d+"), text)
 
 
-def openings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+def assistant_prefixes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
     """What the chat template writes in front of an earlier answer, the last one, and one that is to be generated."""
-    _, earlier, _, last, _ = pieces_of(tokenizer, TWO_TURNS)
-    return earlier, last, pieces_of(tokenizer, (QUESTION,), answer_next=True)[1]
+    _, earlier, _, last, _ = template_segments(tokenizer, TWO_TURNS)
+    return earlier, last, template_segments(tokenizer, (QUESTION,), answer_next=True)[1]
 
 
 def opens_like(opening: str, prompt: str) -> bool:
@@ -92,15 +94,15 @@ def end_of_turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     Raises:
         ValueError: the template ends an answer with no special token.
     """
-    *_, earlier, _, last = pieces_of(tokenizer, TWO_TURNS)
+    *_, earlier, _, last = template_segments(tokenizer, TWO_TURNS)
     ends = [end_of(tokenizer, last), end_of(tokenizer, earlier)]
     # some templates write what opens a new answer behind every conversation, asked for or not
-    if None in ends or (ends[0] != ends[1] and last == openings(tokenizer)[2]):
+    if None in ends or (ends[0] != ends[1] and last == assistant_prefixes(tokenizer)[2]):
         raise ValueError("the chat template ends an answer with no special token")
     return list(dict.fromkeys(ends))
 
 
-def complete_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def patch_chat_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Makes a tokenizer and its chat template fit for a LLaVA, in place, and says what the template lacked.
 
     The tokenizer pads on the left, or batches that plain transformers pads get other answers. The template takes
@@ -122,7 +124,7 @@ def complete_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         if prelude:
             lacked.append(f"a chat template that takes pictures{' in strings' * (prelude == AS_PARTS)}")
         begins = tokenizer("?")["input_ids"][0] == tokenizer.bos_token_id
-        if begins and not pieces_of(tokenizer, TWO_TURNS)[0].startswith(tokenizer.bos_token):
+        if begins and not template_segments(tokenizer, TWO_TURNS)[0].startswith(tokenizer.bos_token):
             tokenizer.chat_template = "{{- bos_token }}" + tokenizer.chat_template
             lacked.append(f"{tokenizer.bos_token} in its chat template")
         try:
@@ -133,7 +135,7 @@ def complete_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
             tokenizer.chat_template = ENDED_ANSWERS + tokenizer.chat_template
             end_of_turn_tokens(tokenizer)
             lacked.append("an end of the answers in its chat template")
-        if _unify_openings(tokenizer):
+        if _unify_prefixes(tokenizer):
             lacked.append("the same opening of earlier, new and generated answers")
     except ValueError as error:
         raise ValueError(f"{name} cannot be used: {error}") from error
@@ -205,7 +207,7 @@ def _take_pictures(tokenizer: PreTrainedTokenizerBase) -> str:
     raise ValueError(reason)
 
 
-def _unify_openings(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _unify_prefixes(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Has the chat template open every answer alike, unless it does.
 
     A template with a thinking switch opens a new answer with a thought, if only an empty one, and an earlier answer
@@ -214,7 +216,7 @@ def _unify_openings(tokenizer: PreTrainedTokenizerBase) -> bool:
     where that adds a thought to it, closed. White space that the prompt lacks, or that the tokenizer joins to what
     follows, is left for the model to say.
     """
-    earlier, last, prompt = openings(tokenizer)
+    earlier, last, prompt = assistant_prefixes(tokenizer)
     added = [re.escape(token) for token in tokenizer.get_added_vocab()]
     opening, shortest = max(earlier, last, key=len), min(earlier, last, prompt, key=len)
     if opens_like(earlier, prompt) and opens_like(last, prompt):
@@ -244,7 +246,7 @@ def _unify_openings(tokenizer: PreTrainedTokenizerBase) -> bool:
         f"{{{{- rendered[:rendered | length - prompt | length]{filters} -}}}}"
         f"{{%- if prompt -%}}{{{{- {_quoted(generated)} -}}}}{{%- endif -%}}"
     )
-    earlier, last, prompt = openings(tokenizer)
+    earlier, last, prompt = assistant_prefixes(tokenizer)
     if not (opens_like(earlier, prompt) and opens_like(last, prompt)):
         raise ValueError(f"the chat template opens answers with {earlier!r} and {last!r}, a new one with {prompt!r}")
     return True

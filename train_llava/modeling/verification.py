@@ -2,7 +2,7 @@
 
     python -m train_llava.checks FOLDER REFERENCES OUTCOME
 
-is how `build_model` has its checks run in a fresh process (see `check_apart`).
+is how `build_model` has its checks run in a fresh process (see `verify_in_fresh_process`).
 """
 
 import json
@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from train_llava.chat import IGNORE, Chat, Processor, form_of
+from train_llava.chat import IGNORE, Chat, Processor, turn_structure
 from train_llava.cli import ROOT
 from train_llava.model import load_checkpoint
 from train_llava.modeling.parts import decoder_of, running_as_one
@@ -57,7 +57,7 @@ def reference_outputs(
 
 
 @torch.inference_mode()
-def check_text_path(language_model: PreTrainedModel, processor: Processor) -> None:
+def verify_text_path(language_model: PreTrainedModel, processor: Processor) -> None:
     """Makes sure that a language model does no more with a text than a LLaVA does: its embedding's rows into its
     decoder, the decoder's states into its output layer.
 
@@ -100,11 +100,11 @@ def check_text_path(language_model: PreTrainedModel, processor: Processor) -> No
         )
 
 
-def check_apart(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> list[tuple[str, str]]:
-    """`check_checkpoint` in a fresh process, which sees the model as every later command does.
+def verify_in_fresh_process(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> list[tuple[str, str]]:
+    """`verify_checkpoint` in a fresh process, which sees the model as every later command does.
 
     Raises:
-        ValueError: see `check_checkpoint`.
+        ValueError: see `verify_checkpoint`.
     """
     with TemporaryDirectory() as scratch:
         references, outcome = Path(scratch, "references.safetensors"), Path(scratch, "outcome.json")
@@ -121,7 +121,7 @@ def check_apart(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> l
 
 @running_as_one()
 @torch.inference_mode()
-def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> list[tuple[str, str]]:
+def verify_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> list[tuple[str, str]]:
     """Reads a saved LLaVA back and measures what is claimed of it: that it is its two parts (see `reference_outputs`),
     what it learns and generates from, and what it gives in a batch.
 
@@ -144,7 +144,7 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
     outcome.append(("text-only logits", _equal("text-only logits", our_logits, logits)))
     hidden = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True).hidden_states
     outcome.append(("vision features", _equal("vision features", hidden[config.vision_feature_layer], features)))
-    outcome += check_conversations(chat, model.generation_config)
+    outcome += verify_conversations(chat, model.generation_config)
     packed, equal = packing_difference(model, chat)
     packs = "equal" if equal else "not equal: training refuses --packing"
     outcome.append(("packed against alone", f"{packs} (difference {packed:.0e})"))
@@ -189,14 +189,14 @@ def check_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor)
     return outcome
 
 
-def check_claims(model: nn.Module, processor: Processor, packing: bool) -> None:
+def verify_for_training(model: nn.Module, processor: Processor, packing: bool) -> None:
     """Measures, on a model that may have been assembled elsewhere, what training claims of it.
 
     Raises:
-        ValueError: see `check_conversations`; or `packing` is asked for and the model cannot keep conversations apart.
+        ValueError: see `verify_conversations`; or `packing` is set and the model mixes packed conversations.
     """
     chat = Chat(processor)
-    check_conversations(chat, model.generation_config)
+    verify_conversations(chat, model.generation_config)
     if packing and not is_deepspeed_zero3_enabled():  # where no rank holds the whole model
         packed, equal = packing_difference(model, chat)
         if not equal:
@@ -214,7 +214,7 @@ def conversation(*texts: str) -> list[dict[str, Any]]:
     return messages
 
 
-def check_conversations(chat: Chat, generation_config: GenerationConfig) -> list[tuple[str, str]]:
+def verify_conversations(chat: Chat, generation_config: GenerationConfig) -> list[tuple[str, str]]:
     """Makes sure, on conversations of one and of two turns, that what is learnt is each answer and the token that ends
     its turn, that generation stops at these, and that it begins from the same tokens as the answer had in training.
 
@@ -245,7 +245,7 @@ def check_conversations(chat: Chat, generation_config: GenerationConfig) -> list
                     f"{tokenizer.decode(input_ids[max(0, run[0] - 8) : run[0]])!r}"
                 )
             ends.append(end)
-    opening = chat.pieces(form_of(messages[:1]), answer_next=True)[-1]
+    opening = chat.pieces(turn_structure(messages[:1]), answer_next=True)[-1]
     return [
         ("what is learnt", f"each answer with {' or '.join(dict.fromkeys(ends))}, where generation stops"),
         ("generation prompt", f"as in training, {opening!r}"),
@@ -354,7 +354,7 @@ def _equal(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> str:
 def main() -> None:
     folder, references, outcome = map(Path, sys.argv[1:])
     try:
-        found: dict[str, Any] = {"rows": check_checkpoint(folder, **load_file(references))}
+        found: dict[str, Any] = {"rows": verify_checkpoint(folder, **load_file(references))}
     except (OSError, ValueError) as error:
         found = {"error": str(error)}
     outcome.write_text(json.dumps(found))

@@ -168,7 +168,7 @@ def read_back(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def as_opened(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def in_saved_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Gives a model in training, for a while, the precision that it has once it is saved and opened again.
 
     What trains is held in float32 by training without DeepSpeed, and LoRA's matrices in half precision by training
@@ -197,7 +197,7 @@ def save_projector(folder: Path) -> None:
         save_file(held, file)
 
 
-def first_numbers(model: nn.Module) -> dict[str, list[float]]:
+def first_values(model: nn.Module) -> dict[str, list[float]]:
     """The first numbers of every tensor of a model, by which it is told from another one of its shape.
 
     Left out are tensors in 4 or 8 bits, which no model in more bits has.
@@ -211,13 +211,13 @@ def first_numbers(model: nn.Module) -> dict[str, list[float]]:
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, list[float]]:
-    """The `first_numbers` of a model, with or without an adapter, that an adapter leaves as they are.
+    """The `first_values` of a model, with or without an adapter, that an adapter leaves as they are.
 
     The projector is left out: an adapter brings it along.
     """
     return {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): numbers
-        for name, numbers in first_numbers(model).items()
+        for name, numbers in first_values(model).items()
         if "lora_" not in name and "multi_modal_projector" not in name
     }
 

@@ -31,7 +31,7 @@ UNSUPPORTED = (
 )
 
 
-def check_together(adapter: str | None, bits: int | None, data_arguments: Any, args: TrainingArguments) -> None:
+def check_argument_pairs(adapter: str | None, bits: int | None, data_arguments: Any, args: TrainingArguments) -> None:
     """Refuses arguments of training that need each other, or shut each other out.
 
     Raises:
@@ -82,7 +82,7 @@ def check_batches(number: int, args: TrainingArguments) -> None:
         raise ValueError(f"--dataloader_drop_last leaves nothing of {number} records: all ranks' batch is {batch}")
 
 
-def check_options(args: TrainingArguments, model: nn.Module, eval_answers: int) -> None:
+def check_training_options(args: TrainingArguments, model: nn.Module, eval_answers: int) -> None:
     """Asks the libraries for what the arguments name, before data is read or anything written.
 
     Raises:

@@ -161,7 +161,7 @@ def write_card(
     ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}").save(folder / FILE)
 
 
-def carry_card(adapter: str, base: str, merged: Path, name: str) -> None:
+def copy_card(adapter: str, base: str, merged: Path, name: str) -> None:
     """Gives a merged model of that name its adapter's card; a card of its own, where that has none of training's.
 
     PEFT writes one of another kind into each checkpoint.

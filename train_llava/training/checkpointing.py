@@ -25,13 +25,13 @@ from train_llava.common.files import replacing
 RECIPE = "recipe.yaml"
 DERIVED = ("train_type", "learning_rate", "projector_learning_rate", "vision_learning_rate", "bf16", "seed")
 LOCK = "_lock"  # held by the run that is at work in a folder; a push to the hub leaves out such names
-UNFINISHED = "unfinished"  # a file that a checkpoint holds while it is being written
+INCOMPLETE = "unfinished"  # a file that a checkpoint holds while it is being written
 _known: dict[Path, tuple[int, set[int | str]]] = {}  # of each log of bad records, how much is read, and the records
 
 
-def is_finished(checkpoint: Path) -> bool:
+def is_checkpoint_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end."""
-    return (checkpoint / "trainer_state.json").exists() and not (checkpoint / UNFINISHED).exists()
+    return (checkpoint / "trainer_state.json").exists() and not (checkpoint / INCOMPLETE).exists()
 
 
 @contextmanager
@@ -44,19 +44,21 @@ def unfinished(checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
     try:
         if accelerator.is_main_process:
             checkpoint.mkdir(parents=True, exist_ok=True)
-            (checkpoint / UNFINISHED).touch()
+            (checkpoint / INCOMPLETE).touch()
         yield
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (checkpoint / UNFINISHED).unlink()
+            (checkpoint / INCOMPLETE).unlink()
     except Exception as error:  # a full disk is of any type: the tokenizers' is an Exception
         shutil.rmtree(checkpoint, ignore_errors=True)
         raise ValueError(f"{checkpoint} could not be written ({error}); checkpoints before it are whole") from error
 
 
-def finished_checkpoint(output_dir: str) -> str | None:
+def last_complete_checkpoint(output_dir: str) -> str | None:
     """The last checkpoint of a run that was written to its end; None if there is none."""
-    whole = {number_of(folder): folder for folder in Path(output_dir).glob("checkpoint-*") if is_finished(folder)}
+    whole = {
+        number_of(folder): folder for folder in Path(output_dir).glob("checkpoint-*") if is_checkpoint_complete(folder)
+    }
     whole.pop(None, None)  # a copy that somebody has put aside
     return str(whole[max(whole)]) if whole else None
 
@@ -76,7 +78,11 @@ def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> Non
     own = {}
     for checkpoint in folder.glob("checkpoint-*"):
         number = number_of(checkpoint)
-        if checkpoint.name == f"checkpoint-{number}" and not checkpoint.is_symlink() and is_finished(checkpoint):
+        if (
+            checkpoint.name == f"checkpoint-{number}"
+            and not checkpoint.is_symlink()
+            and is_checkpoint_complete(checkpoint)
+        ):
             with suppress(ValueError):  # a file that somebody has broken
                 if json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == number:
                     own[number] = checkpoint
@@ -148,7 +154,7 @@ def requested_checkpoint(args: TrainingArguments) -> tuple[bool | str, str | Non
         except ArgumentTypeError as error:
             raise ValueError(f"--resume_from_checkpoint {resume} is not true, and no folder") from error
     if resume:
-        checkpoint = finished_checkpoint(args.output_dir) if resume is True else resume
+        checkpoint = last_complete_checkpoint(args.output_dir) if resume is True else resume
     return resume, checkpoint
 
 
@@ -208,7 +214,7 @@ def check_resumable(checkpoint: Path, ranks: int) -> None:
         ValueError: the checkpoint is not whole, or was written by another number of ranks, each of which keeps a part
             of the optimizer's state.
     """
-    if not is_finished(checkpoint):
+    if not is_checkpoint_complete(checkpoint):
         raise ValueError(f"{checkpoint} is no checkpoint that was written to its end")
     written_by = len(list(checkpoint.glob("rng_state*.pth")))
     if written_by == 0:
@@ -226,7 +232,7 @@ def check_output_dir(output_dir: str, checkpoint: str | None, resume: bool) -> N
     folder = Path(output_dir)
     holds = [*folder.glob("*.safetensors"), *([] if resume else folder.glob("checkpoint-*"))]
     if checkpoint is not None and Path(checkpoint).absolute().parent.resolve() == folder.resolve():
-        last = finished_checkpoint(output_dir) or checkpoint
+        last = last_complete_checkpoint(output_dir) or checkpoint
         if (number_of(Path(last)) or 0) > (number_of(Path(checkpoint).resolve()) or 0):
             raise ValueError(f"--resume_from_checkpoint {checkpoint}: {last} is later; move it away, or go on from it")
     elif holds:

@@ -92,7 +92,7 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
 
 
 @contextmanager
-def whole_models(args: TrainingArguments) -> Iterator[None]:
+def without_zero3_partitioning(args: TrainingArguments) -> Iterator[None]:
     """Models made in it are whole: under ZeRO-3 transformers would share out even weights without numbers."""
     if args.deepspeed is None:
         yield
@@ -177,13 +177,13 @@ def activation_bytes(llava: Llava, rows: int, tokens: int, pictures: int, answer
     return {"activations": kept, "logits": logits}
 
 
-def token_operations(
+def flops_per_token(
     config: LlavaConfig | LlavaNextConfig, lora_arguments: LoraArguments, args: TrainingArguments
 ) -> float:
     """Floating-point operations that a training step does for each token: PyTorch counts the matrix products, forward
     and backward, of a row with one picture of as many tokens as it can have. A layer that is computed twice, by
     activation checkpointing, counts twice."""
-    with whole_models(args):
+    with without_zero3_partitioning(args):
         llava, _ = empty_model(config, args.train_type, lora_arguments, torch.float32)
     if args.activation_checkpointing:
         llava.model.language_model.activation_checkpointing_enable()
@@ -197,7 +197,7 @@ def token_operations(
     return counter.get_total_flops() / embeds.shape[1]
 
 
-def state_bytes(
+def model_state_bytes(
     model: nn.Module,
     dtype: torch.dtype,
     world_size: int = 1,
@@ -232,10 +232,10 @@ def state_bytes(
     return sizes
 
 
-def update_bytes(
+def optimizer_step_bytes(
     model: nn.Module, dtype: torch.dtype, world_size: int = 1, zero: int | None = None, offload: bool = False
 ) -> float:
-    """What the optimizer takes for a moment, when the activations are gone, in bytes; arguments as in `state_bytes`.
+    """Bytes that the optimizer step takes after the activations are freed; arguments as in `model_state_bytes`.
 
     DeepSpeed updates one group of parameters after the other: it puts a rank's gradients in a row, and that in fp32.
     All that trains is taken for one group, which it nearly is where the language model trains in full; with several
@@ -262,7 +262,7 @@ def zero_of(args: TrainingArguments) -> tuple[int | None, bool]:
     return deepspeed.get_value("zero_optimization.stage", 0), deepspeed.is_offload()
 
 
-def earlier_bytes(args: TrainingArguments, gradients: float) -> float:
+def accumulated_gradient_bytes(args: TrainingArguments, gradients: float) -> float:
     """What ZeRO-2 keeps of the batches before in a step of several, where the gradients of one take so many bytes."""
     zero, offload = zero_of(args)
     return gradients if zero == 2 and not offload and args.gradient_accumulation_steps > 1 else 0
@@ -280,7 +280,7 @@ def estimate_memory(
     the `STATE`; and for what batch: each record with one picture of as many tokens as it can have, and `TEXT` tokens
     beside it, `ANSWER` of them learnt; a row of `tokens_per_batch` is full of such records."""
     dtype, (zero, offload) = precision(args), zero_of(args)
-    with whole_models(args):
+    with without_zero3_partitioning(args):
         llava, model = empty_model(config, args.train_type, lora_arguments, dtype)
     batch, tokens = args.per_device_train_batch_size, len(picture_features(llava, 1)) + TEXT
     tokens = min(tokens, max_length or tokens)
@@ -289,10 +289,10 @@ def estimate_memory(
     if args.tokens_per_batch is not None:
         width, batch = args.tokens_per_batch, max(1, args.tokens_per_batch // tokens)
         note = f"a row of {width:,} tokens, {batch} pictures in it"
-    sizes = state_bytes(model, dtype, args.world_size, zero, offload, bits)
-    update = update_bytes(model, dtype, args.world_size, zero, offload)
+    sizes = model_state_bytes(model, dtype, args.world_size, zero, offload, bits)
+    update = optimizer_step_bytes(model, dtype, args.world_size, zero, offload)
     sizes |= activation_bytes(llava, rows, width, batch, batch * ANSWER, args.activation_checkpointing)
-    if earlier := earlier_bytes(args, sizes["gradients"]):
+    if earlier := accumulated_gradient_bytes(args, sizes["gradients"]):
         sizes |= {"gradients of the batches before": earlier}
     divided = [name for name, stage in DIVIDED.items() if zero and zero >= stage]
     if divided and args.world_size > 1:

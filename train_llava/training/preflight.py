@@ -25,7 +25,13 @@ from train_llava.dataset.packing import PackedDataset
 from train_llava.model import part_of
 from train_llava.modeling.templates import context_length
 from train_llava.trainer import LlavaTrainer
-from train_llava.training.memory import earlier_bytes, precision, state_bytes, update_bytes, zero_of
+from train_llava.training.memory import (
+    accumulated_gradient_bytes,
+    model_state_bytes,
+    optimizer_step_bytes,
+    precision,
+    zero_of,
+)
 from train_llava.training.throughput import peak_memory
 
 
@@ -75,7 +81,7 @@ def preflight(trainer: LlavaTrainer) -> None:
 
 
 def _try_once(trainer: LlavaTrainer) -> set[str]:
-    """See `preflight`. Returns the names of the parameters that are not to train: see `unreached_parameters`."""
+    """See `preflight`. Returns the names of `parameters_without_gradient`."""
     args = trainer.args
     model = trainer.model.to(args.device).train()
     items = longest_items(trainer)
@@ -105,7 +111,7 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
         if not finite.get(parameter, True):
             raise ValueError(f"preflight: {name} gets a gradient that is not finite (loss {loss.item():.4f})")
     without = {name: parameter for name, parameter in trained.items() if parameter not in finite}
-    untrained = unreached_parameters(model, without, compute_loss) if without else set()
+    untrained = parameters_without_gradient(model, without, compute_loss) if without else set()
     peak = peak_memory(args.device)
 
     folder = Path(args.output_dir) / "preflight"
@@ -126,10 +132,10 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
     dtype, (zero, offload) = precision(args), zero_of(args)
-    kept = state_bytes(model, dtype, args.world_size, zero, offload)
+    kept = model_state_bytes(model, dtype, args.world_size, zero, offload)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    update = weights + update_bytes(model, dtype, args.world_size, zero, offload)
-    gradients = kept["gradients"] + earlier_bytes(args, kept["gradients"])
+    update = weights + optimizer_step_bytes(model, dtype, args.world_size, zero, offload)
+    gradients = kept["gradients"] + accumulated_gradient_bytes(args, kept["gradients"])
     more = gradients + kept["optimizer"] + max(update - peak, 0)
     print(
         f"preflight: {what} forward and backward, saved, read back alike (loss {loss.item():.4f}); "
@@ -138,7 +144,7 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
     return untrained
 
 
-def unreached_parameters(
+def parameters_without_gradient(
     model: nn.Module, without: dict[str, nn.Parameter], compute_loss: Callable[[], torch.Tensor]
 ) -> set[str]:
     """Tells why parameters got no gradient, and returns the names of those that are not to train.

@@ -12,7 +12,7 @@ from transformers import TrainerState, TrainingArguments
 from train_llava.common.files import replacing
 from train_llava.data import LlavaDataset
 from train_llava.dataset.readers import find_records
-from train_llava.modeling.weights import first_numbers
+from train_llava.modeling.weights import first_values
 from train_llava.training.checkpointing import requested_checkpoint
 from train_llava.training.memory import zero_of
 from train_llava.training.stopping import stopped_early
@@ -75,7 +75,7 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
 
 def model_fingerprint(name: str, model: nn.Module) -> dict[str, str]:
     """What tells the model that a run starts from, just opened, from another one."""
-    numbers = hashlib.sha256(json.dumps(first_numbers(model)).encode()).hexdigest()[:12]
+    numbers = hashlib.sha256(json.dumps(first_values(model)).encode()).hexdigest()[:12]
     return {"text": f"{name}, fingerprint {numbers}", "same": numbers}
 
 
@@ -114,7 +114,7 @@ def compare(checkpoint: str | None, settings: dict[str, Any], args: TrainingArgu
     earlier, changes = saved["settings"], saved["changes"]
     schedules = {earlier.get("lr_scheduler_type"), settings.get("lr_scheduler_type")}
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    complete = is_complete(state, args)
+    complete = is_run_complete(state, args)
     honoured = LENGTH if complete else HONOURED - (RATES | SCHEDULE if schedules & STATEFUL else set())
     for name, now in settings.items():
         before = earlier.get(name, now)
@@ -150,7 +150,7 @@ def changes_of(output_dir: Path) -> list[str]:
     return json.loads(path.read_text(encoding="utf-8"))["changes"] if path.exists() else []
 
 
-def is_complete(state: TrainerState, args: TrainingArguments) -> bool:
+def is_run_complete(state: TrainerState, args: TrainingArguments) -> bool:
     """Whether a run in this state has done all steps that the arguments ask for, or was stopped early."""
     by_steps = args.max_steps > 0
     done = state.global_step >= args.max_steps if by_steps else state.epoch >= args.num_train_epochs - 1e-9
@@ -173,7 +173,7 @@ def completed(args: TrainingArguments, settings: dict[str, Any]) -> str | None:
     if checkpoint is not None and args.save_strategy in ("steps", "epoch") and not early:
         # The last step of a whole run has a checkpoint: who has removed it goes back to the one before
         states.append(TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")))
-    if not all(is_complete(state, args) for state in states):
+    if not all(is_run_complete(state, args) for state in states):
         return None
     compare(args.output_dir, settings, args)
     more = "a higher --max_steps or --num_train_epochs trains on"

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from train_llava.model import LoraArguments
-from train_llava.training.memory import token_operations
+from train_llava.training.memory import flops_per_token
 
 # What an entry of the log says of the steps since the last one
 LOGGED = {
@@ -35,7 +35,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def multiplication_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """The floating-point operations a second of the fastest of five products of two large square matrices."""
     side, times = 8192 if device.type == "cuda" else 512, []
     with torch.no_grad():
@@ -47,11 +47,11 @@ def multiplication_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(times)
 
 
-class Pace:
+class Throughput:
     """Counts what this process does between two entries of the log; the other processes do as much."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, processes: int):
-        self.device, self.processes, self.rate = device, processes, multiplication_rate(device, dtype)
+        self.device, self.processes, self.rate = device, processes, matmul_peak(device, dtype)
         self.operations = 0.0  # of a token; 0: not known
         self.tokens = self.pictures = 0
         self.waited, self.started = 0.0, None
@@ -59,7 +59,7 @@ class Pace:
     def learn_operations(self, config: Any, lora_arguments: LoraArguments, args: TrainingArguments) -> None:
         """Counts the operations of a token, where the model can be run without numbers."""
         with suppress(Exception):  # models raise anything there
-            self.operations = token_operations(config, lora_arguments, args)
+            self.operations = flops_per_token(config, lora_arguments, args)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -99,7 +99,7 @@ class Pace:
         return {name: float(f"{value:.3g}") for name, value in read.items()}
 
 
-def read_pace(log_history: list[dict[str, Any]]) -> dict[str, list[float]]:
+def read_throughput(log_history: list[dict[str, Any]]) -> dict[str, list[float]]:
     """What the entries of a log say of the pace, by the names of `LOGGED`; a name that none of them has is left out.
 
     The first entry is left out where there are more: it has the start in it.
@@ -109,10 +109,10 @@ def read_pace(log_history: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {name: values for name, values in found.items() if values}
 
 
-def describe_pace(log_history: list[dict[str, Any]]) -> str:
-    """A table of what `read_pace` finds: medians and ranges; nothing where the log has none."""
+def describe_throughput(log_history: list[dict[str, Any]]) -> str:
+    """A table of what `read_throughput` finds: medians and ranges; nothing where the log has none."""
     lines = []
-    for name, values in read_pace(log_history).items():
+    for name, values in read_throughput(log_history).items():
         shown = [
             f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
             for value in (median(values), min(values), max(values))
