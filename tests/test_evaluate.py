@@ -15,7 +15,7 @@ from conftest import turns
 from PIL import Image
 
 import train_llava
-from train_llava import evaluate, infer
+from train_llava import evaluate
 from train_llava.data import LlavaDataset
 from train_llava.evaluation import generation, plots
 from train_llava.evaluation import questions as question_files
@@ -36,7 +36,9 @@ def answer_with(monkeypatch, answer: Callable) -> None:
     """Puts a function of a conversation and its pictures in a model's place."""
     monkeypatch.setattr(question_files, "prepare", lambda model, chat, messages, images, limit: (messages, images))
     monkeypatch.setattr(
-        infer, "generate_all", lambda model, chat, asked, *_, **options: [(answer(*each), False) for each in asked]
+        question_files,
+        "generate_all",
+        lambda model, chat, asked, *_, **options: [(answer(*each), False) for each in asked],
     )
 
 
