@@ -50,7 +50,7 @@ from transformers import (
 from transformers.utils import logging
 
 from train_llava.build_model import build_model
-from train_llava.export_gguf import check_exportable
+from train_llava.modeling.gguf_files import check_exportable
 
 # The formats of the families, as their published templates write them; more are in tests/test_families.py
 SMOLLM3 = (

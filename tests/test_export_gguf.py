@@ -41,21 +41,23 @@ from transformers import (
 from train_llava.build_model import build_model
 from train_llava.data import LlavaDataset
 from train_llava.export_gguf import (
-    add_tokenizer,
-    check_exportable,
-    check_tokenizer,
+    differing_kinds,
     export_gguf,
-    export_pictures,
-    export_text,
-    interleave,
     modelfile,
-    prepared_otherwise,
     read_as_llama_cpp,
     tried_pictures,
-    writes_bos,
     writes_date,
 )
 from train_llava.model import load_checkpoint
+from train_llava.modeling.gguf_files import (
+    add_tokenizer,
+    check_exportable,
+    check_tokenizer,
+    export_pictures,
+    export_text,
+    interleave,
+    writes_bos,
+)
 from train_llava.modeling.templates import patch_chat_template, render
 
 
@@ -347,14 +349,14 @@ REFUSED = [
     ({"normalizer": {"type": "NFKC"}}, r"normalizes texts \(NFKC\)"),
     ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}}, r"NFC, Lowercase"),
     ({"normalizer": SPACES}, r"normalizes texts \(Replace\)"),
-    ({"added_tokens": flagged(rstrip=True)}, "read otherwise, such as '.*<|im_end|>"),
-    ({"added_tokens": flagged(lstrip=True)}, "read otherwise, such as 'a <|im_end|> a'"),
-    ({"added_tokens": flagged(single_word=True)}, "read otherwise, such as '.*<|im_end|>"),
-    ({"model": whole_words}, "read otherwise, such as 'Quux'"),
-    ({"decoder": {"type": "Fuse"}}, "read otherwise"),
+    ({"added_tokens": flagged(rstrip=True)}, "read differently, such as '.*<|im_end|>"),
+    ({"added_tokens": flagged(lstrip=True)}, "read differently, such as 'a <|im_end|> a'"),
+    ({"added_tokens": flagged(single_word=True)}, "read differently, such as '.*<|im_end|>"),
+    ({"model": whole_words}, "read differently, such as 'Quux'"),
+    ({"decoder": {"type": "Fuse"}}, "read differently"),
     ({"decoder": {"type": "Sequence", "decoders": [WORDS, {"type": "Strip", "content": "a", "start": 1, "stop": 0}]}},
-     "read otherwise"),
-    ({"model": lambda model: model | {"dropout": 1.0}}, "read otherwise"),
+     "read differently"),
+    ({"model": lambda model: model | {"dropout": 1.0}}, "read differently"),
     ({"pre_tokenizer": WORDS | {"add_prefix_space": True}}, "no byte-level BPE"),
     ({"pre_tokenizer": steps(split(r"\p{N}"), BYTES)}, "no byte-level BPE"),
     ({"pre_tokenizer": steps(split(gguf_engine.QWEN2, "MergedWithNext"), BYTES)}, "no byte-level BPE"),
@@ -391,14 +393,14 @@ def test_pictures_that_the_engines_prepare_otherwise_are_found():
     oblong = ["pictures that are not square"]
     files = ["transparent pictures", "JPEGs that EXIF turns", "PNGs that EXIF turns"]
     for image_processor, kinds in ((clip, oblong), (siglip, oblong), (pad, [])):
-        assert prepared_otherwise(image_processor, 28) == kinds + files
+        assert differing_kinds(image_processor, 28) == kinds + files
     every = list(dict.fromkeys(words for words, _ in tried_pictures(28)))
     assert len(every) == 8
     for image_processor in (nearest, larger):
-        assert prepared_otherwise(image_processor, 28) == every
+        assert differing_kinds(image_processor, 28) == every
     for image_processor in (clip, siglip, pad, nearest):
-        assert prepared_otherwise(image_processor, 28, prepared=True) == []
-    assert prepared_otherwise(larger, 28, prepared=True) == every  # a square of 28 would be made larger, and cropped
+        assert differing_kinds(image_processor, 28, prepared=True) == []
+    assert differing_kinds(larger, 28, prepared=True) == every  # a square of 28 would be made larger, and cropped
 
 
 def test_files_are_read_as_stb_image_reads_them():
@@ -531,7 +533,7 @@ def test_a_template_that_ollama_cannot_write_leaves_nothing_behind(llava, tmp_pa
     patch_chat_template(processor.tokenizer)
     processor.chat_template = processor.tokenizer.chat_template
     processor.save_pretrained(tmp_path / "counts")
-    with pytest.raises(ValueError, match="in a way that Ollama's cannot"):
+    with pytest.raises(ValueError, match="Ollama cannot write a conversation"):
         export_gguf(str(tmp_path / "counts"), str(tmp_path / "gguf"))
     assert [path.name for path in tmp_path.iterdir()] == ["counts"]
 
