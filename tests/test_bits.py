@@ -48,7 +48,7 @@ def test_lora_trains_on_a_model_in_4_bits(llava, corpus, tmp_path, monkeypatch, 
 def test_what_few_bits_cannot_do_is_said_in_one_line(llava, corpus, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--bits goes with --train_type lora"):
         run_train(monkeypatch, llava, corpus, tmp_path / "run", "--train_type", "full", "--bits", "4")
-    monkeypatch.setattr("train_llava.quantization.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("train_llava.modeling.quantization.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         load_checkpoint(str(llava), bits=8)
     assert not (tmp_path / "run").exists()

@@ -85,8 +85,9 @@ from train_llava.build_model import build_model
 from train_llava.data import LlavaCollator
 from train_llava.evaluation.generation import generate
 from train_llava.merge_lora import merge_lora
-from train_llava.model import LoraArguments, load_checkpoint, set_trainable, unused_parameters
+from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.modeling.adapter import load_model
+from train_llava.modeling.towers import unused_parameters
 from train_llava.modeling.verification import verify_in_fresh_process
 from train_llava.training.memory import empty_model, flops_per_token
 

@@ -1,20 +1,20 @@
-"""Puts a vision tower and a chat language model together into one LLaVA checkpoint, and proves that it did.
+"""Assembles a vision tower and a chat language model into one LLaVA checkpoint, and verifies it.
 
     python -m train_llava.build_model \
         --vision_model_name_or_path openai/clip-vit-large-patch14-336 \
         --language_model_name_or_path Qwen/Qwen1.5-4B-Chat \
         --output_dir output/llava-qwen1.5-4b
 
-Both models keep their weights; only the projector between them is new. The folder is a standard checkpoint of
-`LlavaForConditionalGeneration` or, with `--image_aspect_ratio anyres`, `LlavaNextForConditionalGeneration`: weights,
-processor, chat template and generation config.
+Both models keep their weights; only the projector between them is new. The folder is a standard checkpoint: weights,
+processor, chat template and generation config. Its class is `LlavaForConditionalGeneration` or, with
+`--image_aspect_ratio anyres`, `LlavaNextForConditionalGeneration`.
 """
 
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from train_llava.cli import parse_arguments, parse_first, run_command
 from train_llava.common.files import opening, written_whole
@@ -32,39 +32,38 @@ class BuildArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "What the weights are written in; auto: the language model's own."}
     )
-    vision_feature_layer: int = field(
-        default=-2, metadata={"help": "Which of the tower's hidden states the projector reads."}
-    )
+    vision_feature_layer: int = field(default=-2, metadata={"help": "The hidden state that the projector reads."})
     vision_feature_select_strategy: Literal["auto", "default", "full"] = field(
         default="auto",
-        metadata={
-            "help": "default drops the class token, full keeps all; auto: default where there is a class token."
-        },
+        metadata={"help": "default drops the class token, full keeps all; auto: default if there is a class token."},
     )
     image_aspect_ratio: Literal["crop", "pad", "anyres"] = field(
         default="crop",
         metadata={
-            "help": "crop: as the tower's own processor does; pad: to a square first, as LLaVA-1.5, sides kept; "
-            "anyres: the whole picture and, at more pixels, its tiles, as LLaVA-NeXT."
+            "help": "crop: as the tower's own processor does; pad: to a square, as LLaVA-1.5; "
+            "anyres: the whole picture and its tiles, as LLaVA-NeXT."
         },
     )
     image_grid_pinpoints: list[str] | None = field(
-        default=None,
-        metadata={"help": f"With anyres, the grids that a picture may be cut into; default: {' '.join(PINPOINTS)}."},
+        default=None, metadata={"help": f"With anyres, the grids of tiles; default: {' '.join(PINPOINTS)}."}
     )
     projector: str | None = field(
-        default=None,
-        metadata={"help": "A trained projector: projector.safetensors of a run, or LLaVA's mm_projector.bin."},
+        default=None, metadata={"help": "A trained projector.safetensors of a run, or LLaVA's mm_projector.bin."}
     )
     skip_checks: bool = field(default=False, metadata={"help": "Do not run the assembled model before naming it."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a tokenizer."})
 
     def __post_init__(self) -> None:
-        if self.image_aspect_ratio != "anyres" and self.image_grid_pinpoints is not None:
-            raise ValueError("--image_grid_pinpoints goes with --image_aspect_ratio anyres")
-        for grid in self.image_grid_pinpoints or []:
-            if not re.fullmatch("[1-9]x[1-9]", grid):
-                raise ValueError(f"--image_grid_pinpoints {grid}: rows x columns of tiles, 1 to 9 each, such as 2x3")
+        check_grids(self.image_aspect_ratio, self.image_grid_pinpoints)
+
+
+def check_grids(image_aspect_ratio: str, image_grid_pinpoints: list[str] | None) -> None:
+    """Refuses grids of tiles without anyres, and grids that are not written as in 2x3."""
+    if image_aspect_ratio != "anyres" and image_grid_pinpoints is not None:
+        raise ValueError("--image_grid_pinpoints goes with --image_aspect_ratio anyres")
+    for grid in image_grid_pinpoints or []:
+        if not re.fullmatch("[1-9]x[1-9]", grid):
+            raise ValueError(f"--image_grid_pinpoints {grid}: rows x columns of tiles, 1 to 9 each, such as 2x3")
 
 
 if __name__ == "__main__":
@@ -103,32 +102,116 @@ from train_llava.records import IMAGE_TOKEN
 from train_llava.training.cards import write_card
 
 
+def build_model(
+    vision_model_name_or_path: str,
+    language_model_name_or_path: str,
+    output_dir: str,
+    dtype: str = "auto",
+    vision_feature_layer: int = -2,
+    vision_feature_select_strategy: str = "auto",
+    image_aspect_ratio: str = "crop",
+    image_grid_pinpoints: list[str] | None = None,
+    projector: str | None = None,
+    skip_checks: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Writes a LLaVA checkpoint. The arguments are those of the command: see `BuildArguments`.
+
+    Raises:
+        OSError, ValueError: a part cannot be loaded, or a check of the LLaVA fails; nothing is left behind.
+    """
+    check_grids(image_aspect_ratio, image_grid_pinpoints)
+    trained_projector = None if projector is None else load_projector(projector)
+    anyres = image_aspect_ratio == "anyres"
+    with written_whole(output_dir) as folder:
+        # the parts; a configuration is checked before code that comes with a tokenizer may run
+        part_config(language_model_name_or_path)
+        tokenizer = load_tokenizer(language_model_name_or_path, trust_remote_code)
+        print(f"language model  {language_model_name_or_path}")
+        language_model = load_language_model(language_model_name_or_path, dtype)
+        print(f"vision tower    {vision_model_name_or_path}")
+        vision_tower = load_vision_tower(vision_model_name_or_path, language_model.dtype)
+        grids = image_grid_pinpoints or PINPOINTS
+        image_processor = load_image_processor(vision_tower, vision_model_name_or_path, image_aspect_ratio, grids)
+
+        # what the tower gives for a picture, and what of it the projector reads
+        tokens, num_prefix_tokens, states = probe_tower(vision_tower, image_processor, vision_model_name_or_path)
+        if not -states <= vision_feature_layer < states:
+            raise ValueError(
+                f"--vision_feature_layer {vision_feature_layer}: the tower has hidden states {-states} to {states - 1}"
+            )
+        strategy = vision_feature_select_strategy
+        if strategy == "auto":
+            strategy = "default" if num_prefix_tokens else "full"
+        dropped = int(strategy == "default")
+        if anyres and num_prefix_tokens != dropped:
+            raise ValueError(
+                f"anyres: {vision_model_name_or_path} gives {num_prefix_tokens} tokens beside its patches, and with "
+                f"--vision_feature_select_strategy {strategy} more than the patches would stand in the grid"
+            )
+        processor = (LlavaNextProcessor if anyres else LlavaProcessor)(
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            patch_size=vision_tower.config.patch_size,
+            vision_feature_select_strategy=strategy,
+            num_additional_image_tokens=num_prefix_tokens,
+            chat_template=tokenizer.chat_template,
+        )
+
+        # the LLaVA
+        with running_as_one():
+            if not skip_checks:
+                verify_text_path(language_model, processor)
+                references = reference_outputs(vision_tower, language_model, processor, vision_feature_layer)
+            model = assemble(vision_tower, language_model, processor, tokens - dropped, vision_feature_layer)
+        note = "Put together and not trained yet: the projector is random."
+        if trained_projector is not None:
+            put_projector(model, trained_projector, projector)
+            note = "Put together with a trained projector."
+            if anyres and "image_newline" not in trained_projector:
+                untrained = "It has no image_newline, which ends a row of tiles: that is random, and wants training."
+                note += f" {untrained}"
+                print(f"--projector {projector}: {untrained}", file=sys.stderr)
+
+        # its folder
+        model.save_pretrained(folder, state_dict=published_names(model))
+        processor.save_pretrained(folder)
+        base_models = [vision_model_name_or_path, language_model_name_or_path]
+        write_card(folder, Path(output_dir).name, base_models, [], [note])
+        rows = [(part, f"{total:,} parameters") for part, (_, total) in count_parameters(model).items()]
+        del model, vision_tower, language_model  # the checks load the saved model: never two in memory
+        if not skip_checks:
+            try:
+                rows += verify_in_fresh_process(folder, *references)
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(folder), output_dir)) from error
+    for label, outcome in [*rows, ("written to", output_dir)]:
+        print(f"{label:<26}{outcome}")
+
+
 def assemble(
     vision_tower: PreTrainedModel,
     language_model: PreTrainedModel,
     processor: Processor,
     image_seq_length: int,
-    vision_feature_layer: int = -2,
+    vision_feature_layer: int,
 ) -> Llava:
-    """Joins the two models by a fresh projector (Liu et al., 2023, "Improved Baselines with Visual Instruction
-    Tuning": two linear layers with a GELU), without copying a weight.
+    """Joins the two models by a new projector, without copying a weight.
 
-    The LLaVA is made on the meta device, which takes no memory, and the two models' own modules are put into it.
-
-    Raises:
-        ValueError: it has no place for a tensor of the two, or they have none for a place; the message names it.
+    The projector is LLaVA-1.5's (Liu et al., 2023): two linear layers with a GELU. The LLaVA is made on the meta
+    device, which takes no memory, and the two models' own modules are put into it.
     """
-    tokenizer, tiles = processor.tokenizer, is_anyres(processor.image_processor)
+    tokenizer, anyres = processor.tokenizer, is_anyres(processor.image_processor)
     decoder = decoder_of(language_model)
     if language_model.config.tie_word_embeddings and not hasattr(decoder, "embed_tokens"):
-        raise ValueError(
-            f"the output layer of a {decoder.config.model_type} is its embedding, and a LLaVA shares only one that is "
-            "called embed_tokens"
-        )
+        kind = f"the output layer of a {decoder.config.model_type} is its embedding"
+        raise ValueError(f"{kind}, and a LLaVA shares only one that is called embed_tokens")
     if (rows := max(tokenizer.get_vocab().values()) + 1) > language_model.config.vocab_size:
         language_model.resize_token_embeddings(rows, pad_to_multiple_of=64)
-    grids = {"image_grid_pinpoints": processor.image_processor.image_grid_pinpoints} if tiles else {}
-    config = (LlavaNextConfig if tiles else LlavaConfig)(
+
+    # an empty LLaVA; its configuration keeps no paths of this machine
+    settings = {"image_grid_pinpoints": processor.image_processor.image_grid_pinpoints} if anyres else {}
+    config = (LlavaNextConfig if anyres else LlavaConfig)(
         vision_config=vision_tower.config,
         text_config=language_model.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
@@ -138,12 +221,14 @@ def assemble(
         pad_token_id=tokenizer.pad_token_id,
         dtype=language_model.dtype,
         tie_word_embeddings=language_model.config.tie_word_embeddings,
-        **grids,
+        **settings,
     )
     for part in (config, config.vision_config, config.text_config):
-        part.name_or_path = ""  # where the parts lay on this machine is no business of the checkpoint
+        part.name_or_path = ""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
+
+    # the two models' modules, each tensor in a place of the empty LLaVA
     places = model.state_dict().keys()
     model.model.vision_tower = vision_tower
     model.model.language_model = decoder
@@ -154,12 +239,14 @@ def assemble(
         for name, tensor in part.state_dict(keep_vars=True).items():
             if id(tensor) not in taken:
                 raise ValueError(f"a LLaVA has no place for {name} of this {kind}, a {part.config.model_type}")
-    if lacking := places - filled.keys():
-        raise ValueError(f"the two models lack what a LLaVA has of them, {min(lacking)} for one")
+    if missing := places - filled.keys():
+        raise ValueError(f"the two models lack tensors that a LLaVA needs, for example {min(missing)}")
+
+    # the projector; with a seed, so that the same command writes the same folder
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # the same command writes the same folder
+        torch.manual_seed(0)
         model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(language_model.dtype)
-        if tiles:
+        if anyres:
             width = config.text_config.hidden_size
             newline = torch.randn(width, dtype=language_model.dtype) / width**0.5  # as transformers begins it
             model.model.image_newline = torch.nn.Parameter(newline)
@@ -170,10 +257,9 @@ def assemble(
 
 
 def load_projector(path: str) -> dict[str, torch.Tensor]:
-    """A trained projector's tensors by the names that they have in a LLaVA, and `image_newline` where it has one.
+    """Reads a trained projector: its tensors by their names in a LLaVA, and `image_newline` where it has one.
 
-    Args:
-        path: a file of safetensors or of torch's, or the folder of a run that has trained the projector alone.
+    `path` is a file of safetensors or of torch, or the folder of a run that trained the projector alone.
 
     Raises:
         OSError, ValueError: it cannot be opened, or is no projector of two linear layers.
@@ -184,26 +270,22 @@ def load_projector(path: str) -> dict[str, torch.Tensor]:
         try:
             saved = load_file(path)
         except SafetensorError:
-            saved = torch_tensors(path)
-        names = {}
+            saved = load_torch_tensors(path)
+        projector = {}
         for name, tensor in saved.items():
-            # the authors of LLaVA count the projector's layers: 0, an activation, 2
             short = re.sub(r"^(model\.)?(mm_projector|multi_modal_projector)\.|^model\.(?=image_newline)", "", name)
-            names[re.sub(r"^([02])\.", lambda m: f"linear_{int(m[1]) // 2 + 1}.", short)] = tensor
-        layers = {f"linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
-        if names.keys() - {"image_newline"} != layers:
+            # LLaVA's authors number the layers: 0, an activation, 2
+            projector[re.sub(r"^0\.", "linear_1.", re.sub(r"^2\.", "linear_2.", short))] = tensor
+        layers = {"linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"}
+        if projector.keys() - {"image_newline"} != layers:
             raise ValueError(f"it holds {', '.join(sorted(saved)[:5])}, and no projector of two linear layers")
-    return names
+    return projector
 
 
-def torch_tensors(path: str) -> dict[str, torch.Tensor]:
-    """What `torch.save` has written of a dictionary of tensors.
-
-    Raises:
-        ValueError: it is something else. torch's own words would advise to let the file run code.
-    """
+def load_torch_tensors(path: str) -> dict[str, torch.Tensor]:
+    """Reads a dictionary of tensors that `torch.save` wrote."""
     try:
-        with open(path, "rb") as file:  # by its name alone torch would take it for safetensors
+        with open(path, "rb") as file:  # given the path, torch would take a name with .safetensors for such a file
             saved = torch.load(file, "cpu", weights_only=True)
     except Exception as error:  # of any type
         raise ValueError("it is neither safetensors nor torch's file of tensors") from error
@@ -213,97 +295,28 @@ def torch_tensors(path: str) -> dict[str, torch.Tensor]:
 
 
 def put_projector(model: Llava, projector: dict[str, torch.Tensor], path: str) -> None:
-    """Gives a LLaVA a trained projector.
-
-    Raises:
-        ValueError: a tensor of it has another shape; the message names it.
-    """
-    places = dict(model.model.multi_modal_projector.named_parameters())
-    places |= dict(model.model.named_parameters(recurse=False))
-    for name, tensor in projector.items():
-        if name in places and tensor.shape != places[name].shape:
+    """Puts a trained projector into a LLaVA."""
+    parameters = dict(model.model.multi_modal_projector.named_parameters())
+    parameters |= dict(model.model.named_parameters(recurse=False))  # image_newline, with anyres
+    for name in projector.keys() & parameters.keys():
+        shape, needed = tuple(projector[name].shape), tuple(parameters[name].shape)
+        if shape != needed:
             raise ValueError(
-                f"--projector {path}: {name} is {tuple(tensor.shape)}, and between these two models it would be "
-                f"{tuple(places[name].shape)}"
+                f"--projector {path}: {name} is {shape}, and between these two models it would be {needed}"
             )
-        if name in places:
-            places[name].data = tensor.to(places[name].dtype)
+        parameters[name].data = projector[name].to(parameters[name].dtype)
 
 
 def published_names(model: Llava) -> dict[str, torch.Tensor]:
-    """A LLaVA's weights with the tower's named as in published checkpoints.
+    """A LLaVA's weights, with the tower's named as in published checkpoints.
 
-    Other engines look for these; they know CLIP and SigLIP as a LLaVA's towers. transformers renames the rest itself,
-    and writes a checkpoint that it has read under the names it had.
+    Other engines look for these names; the towers that they know in a LLaVA are CLIP and SigLIP. transformers renames
+    the other weights itself.
     """
     weights = model.state_dict()
     if model.config.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
         return weights
     return {name.replace(".vision_tower.", ".vision_tower.vision_model."): tensor for name, tensor in weights.items()}
-
-
-def build_model(*arguments: Any, **named: Any) -> None:
-    """Writes a LLaVA checkpoint; takes what `BuildArguments` takes.
-
-    Raises:
-        OSError, ValueError: a part cannot be loaded or the outcome is not right; nothing is left behind.
-    """
-    given = BuildArguments(*arguments, **named)
-    layer, strategy = given.vision_feature_layer, given.vision_feature_select_strategy
-    projector = None if given.projector is None else load_projector(given.projector)
-    with written_whole(given.output_dir) as folder:
-        part_config(given.language_model_name_or_path)  # before code that comes with a tokenizer may run
-        tokenizer = load_tokenizer(given.language_model_name_or_path, given.trust_remote_code)
-        print(f"language model  {given.language_model_name_or_path}")
-        language_model = load_language_model(given.language_model_name_or_path, given.dtype)
-        print(f"vision tower    {given.vision_model_name_or_path}")
-        vision_tower = load_vision_tower(given.vision_model_name_or_path, language_model.dtype)
-        grids, side = given.image_grid_pinpoints or PINPOINTS, getattr(vision_tower.config, "image_size", None)
-        image_processor = load_image_processor(given.vision_model_name_or_path, given.image_aspect_ratio, side, grids)
-        tokens, beside, states = probe_tower(vision_tower, image_processor, given.vision_model_name_or_path)
-        if not -states <= layer < states:
-            raise ValueError(f"--vision_feature_layer {layer}: the tower has hidden states {-states} to {states - 1}")
-        if strategy == "auto":
-            strategy = "default" if beside else "full"
-        if given.image_aspect_ratio == "anyres" and beside != (strategy == "default"):
-            raise ValueError(
-                f"anyres: {given.vision_model_name_or_path} gives {beside} tokens beside its patches, and with "
-                f"--vision_feature_select_strategy {strategy} more than the patches would stand in the grid"
-            )
-        processor = (LlavaNextProcessor if given.image_aspect_ratio == "anyres" else LlavaProcessor)(
-            image_processor=image_processor,
-            tokenizer=tokenizer,
-            patch_size=vision_tower.config.patch_size,
-            vision_feature_select_strategy=strategy,
-            num_additional_image_tokens=beside,
-            chat_template=tokenizer.chat_template,
-        )
-        with running_as_one():
-            if not given.skip_checks:
-                verify_text_path(language_model, processor)
-                references = reference_outputs(vision_tower, language_model, processor, layer)
-            model = assemble(vision_tower, language_model, processor, tokens - (strategy == "default"), layer)
-        if projector is not None:
-            put_projector(model, projector, given.projector)
-        model.save_pretrained(folder, state_dict=published_names(model))
-        processor.save_pretrained(folder)
-        parts = [given.vision_model_name_or_path, given.language_model_name_or_path]
-        note = "Put together and not trained yet: the projector is random."
-        if projector is not None:
-            note = "Put together with a trained projector."
-            if given.image_aspect_ratio == "anyres" and "image_newline" not in projector:
-                untrained = "It has no image_newline, which ends a row of tiles: that is random, and wants training."
-                note += f" {untrained}"
-                print(f"--projector {given.projector}: {untrained}", file=sys.stderr)
-        write_card(folder, Path(given.output_dir).name, parts, [], [note])
-        sizes = [(part, f"{total:,} parameters") for part, (_, total) in count_parameters(model).items()]
-        del model, vision_tower, language_model  # the checks load the saved model: never two in memory
-        try:
-            checks = [] if given.skip_checks else verify_in_fresh_process(folder, *references)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(folder), given.output_dir)) from error
-    for what, outcome in [*sizes, *checks, ("written to", given.output_dir)]:
-        print(f"{what:<26}{outcome}")
 
 
 def main() -> None:

@@ -1,0 +1,76 @@
+"""Measures a vision tower by running it: its hidden states, and the layers whose output the projector never uses."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+
+def tower_states(
+    config: PreTrainedConfig, side: int, **settings: int
+) -> tuple[PreTrainedModel, tuple[torch.Tensor, ...]]:
+    """Makes a vision tower with unset weights, and runs it on a picture of `side` x `side` pixels.
+
+    `settings` replace values of its configuration, to make it small. It runs on the CPU and outside inference mode:
+    some architectures cache tensors for the whole process, and these have to be what they would cache anyway.
+
+    Returns:
+        The tower and its hidden states, `(1, tokens, width)` each.
+    """
+    config = deepcopy(config)
+    for name, value in (settings | {"_attn_implementation": "eager"}).items():
+        setattr(config, name, value)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.device("cpu"),
+        torch.random.fork_rng([]),  # the run's own random numbers stay as they are
+        no_init_weights(),  # memory that nobody writes to costs nothing
+    ):
+        # not by `from_config`, which would partition the weights under ZeRO-3
+        tower = AutoModel._model_mapping[type(config)](config).eval()
+        return tower, tower(torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states
+
+
+def unused_parameters(config: PreTrainedConfig, layers: int | list[int]) -> set[str]:
+    """Names the parameters of a vision tower that none of these hidden states depends on.
+
+    The autograd graph of a small picture tells. A backward pass would need memory for every gradient.
+    """
+    side = 4 * config.patch_size
+    tower, states = tower_states(config, side, image_size=side)
+    nodes = [states[i].grad_fn for i in ([layers] if isinstance(layers, int) else layers)]
+    seen, used = {None}, set()
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # a leaf of the graph: a parameter
+            used.add(id(node.variable))
+        nodes += [previous for previous, _ in node.next_functions]
+    return {name for name, parameter in tower.named_parameters() if id(parameter) not in used}
+
+
+def pass_through(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """The forward of a layer that is skipped."""
+    return hidden_states
+
+
+def skip_unused_layers(model: nn.Module) -> set[str]:
+    """Skips the vision tower's layers whose output the projector never uses. They stay in the model and in its files.
+
+    Returns the names of the tower's parameters that get no gradient.
+    """
+    unused = unused_parameters(model.config.vision_config, model.config.vision_feature_layer)
+    for name, layers in model.model.vision_tower.named_modules():
+        if not isinstance(layers, nn.ModuleList):
+            continue
+        for i, layer in enumerate(layers):
+            names = {f"{name}.{i}.{parameter}" for parameter, _ in layer.named_parameters()}
+            if names and names <= unused:
+                layer.forward = pass_through
+    return unused
