@@ -104,7 +104,7 @@ def load_vision_tower(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
 
 @torch.no_grad()
 def as_clip(tower: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Makes a CLIP tower of one that transformers opens only inside its larger model, as those of MetaCLIP 2, AltCLIP."""
+    """Makes a CLIP of a tower that transformers opens only inside its larger model, such as MetaCLIP 2."""
     config = CLIPVisionConfig.from_dict(tower.config.to_dict() | {"model_type": CLIPVisionConfig.model_type})
     try:
         clip = CLIPVisionModel(config).to(tower.dtype).eval()
