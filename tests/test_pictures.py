@@ -20,7 +20,7 @@ from transformers import CLIPImageProcessorPil
 from train_llava.data import LlavaDataset
 from train_llava.dataset import images as pictures
 from train_llava.dataset.images import matches_processor, open_image, picture_size
-from train_llava.records import load_records
+from train_llava.dataset.table import load_records
 
 NAME = "sub dir/né 图.PNG"
 
@@ -165,7 +165,7 @@ def test_a_file_changed_to_the_same_size_is_read_anew(tmp_path, changed):
             (tmp_path / name).write_bytes(content)
             os.utime(tmp_path / name, (number * (name == changed), 100 + number * (name == changed)))
         seen.append(load_records(str(tmp_path))[0][0])
-    assert seen[0]["fault"] is None
+    assert seen[0]["error"] is None
     assert seen[0] != seen[1]
 
 
@@ -305,5 +305,5 @@ def test_nulls_and_what_no_record_may_hold(tmp_path, record, pictures, reason):
     (tmp_path / "chat.json").write_text(json.dumps([{"id": None, "caption": "x"}, record]))
     (row,) = load_records(str(tmp_path))[0].select([1])
     assert row["id"] == "0"
-    assert (reason is None and row["fault"] is None) or reason in row["fault"]
+    assert (reason is None and row["error"] is None) or reason in row["error"]
     assert len(row["images"]) == (pictures if reason is None else 0)

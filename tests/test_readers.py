@@ -67,7 +67,7 @@ def test_how_a_turn_names_its_role_and_text(turn, role, text):
 @pytest.mark.parametrize("key", ["language", "references", "answers"])
 def test_half_of_a_character_anywhere_is_a_fault_of_its_record(key):
     row = table_row({"prompt": "a", "completion": "b", key: "\ud800"}, 3)
-    assert (row["id"], row["fault"]) == ("3", "it holds half of a surrogate pair, which is not Unicode")
+    assert (row["id"], row["error"]) == ("3", "it holds half of a surrogate pair, which is not Unicode")
     assert table_row({"id": "\ud800", "prompt": "a"}, 3)["id"] == "\\ud800"
 
 

@@ -31,7 +31,8 @@ from train_llava.dataset.bad_samples import log_bad_sample
 from train_llava.dataset.images import matches_processor, open_image, prepare_pictures
 from train_llava.dataset.readers import read_json
 from train_llava.dataset.streaming import stream_items
-from train_llava.records import load_records, table_row, text_of, to_messages
+from train_llava.dataset.table import load_records
+from train_llava.records import table_row, text_of, to_messages
 from train_llava.trainer import with_ids
 
 ROOT = Path(__file__).parent.parent
@@ -424,7 +425,7 @@ def test_pictures_inside_and_beside_a_record_keep_their_order(tmp_path):
 
 
 def test_a_batch_of_the_table_is_of_not_too_many_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("train_llava.records.BATCH_BYTES", 1000)
+    monkeypatch.setattr("train_llava.dataset.table.BATCH_BYTES", 1000)
     rows = [{"image": {"bytes": bytes(400), "path": None}, "caption": "x"} for _ in range(10)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
     column = load_records(str(tmp_path))[0].data.column("image_bytes")
@@ -489,7 +490,7 @@ SCIENCE = {"question": "Which?", "choices": ["cat", "dog"]}
 )  # fmt: skip
 def test_records_of_visual_questions_are_read_as_published(record, name, asked, answer, answers):
     row = table_row(record, 0)
-    assert row["fault"] is None
+    assert row["error"] is None
     assert list(map(text_of, json.loads(row["messages"]))) == [asked, answer]
     assert (row["id"], row["answers"]) == (name, answers)
 

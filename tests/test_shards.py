@@ -11,7 +11,7 @@ from conftest import turns
 from test_records import ANSWERS, PICTURES, QUESTION, faults, shown, tar
 
 from train_llava.data import LlavaDataset
-from train_llava.dataset.archives import is_picture
+from train_llava.dataset.archives import is_image
 
 RECORD = {"conversations": turns(QUESTION, "x")}
 
@@ -21,7 +21,7 @@ def colors(data_path: Path) -> dict[str, list[str] | str]:
     dataset, found = LlavaDataset(str(data_path)), {}
     for i in range(len(dataset)):
         row = dataset.tables[0][i]
-        found[row["id"]] = row["fault"] or shown(dataset[i])
+        found[row["id"]] = row["error"] or shown(dataset[i])
     return found
 
 
@@ -51,7 +51,7 @@ def test_what_is_no_picture_by_its_ending_is_none(tmp_path, beside):
 
 def test_a_picture_is_known_by_its_ending_or_because_the_record_names_it():
     pictures = ["a.jpg", "a.JPEG", "a/b.png", "a.webp", "a.avif", "a.heic", "a.tif", "a.bmp", "a.jp2", "a.left.png"]
-    assert [name for name in pictures if not is_picture(name)] == []
+    assert [name for name in pictures if not is_image(name)] == []
     others = [
         "a",
         "png",
@@ -68,7 +68,7 @@ def test_a_picture_is_known_by_its_ending_or_because_the_record_names_it():
         "a.exr",
         "a.ps",
     ]
-    assert [name for name in others if is_picture(name)] == []
+    assert [name for name in others if is_image(name)] == []
 
 
 def test_a_record_may_name_a_picture_of_any_ending(tmp_path):

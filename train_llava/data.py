@@ -11,11 +11,12 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from train_llava.chat import IGNORE, Chat, Processor
-from train_llava.dataset.archives import label, read_picture
+from train_llava.dataset.archives import label, read_image
 from train_llava.dataset.bad_samples import log_bad_sample
 from train_llava.dataset.images import open_image, picture_size, prepare_pictures
+from train_llava.dataset.table import load_records
 from train_llava.modeling.attention import use_conversation_lengths
-from train_llava.records import BadRecordError, load_records
+from train_llava.records import BadRecordError
 
 
 def to_item(
@@ -28,10 +29,10 @@ def to_item(
     """
     images, sizes = [], []
     try:
-        if row["fault"] is not None:
-            raise ValueError(row["fault"])
+        if row["error"] is not None:
+            raise ValueError(row["error"])
         if decode or measure:
-            sources = [(read_picture(image_dir, name), label(name)) for name in row["images"]]
+            sources = [(read_image(image_dir, name), label(name)) for name in row["images"]]
             sources += [(content, f"picture {i}") for i, content in enumerate(row["image_bytes"])]
             images = [open_image(source, name, min_side) for source, name in sources if decode]
             sizes = [image.size for image in images] or [picture_size(*source) for source in sources]

@@ -1,13 +1,15 @@
-"""Finds images in folders and in zip and tar archives."""
+"""Finds the files that records name, in a folder, a zip archive or a tar shard, and reads them there."""
 
 import base64
 import os
 import re
 import reprlib
 import struct
+import tarfile
 import unicodedata
 import urllib.parse
 import zipfile
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path, PurePath
@@ -18,18 +20,19 @@ from PIL import Image
 from train_llava.dataset.hub import is_file, opened
 
 LEADS_OUT = re.compile(r"(^|[/\\])\.\.($|[/\\])|\0")
+ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:")
 
 
 class ArchiveMember(NamedTuple):
-    """Where a picture lies in a tar or zip archive, in bytes, so that it is read without the list of all members.
+    """Where a file lies in a tar or zip archive, so that it can be read without the list of all members.
 
-    In the table it is one text; the NUL characters between its fields stand in no file's name.
+    The table stores the fields as one text. NUL separates them, because no file name contains it.
     """
 
     archive: str
-    member: str
-    offset: int  # of the picture in a tar; of the member's header in a zip
-    size: int  # as it is stored
+    name: str
+    offset: int  # in bytes: of the content in a tar, of the member's header in a zip
+    size: int  # as stored
     method: int = zipfile.ZIP_STORED
     unpacked_size: int = 0
     checksum: int = 0
@@ -39,73 +42,113 @@ class ArchiveMember(NamedTuple):
 
 
 def is_archive(image_dir: PurePath | None) -> bool:
-    """Whether pictures are read out of an unextracted archive."""
+    """Whether images are read from a zip archive that is not extracted."""
     return image_dir is not None and image_dir.suffix.lower() == ".zip"
 
 
-def is_picture(name: str) -> bool:
-    """Whether a file is a picture by its name's ending: one of Pillow's formats of pictures, or HEIC."""
-    ending = os.path.splitext(name)[1].lower()
-    kind = Image.MIME.get(Image.registered_extensions().get(ending), "")
-    return kind.startswith("image/") or ending in (".heic", ".heif", ".hif")
+def is_image(name: str) -> bool:
+    """Whether a file's extension is one of Pillow's image formats, or HEIC."""
+    extension = os.path.splitext(name)[1].lower()
+    mime_type = Image.MIME.get(Image.registered_extensions().get(extension), "")
+    return mime_type.startswith("image/") or extension in (".heic", ".heif", ".hif")
 
 
-def plain(name: str) -> str:
-    """A file's path from its folder in one spelling: `/` between its parts, none empty or `.`, in Unicode's NFC.
+def is_hidden(name: str) -> bool:
+    """Whether a file is hidden, or one of those that macOS adds to folders and archives."""
+    return os.path.basename(name).startswith(".") or "__MACOSX" in name.split("/")
 
-    Windows writes backslashes, and macOS takes letters from their accents (NFD).
+
+def normal_path(name: str) -> str:
+    """One spelling for a file's path in its folder: slashes, no empty parts, and Unicode's composed form (NFC).
+
+    Windows writes backslashes. macOS separates accents from their letters (NFD). Example: `.\\\\a//b.png` → `a/b.png`.
     """
     parts = re.split(r"[/\\]+", unicodedata.normalize("NFC", name))
     return "/".join(part for part in parts if part not in ("", "."))
 
 
 def candidate_names(name: str, top: str) -> list[str]:
-    """What a file that a record names may be called in its folder, or archive, `top`; the likeliest comes first.
+    """The names that a file may have in the folder or archive `top`, the likeliest first.
 
-    A record may escape a name as addresses do, or write `top` in front of it.
+    A record may escape a name as in a URL, or begin it with `top`.
     """
-    names = [plain(name), plain(urllib.parse.unquote(name))]
-    names += [spelt.removeprefix(f"{top}/") for spelt in names]
-    return [spelt for spelt in names if not LEADS_OUT.search(spelt)]
+    names = [normal_path(name), normal_path(urllib.parse.unquote(name))]
+    names += [candidate.removeprefix(f"{top}/") for candidate in names]
+    return [candidate for candidate in names if not LEADS_OUT.search(candidate)]
 
 
 def zip_members(archive: Path) -> dict[str, ArchiveMember | None]:
-    """Where each file of an archive lies, by its `plain` name; None where several that differ have this name.
+    """The files of a zip archive by `normal_path`. The value is None where different files share a name.
 
-    Some archives hold one folder with everything in it, which records do not name: names without it count, too. So do
-    names as those meant them who wrote them in UTF-8 or Chinese Windows' code, and did not say so.
+    Each file is also entered without its top folder, because records often leave that out.
 
     Raises:
-        ValueError: it is not a whole zip archive; the message names it.
+        ValueError: the archive is damaged; the message names it.
     """
     try:
         with zipfile.ZipFile(archive) as file:
-            members = file.infolist()
+            infos = file.infolist()
     except zipfile.BadZipFile as error:
         raise ValueError(f"{archive} is not a whole zip archive: {error}") from error
     path = str(archive.absolute())
     full: dict[str, ArchiveMember | None] = {}
     short: dict[str, ArchiveMember | None] = {}
-    for m in members:
-        if m.filename.endswith(("/", "\\")):  # a folder
+    for info in infos:
+        if info.filename.endswith(("/", "\\")):  # a folder
             continue
-        place = ArchiveMember(path, m.filename, m.header_offset, m.compress_size, m.compress_type, m.file_size, m.CRC)
-        for spelt in map(plain, name_spellings(m)):
-            for names, name in ((full, spelt), (short, spelt.partition("/")[2])):
-                other = names.setdefault(name, place)
-                if other is None or other[-2:] != place[-2:]:  # another size or checksum
-                    names[name] = None
+        stored = (info.header_offset, info.compress_size, info.compress_type, info.file_size, info.CRC)
+        member = ArchiveMember(path, info.filename, *stored)
+        for name in map(normal_path, _decoded_names(info)):
+            for members, key in ((full, name), (short, name.partition("/")[2])):
+                other = members.setdefault(key, member)
+                if other is None or other[-2:] != member[-2:]:  # another size or checksum
+                    members[key] = None
     return short | full
 
 
-def name_spellings(member: zipfile.ZipInfo) -> list[str]:
-    """What a file of an archive is called: as `zipfile` reads it and, where that was a guess, as it may be meant."""
-    found = [member.filename]
-    if not member.flag_bits & 0x800 and not member.filename.isascii():  # not said to be UTF-8, read as cp437
-        for encoding in ("utf-8", "gb18030"):
-            with suppress(UnicodeError):
-                return [*found, member.filename.encode("cp437").decode(encoding)]
-    return found
+def _decoded_names(info: zipfile.ZipInfo) -> list[str]:
+    """The name as `zipfile` reads it. A name of unknown encoding also as UTF-8 or in the code of Chinese Windows."""
+    if info.filename.isascii() or info.flag_bits & 0x800:  # marked as UTF-8
+        return [info.filename]
+    for encoding in ("utf-8", "gb18030"):
+        with suppress(UnicodeError):
+            return [info.filename, info.filename.encode("cp437").decode(encoding)]
+    return [info.filename]
+
+
+def tar_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The files of a tar archive under their `normal_path`, without hidden files.
+
+    A link becomes the file that it leads to, under the link's name. If the archive is damaged, a last member of
+    size -1 comes after the whole ones; its name says where the damage is.
+    """
+    files: dict[str, tarfile.TarInfo] = {}  # those read so far, until a link needs all
+    all_read, damage, member = False, None, None
+    try:
+        for member in archive:
+            name, target = normal_path(member.name), member
+            files.setdefault(name, member)
+            # Follow the links: a link may lead to a link, or to a file that comes later
+            for _ in range(9):
+                if target is None or not (target.islnk() or target.issym()):
+                    break
+                folder = os.path.dirname(normal_path(target.name)) if target.issym() else ""
+                target_name = normal_path(os.path.normpath(os.path.join(folder, target.linkname)))
+                if target_name not in files and not all_read:
+                    files, all_read = {normal_path(other.name): other for other in archive.getmembers()}, True
+                target = files.get(target_name)
+            if target is not None and target.isfile() and not is_hidden(name):
+                yield target.replace(name=name, deep=False)
+        # `tarfile` stops without an error at a block that is no header: a whole archive has zeros there
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            damage = f"what follows {member.name}" if member else "its first bytes"
+    except (tarfile.TarError, OSError):
+        damage = member.name if member else "its first bytes"
+    if damage is not None:
+        broken = tarfile.TarInfo(damage)
+        broken.size = -1
+        yield broken
 
 
 @lru_cache(maxsize=4096)
@@ -113,91 +156,97 @@ def _is_same_folder(folder: PurePath, other: Path) -> bool:
     return os.path.isdir(folder) and os.path.samefile(folder, other)
 
 
-def locate_picture(
-    picture: Any, image_dir: Path | None = None, members: dict[str, ArchiveMember | None] | None = None
+def locate_image(
+    image: Any, image_dir: Path | None = None, members: dict[str, ArchiveMember | None] | None = None
 ) -> str | bytes:
-    """A picture as a raw record names it: its bytes, or what `read_picture` takes; `members` are an archive's.
+    """An image of a raw record as its bytes, or as the text that `read_image` takes.
 
-    A name must not lead out of the picture folder, the one that an archive lies in; where links in the folder lead is
-    the user's affair.
+    `members` are those of the archive `image_dir`. A name must not lead out of the image folder, or out of the folder
+    that the archive lies in. Links in the folder may lead anywhere.
 
     Raises:
-        ValueError: it is no name, or not one of a file in the folder or archive.
+        ValueError: it is not a name, or the name leads out or is not in the archive.
     """
-    if isinstance(picture, dict):  # as `datasets` keeps one
-        picture = picture["bytes"] if picture.get("bytes") else picture.get("path")
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, ArchiveMember):
-        return str(picture)
-    if not isinstance(picture, str):
-        raise ValueError(f"a picture is named by {reprlib.repr(picture)}")
-    if picture.startswith("data:"):
-        return picture
-    if picture.startswith("file://"):
-        picture = urllib.parse.unquote(picture.removeprefix("file://"))
-    if "://" in picture:
-        raise ValueError(f"{label(picture)} is an address: download the pictures and name the files")
-    path, inside = PurePath(picture), not LEADS_OUT.search(picture)
-    if inside and path.is_absolute():
+    # The image itself, or a name that needs no folder
+    if isinstance(image, dict):  # as `datasets` stores one
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, ArchiveMember):
+        return str(image)
+    if isinstance(image, bytes) or (isinstance(image, str) and image.startswith("data:")):
+        return image
+    if not isinstance(image, str):
+        raise ValueError(f"a picture is named by {reprlib.repr(image)}")
+
+    # A path inside the image folder: an absolute one is made relative
+    if image.startswith("file://"):
+        image = urllib.parse.unquote(image.removeprefix("file://"))
+    if "://" in image:
+        raise ValueError(f"{label(image)} is an address: download the pictures and name the files")
+    path = PurePath(image)
+    if path.is_absolute() and image_dir is not None and not LEADS_OUT.search(image):
         folder = image_dir.parent if is_archive(image_dir) else image_dir
-        parent = next((p for p in path.parents if folder and _is_same_folder(p, folder)), None)
-        inside, picture = parent is not None, path.relative_to(parent).as_posix() if parent else picture
-    if not inside or re.match(r"[/\\]|[A-Za-z]:", picture):
-        raise ValueError(f"{label(picture)} lies outside the picture folder")
+        parents = (parent for parent in path.parents if _is_same_folder(parent, folder))
+        image = next((path.relative_to(parent).as_posix() for parent in parents), image)
+    if LEADS_OUT.search(image) or ABSOLUTE.match(image):
+        raise ValueError(f"{label(image)} lies outside the picture folder")
     if members is None:
-        return picture
-    name = next((name for name in candidate_names(picture, image_dir.stem) if name in members), None)
-    if name is None or members[name] is None:
-        fault = "is not in the archive" if name is None else "is the name of several members of the archive"
-        raise ValueError(f"{label(picture)} {fault}")
+        return image
+
+    # A member of the archive
+    name = next((name for name in candidate_names(image, image_dir.stem) if name in members), None)
+    if name is None:
+        raise ValueError(f"{label(image)} is not in the archive")
+    if members[name] is None:
+        raise ValueError(f"{label(image)} is the name of several members of the archive")
     return str(members[name])
 
 
 def label(name: str) -> str:
-    """What messages call a picture of the table: its name, shortened, and the archive that it is in."""
-    archive, _, rest = name.partition("\0")
-    name = f"{rest.partition(chr(0))[0]} in {archive}" if rest else archive
+    """An image's name for messages, shortened. For a member of an archive the archive is named too."""
+    archive, _, fields = name.partition("\0")
+    name = f"{fields.partition(chr(0))[0]} in {archive}" if fields else archive
     return name if len(name) <= 200 else f"{name[:40]}…"
 
 
-def read_picture(image_dir: PurePath, name: str) -> bytes | Path:
-    """A picture named in the table: a file in `image_dir`, a place in a shard or archive, or a data URI.
+def read_image(image_dir: PurePath, name: str) -> bytes | Path:
+    """An image that the table names: a file in `image_dir`, a member of an archive, or a data URI.
 
     Raises:
-        ValueError: it is a folder, or it cannot be taken out of the archive.
+        ValueError: it is a folder, or it cannot be read from the archive.
     """
     if name.startswith("data:"):
         return base64.b64decode(name.partition(",")[2])
     if "\0" in name:
         return _read_member(name)
-    path = image_dir / name
-    if not is_file(path):
-        names = candidate_names(name, image_dir.name)
-        paths = [image_dir / unicodedata.normalize(form, spelt) for spelt in names for form in ("NFC", "NFD")]
-        path = next(filter(is_file, paths), path)
-        if isinstance(path, Path) and path.is_dir():
-            raise ValueError(f"{name} is a folder")
-    if not isinstance(path, Path):
+    spellings = [name]
+    for candidate in candidate_names(name, image_dir.name):
+        spellings += [candidate, unicodedata.normalize("NFD", candidate)]
+    paths = [image_dir / spelling for spelling in spellings]
+    path = next(filter(is_file, paths), paths[0])
+    if not isinstance(path, Path):  # on the hub
         with opened(path) as file:
             return file.read()
+    if path.is_dir():
+        raise ValueError(f"{name} is a folder")
     return path
 
 
 def _read_member(text: str) -> bytes:
-    archive, member, *numbers = text.split("\0")
-    place = ArchiveMember(archive, member, *map(int, numbers))
+    """The content of an `ArchiveMember`, given as the table's text."""
+    archive, name, *numbers = text.split("\0")
+    member = ArchiveMember(archive, name, *map(int, numbers))
     try:
         with open(archive, "rb") as file:
-            file.seek(place.offset)
+            file.seek(member.offset)
             if not is_archive(Path(archive)):
-                return file.read(place.size)
+                return file.read(member.size)
+            # A zip member begins with a header; the lengths of its name and extra field are at its end
             header = file.read(30)
-            file.seek(sum(struct.unpack("<HH", header[26:30])), os.SEEK_CUR)  # the name and the extra field
-            info = zipfile.ZipInfo(member)
-            info.compress_type, info.compress_size = place.method, place.size
-            info.file_size, info.CRC = place.unpacked_size, place.checksum
-            with zipfile.ZipExtFile(file, "r", info) as packed:
-                return packed.read()
-    except Exception as error:  # each way of packing has errors of its own
-        raise ValueError(f"{member} cannot be taken out of {archive}: {error}") from error
+            file.seek(sum(struct.unpack("<HH", header[26:30])), os.SEEK_CUR)
+            info = zipfile.ZipInfo(name)
+            info.compress_type, info.compress_size = member.method, member.size
+            info.file_size, info.CRC = member.unpacked_size, member.checksum
+            with zipfile.ZipExtFile(file, "r", info) as unpacked:
+                return unpacked.read()
+    except Exception as error:  # each compression method has errors of its own
+        raise ValueError(f"{name} cannot be taken out of {archive}: {error}") from error

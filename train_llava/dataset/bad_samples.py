@@ -1,4 +1,4 @@
-"""The log of samples that could not be read."""
+"""Writes the log of records that could not be used, `bad_samples.jsonl`."""
 
 import json
 from contextlib import suppress
@@ -6,31 +6,33 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from train_llava.training.checkpointing import _known
+_logs: dict[Path, tuple[int, set[int | str]]] = {}  # for each log: the bytes read so far, and the records in them
 
 
 def log_bad_sample(log: Path, record: int | str, record_id: str, reason: str) -> int:
-    """Adds a bad record to a log that ranks and workers share, unless it is there; returns how many there are.
+    """Adds a bad record to a log that ranks and workers share, unless it is in there; returns the number of records.
 
-    `record` is its place in the data, since ids may be missing or the same. A process reads what others have added
-    since it last looked, and nothing twice: there may be many, and each is met again in every pass.
+    `record` is the record's place in the data, because ids may be missing or repeat. There may be many bad records,
+    and each comes again in every epoch. So a process reads only the lines that were added since it last looked.
     """
-    read, known = _known.get(log, (0, set()))
+    position, records = _logs.get(log, (0, set()))
     size = log.stat().st_size if log.exists() else 0
-    if size < read:  # another run's
-        read, known = 0, set()
-    if record not in known:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(log.with_suffix(".lock")), open(log, "ab+") as file:
-            file.seek(read)
-            added = file.read()
-            for line in added.splitlines():
-                with suppress(ValueError):  # torn, by a full disk
-                    known.add(json.loads(line)["record"])
-            if record not in known:
-                line = json.dumps({"record": record, "id": record_id, "reason": reason}, ensure_ascii=False)
-                torn = b"\n" if added and not added.endswith(b"\n") else b""
-                file.write(torn + line.encode(errors="backslashreplace") + b"\n")
-                known.add(record)
-            _known[log] = file.tell(), known
-    return len(known)
+    if size < position:  # a new run began the log anew
+        position, records = 0, set()
+    if record in records:
+        return len(records)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(log.with_suffix(".lock")), open(log, "ab+") as file:
+        # What other processes have written; a full disk may have torn a line
+        file.seek(position)
+        added = file.read()
+        for line in added.splitlines():
+            with suppress(ValueError):
+                records.add(json.loads(line)["record"])
+        if record not in records:
+            entry = json.dumps({"record": record, "id": record_id, "reason": reason}, ensure_ascii=False)
+            line_break = b"\n" if added and not added.endswith(b"\n") else b""
+            file.write(line_break + entry.encode(errors="backslashreplace") + b"\n")
+            records.add(record)
+        _logs[log] = file.tell(), records
+    return len(records)

@@ -1,6 +1,6 @@
-"""Data sets on the hub: which of its files one is of, fetched into the hub's cache or, in a stream, read as they come.
+"""Opens data sets of the hub: chooses their files, and fetches them into the hub's cache or streams them.
 
-A file that stays on the hub is a `PurePosixPath`, `datasets/OWNER/NAME@COMMIT/FILE`; one on this disk a `Path`.
+A file that stays on the hub is a `PurePosixPath`, `datasets/OWNER/NAME@COMMIT/FILE`. A file on this disk is a `Path`.
 """
 
 import glob
@@ -21,61 +21,72 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionResol
 
 from train_llava.common.files import replacing
 
-BESIDE = ("images_dl", "images", "images.zip")  # where pictures are looked for beside a file of records
+IMAGE_PLACES = ("images_dl", "images", "images.zip")  # beside a file of records
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the hub's `imagefolder`: records by file name
-TEXTS = (".json", ".jsonl", ".csv", "metadata.parquet")  # files that name their pictures
+NAMES_IMAGES = (".json", ".jsonl", ".csv", "metadata.parquet")  # files whose records name images, not contain them
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:/]*){0,2}")
-ABOUT = re.compile(r"(^|[^a-z])(metadata|meta|dataset_infos?|config)\.jsonl?$")  # JSON files that are no records
-BLOCKS = {"block_size": 8 << 20, "cache_type": "mmap"}  # what was read of a file lies in a temporary one
+NOT_RECORDS = re.compile(r"(^|[^a-z])(metadata|meta|dataset_infos?|config)\.jsonl?$")
+BLOCKS = {"block_size": 8 << 20, "cache_type": "mmap"}  # blocks that were read stay in a temporary file
 
 
-def opened(path: PurePath, mode: str = "rb", **settings: Any) -> IO[Any]:
-    """A file of this disk or of the hub, opened to be read."""
+def opened(path: PurePath, mode: str = "rb", **options: Any) -> IO[Any]:
+    """Opens a file of this disk or of the hub for reading."""
     if isinstance(path, Path):
-        return open(path, mode, **settings)
+        return open(path, mode, **options)
     try:
-        return HfFileSystem().open(str(path), mode, **BLOCKS, **settings)
-    except FileNotFoundError:  # its text is the path alone
+        return HfFileSystem().open(str(path), mode, **BLOCKS, **options)
+    except FileNotFoundError:  # its text is only the path
         raise FileNotFoundError(f"{path} does not exist") from None
 
 
 def is_file(path: PurePath) -> bool:
-    """Whether there is such a file, on this disk or on the hub."""
+    """Whether a file exists, on this disk or on the hub."""
     return path.is_file() if isinstance(path, Path) else HfFileSystem().isfile(str(path))
 
 
-def find_on_hub(
-    data_path: str, endings: Collection[str], pictures: bool, streaming: bool
-) -> tuple[list[PurePath], PurePath]:
-    """The files of a data set on the hub that have one of the `endings`, and the folder or archive of its pictures.
+def _split_id(data_path: str) -> tuple[str, str, str]:
+    """Name, configuration and split: `owner/name::test` → `("owner/name", "", "test")`."""
+    name, config, split = (*data_path.split(":"), "", "")[:3]
+    return name, config, split or "train"
 
-    Of a data set of other files there is its own name in their place: `rows_on_hub` reads it. Files are fetched, and
-    pictures too where they are asked for; `streaming` leaves on the hub what can be read as it comes.
+
+def find_on_hub(
+    data_path: str, extensions: Collection[str], with_images: bool, streaming: bool
+) -> tuple[list[PurePath], PurePath]:
+    """The files of records of a data set on the hub, and the folder or archive of its images.
+
+    Files with one of the `extensions` are fetched, with `with_images` their images too. `streaming` leaves on the hub
+    what can be read piece by piece. If no file has such an extension, the data set's own path stands for its files:
+    `rows_on_hub` reads them.
 
     Raises:
-        OSError, ValueError: the hub does not give it, or it has no such configuration or split.
+        OSError, ValueError: the hub refuses it, or it has no such configuration or split.
     """
-    name, config, split = (*data_path.split(":"), "", "")[:3]
-    settings = {"repo_type": "dataset"}
+    name, *_ = _split_id(data_path)
     try:
-        settings["revision"] = revision = HfApi().resolve_revision(name, **settings).resolved
+        revision = HfApi().resolve_revision(name, repo_type="dataset").resolved
         on_hub = PurePosixPath("datasets", f"{name}@{revision}")
-        found = _choose(data_path, on_hub, config, split or "train", endings)
-        if found is None:
+        choice = _choose_files(data_path, on_hub, extensions)
+        if choice is None:
             return [on_hub], on_hub
-        records, shown = found
+        records, images = choice
+
+        # What stays on the hub. Images in an archive are fetched; those that a table names are read one by one
         remote = streaming and not constants.HF_HUB_OFFLINE
-        kept = [record for record in records if remote and not record.lower().endswith(".json")]
-        patterns = [glob.escape(record) for record in records if record not in kept]
-        # a table or shard has its pictures in it: of what it may name, each is read by itself
-        stays = not shown.endswith(".zip") and (remote or not records[0].lower().endswith(TEXTS))
-        if pictures and not stays:
-            patterns += ["*"] if shown == "." else [glob.escape(shown), f"{glob.escape(shown)}/*"]
+        streamed = [record for record in records if remote and not record.lower().endswith(".json")]
+        images_stay = not images.endswith(".zip") and (remote or not records[0].lower().endswith(NAMES_IMAGES))
+
+        # Fetch the rest
+        patterns = [glob.escape(record) for record in records if record not in streamed]
+        if with_images and not images_stay:
+            patterns += ["*"] if images == "." else [glob.escape(images), f"{glob.escape(images)}/*"]
+        folder = on_hub
         if patterns:
-            folder = Path(snapshot_download(name, **settings, allow_patterns=patterns))
-        files = [(on_hub if record in kept else folder) / record for record in records]
-        return files, (on_hub if stays or not pictures else folder) / shown
-    except RevisionResolutionError:  # the hub is not reached; `datasets` may have it
+            options = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
+            folder = Path(snapshot_download(name, **options))
+        files = [(on_hub if record in streamed else folder) / record for record in records]
+        return files, (on_hub if images_stay or not with_images else folder) / images
+    except RevisionResolutionError:  # the hub cannot be reached, but `datasets` may have a copy
         on_hub = PurePosixPath("datasets", name)
         return [on_hub], on_hub
     except GatedRepoError as error:
@@ -85,89 +96,94 @@ def find_on_hub(
         if error.response.status_code not in (401, 403, 404):
             raise
         raise ValueError(f"--data_path {data_path} is no folder here, and no data set that the hub gives") from error
-    except FileNotFoundError as error:
-        raise ValueError(f"--data_path {data_path}: {error}") from error
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         reason = str(error).partition("\nExample of usage")[0]
         raise ValueError(f"--data_path {data_path}: {reason} (owner/name:config:split names them)") from error
 
 
-def _choose(
-    data_path: str, on_hub: PurePath, config: str, split: str, endings: Collection[str]
-) -> tuple[list[str], str] | None:
-    """The files of records of a data set, and where its pictures lie; None: `datasets` is to read it.
+def _choose_files(data_path: str, on_hub: PurePath, extensions: Collection[str]) -> tuple[list[str], str] | None:
+    """The files of records of a data set, and the place of its images; None if `datasets` has to read it.
 
-    What was chosen is kept for this commit, also for a time without the hub.
+    The choice is stored for this commit, so that the data set also opens without the hub.
     """
-    memo = Path(datasets.config.HF_DATASETS_CACHE) / "train_llava"
-    memo.mkdir(parents=True, exist_ok=True)
-    memo /= sha256(f"{data_path} {on_hub}".encode()).hexdigest()[:24] + ".json"
-    with FileLock(f"{memo}.lock"):
-        if memo.exists():
-            return json.loads(memo.read_text())
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "train_llava"
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = folder / (sha256(f"{data_path} {on_hub}".encode()).hexdigest()[:24] + ".json")
+    with FileLock(f"{stored}.lock"):
+        if stored.exists():
+            return json.loads(stored.read_text())
         if constants.HF_HUB_OFFLINE:
             return None
-
-        # Its records: LLaVA's chat.json, or what `datasets` finds in its card or by the names of its files
         name, _, revision = str(on_hub.relative_to("datasets")).partition("@")
         names = HfApi().list_repo_files(name, repo_type="dataset", revision=revision)
-        records = ["chat.json"]
-        if "chat.json" not in names or config not in ("", "default") or split != "train":
-            builder = datasets.load_dataset_builder(name, config or None, revision=revision)
-            files = builder.config.data_files
-            if split not in files:
-                raise ValueError(f"it has no split {split}, but {', '.join(map(str, files))}")
-            records = [file.removeprefix(f"hf://{on_hub}/") for file in files[split]]
-            if isinstance(builder, ImageFolder):  # where pictures outnumber records it sees the pictures alone
-                metadata = [record for record in records if PurePath(record).name in METADATA]
-                texts = [name for name in names if PurePath(name).suffix.lower() in endings]
-                texts = [text for text in texts if split in re.split("[^a-z]", text.lower())] or texts
-                records = metadata * (len(metadata) == 1) if metadata else texts  # several are of a folder each
-            records = [name for name in records if PurePath(name).suffix.lower() in endings]
-            records = [name for name in records if not ABOUT.search(name)] or records
-
-        # Its pictures, as a folder has them
-        chosen = None
-        if records:
-            parent, beside = PurePath(records[0]).parent, BESIDE * records[0].lower().endswith(TEXTS)
-            beside *= PurePath(records[0]).name not in METADATA
-            places = [str(folder / name) for folder in (parent, PurePath()) for name in beside]
-            found = [place for place in places if any(f"{name}/".startswith(f"{place}/") for name in names)]
-            chosen = (records, found[0] if found else str(parent))
-        with replacing(memo) as file:
-            file.write_text(json.dumps(chosen))
-        return chosen
+        choice = None
+        if records := _choose_records(data_path, on_hub, names, extensions):
+            # Images lie where they lie in a folder on this disk, or at the top of the repository
+            parent, places = PurePath(records[0]).parent, []
+            if records[0].lower().endswith(NAMES_IMAGES) and PurePath(records[0]).name not in METADATA:
+                places = [str(parent / place) for place in IMAGE_PLACES] + list(IMAGE_PLACES)
+            existing = set(names)
+            for file in names:
+                existing.update(map(str, PurePath(file).parents))
+            choice = records, next((place for place in places if place in existing), str(parent))
+        with replacing(stored) as file:
+            file.write_text(json.dumps(choice))
+        return choice
 
 
-def rows_on_hub(data_path: str, place: PurePath) -> Iterator[dict[str, Any]]:
-    """The rows of a data set on the hub as `datasets` reads them, with the bytes of their pictures.
+def _choose_records(data_path: str, on_hub: PurePath, names: list[str], extensions: Collection[str]) -> list[str]:
+    """Among the `names` of a repository: LLaVA's chat.json, else what `datasets` finds by the card or the names."""
+    name, config, split = _split_id(data_path)
+    if "chat.json" in names and config in ("", "default") and split == "train":
+        return ["chat.json"]
+    builder = datasets.load_dataset_builder(name, config or None, revision=on_hub.name.partition("@")[2])
+    splits = builder.config.data_files
+    if split not in splits:
+        raise ValueError(f"it has no split {split}, but {', '.join(map(str, splits))}")
+    records = [file.removeprefix(f"hf://{on_hub}/") for file in splits[split]]
+    if isinstance(builder, ImageFolder):
+        # Where images outnumber records, `datasets` sees only the images: take the metadata, if it is a single file,
+        # else the texts, of the split where names tell it
+        metadata = [record for record in records if PurePath(record).name in METADATA]
+        texts = [name for name in names if PurePath(name).suffix.lower() in extensions]
+        of_split = [text for text in texts if split in re.split("[^a-z]", text.lower())]
+        records = of_split or texts
+        if metadata:
+            records = metadata if len(metadata) == 1 else []
+    records = [record for record in records if PurePath(record).suffix.lower() in extensions]
+    return [record for record in records if not NOT_RECORDS.search(record)] or records
+
+
+def rows_on_hub(data_path: str, on_hub: PurePath) -> Iterator[dict[str, Any]]:
+    """The rows of a data set on the hub as `datasets` reads them, with their images as bytes.
 
     Raises:
-        OSError, ValueError: the hub is not reached, or does not give it.
+        OSError, ValueError: the hub cannot be reached, or refuses it.
     """
-    name, config, split = (*data_path.split(":"), "", "")[:3]
-    revision = place.name.partition("@")[2] or None
+    name, config, split = _split_id(data_path)
+    revision = on_hub.name.partition("@")[2] or None
     try:
-        hub = datasets.load_dataset(name, config or None, split=split or "train", revision=revision, streaming=True)
+        rows = datasets.load_dataset(name, config or None, split=split, revision=revision, streaming=True)
     except ConnectionError as error:
-        what = f"--data_path {data_path} is no folder here, and the hub cannot be reached to ask for it"
-        raise ValueError(what) from error
-    if hub.features is not None:
-        hub = hub.decode(False)
-    # in batches: iterated as it is, it would give a loading worker a share of its rows; as Arrow: of any features
-    for table in hub.with_format("arrow").iter(batch_size=1):
-        yield from map(_with_pictures, table.to_pylist())
+        reason = "is no folder here, and the hub cannot be reached to ask for it"
+        raise ValueError(f"--data_path {data_path} {reason}") from error
+    if rows.features is not None:
+        rows = rows.decode(False)
+    # In batches, because a data-loading worker that iterates over rows gets a share of them; as Arrow, because that
+    # has no demands on the features
+    for table in rows.with_format("arrow").iter(batch_size=1):
+        yield from map(_with_bytes, table.to_pylist())
 
 
-def _with_pictures(value: Any) -> Any:
-    """A row, or a part of one, in which pictures that are named by their place on the hub are there in bytes."""
+def _with_bytes(value: Any) -> Any:
+    """A row, or a part of one, with the bytes of images that it names by their address on the hub."""
     if isinstance(value, list):
-        return [_with_pictures(part) for part in value]
+        return [_with_bytes(entry) for entry in value]
     if not isinstance(value, dict):
         return value
-    if value.keys() == {"bytes", "path"}:
-        if value["bytes"] is None and "://" in (value["path"] or ""):
-            with suppress(OSError), xopen(value["path"], "rb") as file:  # what is not there makes a bad record
-                return value | {"bytes": file.read()}
-        return value
-    return {name: _with_pictures(part) for name, part in value.items()}
+    if value.keys() != {"bytes", "path"}:
+        return {name: _with_bytes(entry) for name, entry in value.items()}
+    if value["bytes"] is None and "://" in (value["path"] or ""):
+        with suppress(OSError), xopen(value["path"], "rb") as file:  # a missing file makes a bad record
+            return value | {"bytes": file.read()}
+    return value

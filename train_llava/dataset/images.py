@@ -1,4 +1,4 @@
-"""From picture files to `pixel_values`: decoded, upright, RGB, and prepared as the model's image processor would."""
+"""Turns image files into `pixel_values`: decodes them upright, then prepares them as the image processor does."""
 
 import io
 import re
@@ -14,20 +14,20 @@ from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageErr
 from torch import nn
 from transformers import BaseImageProcessor
 
-with suppress(ImportError):  # who has it can read HEIC
+with suppress(ImportError):  # an optional package, for HEIC
     import pillow_heif
 
     pillow_heif.register_heif_opener()
 
-PIXELS = 90_000_000  # decoded at most; no picture, large JPEGs included, takes more than 1.4 GB
-Image.MAX_IMAGE_PIXELS = 3 * PIXELS // 2  # Pillow refuses twice that; large JPEGs are decoded at a half
+PIXELS = 90_000_000  # the most that are decoded, so that no image takes more than 1.4 GB
+Image.MAX_IMAGE_PIXELS = 3 * PIXELS // 2  # Pillow refuses twice as many; such large JPEGs are decoded at half size
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as people see it: turned as its EXIF says, transparency on white, 16 and 32 bits scaled to 8."""
+    """An image as people see it: turned by its EXIF, on white where it is transparent, in RGB with 8 bits."""
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # deep gray, which `convert` would clip
+    if image.mode[0] in "IF":  # gray of 16 or 32 bits, which `convert` would clip
         image = Image.fromarray(_eight_bits(np.asarray(image)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -36,54 +36,54 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(gray: np.ndarray) -> np.ndarray:
-    """Gray of 16 or 32 bits, integers or floats, in 8 bits; white is the end of the range that its values lie in."""
-    ranges = (1, 255, 65535) if gray.dtype.kind == "f" else (65535,)
-    # Pillow keeps unsigned numbers of 32 bits as signed ones: seen where they exceed 16 bits, or are black and white
+    """Scales gray of 16 or 32 bits, integers or floats, to 8 bits. White is the end of the range of its values."""
+    ends = (1, 255, 65535) if gray.dtype.kind == "f" else (65535,)
+    # Pillow reads unsigned 32 bits as signed. It shows where values exceed 16 bits, or are only black and white
     if gray.dtype == np.int32 and (gray.min() < -32768 or (gray.min(), gray.max()) == (-1, 0)):
         gray = gray.view(np.uint32)
     gray = np.nan_to_num(gray.astype(np.float64)).clip(0)
-    white = next((end for end in ranges if gray.max() <= end), gray.max())
+    white = next((end for end in ends if gray.max() <= end), gray.max())
     return (gray * (255 / white)).round().astype(np.uint8)
 
 
 @contextmanager
 def _opened(source: Path | str | bytes, name: str, min_side: int | None = None) -> Iterator[Image.Image]:
-    """A picture whose head is read; what is wrong with it, now or when it is decoded, is an error that names it.
+    """Reads an image's header. Errors of the block, which may decode the image, become errors that name it.
 
-    A JPEG's size is then the one it will be decoded at; `min_side`: see `open_image`.
+    A JPEG has the size at which it will be decoded; for `min_side` see `open_image`.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = image.size
-            if isinstance(image, JpegImagePlugin.JpegImageFile):  # a phone's MPO is one, too
-                shrink = max(2 if width * height > PIXELS else 1, min(image.size) // (2 * min_side) if min_side else 1)
-                image.draft(None, (max(width // shrink, 1), max(height // shrink, 1)))
+            if isinstance(image, JpegImagePlugin.JpegImageFile):  # so is the MPO of a phone
+                factor = 2 if width * height > PIXELS else 1
+                if min_side:
+                    factor = max(factor, min(image.size) // (2 * min_side))
+                image.draft(None, (max(width // factor, 1), max(height // factor, 1)))
             if image.width * image.height > PIXELS:
                 raise ValueError(f"{width} x {height} pixels are too many: make it smaller, or a JPEG")
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{name} does not exist") from None
-    except UnidentifiedImageError:  # its text is the name once more
-        head = source[:12] if isinstance(source, bytes) else Path(source).read_bytes()[:12]
-        heic = head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif", b"msf")
-        reason = (
-            "it is HEIC, which `pip install pillow-heif` opens" if heic else "it is of no format that Pillow knows"
-        )
-        raise ValueError(f"{name} cannot be read as a picture: {reason}") from None
     except Exception as error:  # decoders raise anything: RuntimeError, struct.error, EOFError, MemoryError, …
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+        reason = str(error)
+        if isinstance(error, UnidentifiedImageError):  # its text is only the name
+            reason = "it is of no format that Pillow knows"
+            head = source[:12] if isinstance(source, bytes) else Path(source).read_bytes()[:12]
+            if head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif", b"msf"):
+                reason = "it is HEIC, which `pip install pillow-heif` opens"
+        raise ValueError(f"{name} cannot be read as a picture: {reason}") from error
 
 
 def open_image(source: Path | str | bytes, name: str | None = None, min_side: int | None = None) -> Image.Image:
-    """Reads a picture, from a file or from its bytes, whole: a truncated one is an error.
+    """Decodes an image from a file or from its bytes, with `upright_rgb`.
 
-    With `min_side`, a large picture comes at a half, a third, … of its size, as long as its shorter side stays twice
-    that many pixels: it is made that small anyway. A JPEG is decoded at a half, a quarter or an eighth, which is
-    several times faster; and at a half where it has more than `PIXELS`, up to three times as many.
+    `min_side` makes a large image smaller by a whole factor, as long as its shorter side keeps twice that many
+    pixels. A JPEG is decoded at a half, a quarter or an eighth, several times faster. A JPEG of more than `PIXELS`
+    pixels, up to three times as many, is decoded at a half in any case.
 
     Raises:
-        OSError, ValueError: it is not a picture, not a whole one, or one of so many pixels that it must be an attack;
-            the message names it.
+        OSError, ValueError: it is not an image, it is truncated, or it has too many pixels; the message names it.
     """
     with _opened(source, name or str(source), min_side) as image:
         upright = upright_rgb(image)
@@ -92,32 +92,32 @@ def open_image(source: Path | str | bytes, name: str | None = None, min_side: in
 
 
 def picture_size(source: Path | str | bytes, name: str) -> tuple[int, int]:
-    """Width and height of a picture as `open_image` gives it, by its head alone; raises what that does."""
+    """Width and height of an image as `open_image` gives it, from its header alone; raises the same errors."""
     with _opened(source, name) as image:
-        if image.format == "TIFF":  # which Pillow itself turns
+        if image.format == "TIFF":  # Pillow turns it by itself
             return image.size
         getexif = Image.Image.getexif
-        if image.format == "PNG":  # its own decodes it, for what stands behind its pixels: only where there is some
-            place = image.fp.tell()
+        if image.format == "PNG":
+            # EXIF may follow the pixels of a PNG, and its `getexif` decodes them: only where there is some
+            start = image.fp.tell()
             if re.search(rb"eXIf|iTXt|Raw profile type exif", image.fp.read()):
                 getexif = type(image).getexif
-            image.fp.seek(place)
-        lies = getexif(image).get(ExifTags.Base.Orientation, 1) >= 5  # on one of its sides
-        return image.size[::-1] if lies else image.size
+            image.fp.seek(start)
+        is_turned = getexif(image).get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+        return image.size[::-1] if is_turned else image.size
 
 
 def is_anyres(image_processor: BaseImageProcessor) -> bool:
-    """Whether pictures are cut into tiles by their sizes, as LLaVA-NeXT does (`--image_aspect_ratio anyres`)."""
+    """Whether images are cut into tiles by their sizes, as LLaVA-NeXT does (`--image_aspect_ratio anyres`)."""
     return hasattr(image_processor, "image_grid_pinpoints")
 
 
 def prepare_pictures(image_processor: BaseImageProcessor, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-    """RGB pictures as the model takes them: the fast way where it agrees, else the image processor's own.
+    """RGB images as the model takes them, by `prepare_fast` where that gives the same.
 
     Returns:
-        `pixel_values` `(P, 3, H, W)`. With tiles (see `is_anyres`) it is `(P, N, 3, H, W)`, the whole picture, its
-        tiles, and zeros where another picture has more of them; and there are `image_sizes` `(P, 2)`, heights and
-        widths.
+        `pixel_values` `(P, 3, H, W)`. With tiles (see `is_anyres`) `(P, N, 3, H, W)`: the whole image, its tiles, and
+        zeros where another image has more; and `image_sizes` `(P, 2)`, heights and widths.
     """
     if is_anyres(image_processor):
         return dict(image_processor(images, return_tensors="pt"))
@@ -128,11 +128,11 @@ def prepare_pictures(image_processor: BaseImageProcessor, images: list[Image.Ima
 
 
 def shortened_strip(image_processor: BaseImageProcessor, image: Image.Image) -> Image.Image:
-    """What the image processor keeps of a picture more than four times as long as wide; any other as it is.
+    """Shortens an image whose sides differ by more than a factor of 4; returns any other unchanged.
 
-    Of 60,000 x 1 pixels, one that resizes the shorter side first makes 38 billion and then crops the middle, and one
-    that pads first makes 3.6 billion. Here the part that the crop keeps is resized alone, to the same pixels, and what
-    will be padded is made small before.
+    Image processors need memory by the longer side. A line of 60,000 x 1 would be resized to 38 billion pixels and
+    then center-cropped, or padded to 3.6 billion. So the part that the crop keeps is resized alone, to the same
+    pixels. An image that will be padded is made smaller before.
     """
     long, short = max(image.size), min(image.size)
     size = image_processor.size
@@ -143,34 +143,33 @@ def shortened_strip(image_processor: BaseImageProcessor, image: Image.Image) -> 
         image = image.copy()
         image.thumbnail((limit, limit))
     elif size.shortest_edge and image_processor.do_center_crop:
-        shortest, crop = size.shortest_edge, image_processor.crop_size
-        length = int(shortest * long / short)  # of the longer side once resized
-        start = (length - max(shortest, crop.height, crop.width)) // 2  # as much is cut off at both ends
-        ends = (start * long / length, (length - start) * long / length)
-        if image.width == long:
-            target, box = (length - 2 * start, shortest), (ends[0], 0, ends[1], short)
-        else:
-            target, box = (shortest, length - 2 * start), (0, ends[0], short, ends[1])
+        crop = image_processor.crop_size
+        length = int(size.shortest_edge * long / short)  # the longer side after resizing
+        cut = (length - max(size.shortest_edge, crop.height, crop.width)) // 2  # off each end
+        start, end = cut * long / length, (length - cut) * long / length
+        target, box = (length - 2 * cut, size.shortest_edge), (start, 0, end, short)
+        if image.height == long:
+            target, box = target[::-1], (0, start, short, end)
         image = image.resize(target, image_processor.resample, box=box)
     return image
 
 
 def prepare_fast(image_processor: BaseImageProcessor, images: list[Image.Image]) -> torch.Tensor:
-    """`pixel_values` `(P, 3, H, W)` of RGB pictures, as CLIP's image processor makes them, in a third of the time.
+    """`pixel_values` `(P, 3, H, W)` of RGB images as CLIP's image processor makes them, in a third of the time.
 
-    PyTorch resizes bytes as Pillow does, several times faster and straight into the order of channels the model takes
-    (a pixel in a hundred is rounded to another of the 256 levels); all pictures are normalised at once.
-    `matches_processor` tells whether the outcome is that of a given image processor.
+    PyTorch resizes bytes like Pillow, but several times faster and straight into the model's order of channels. One
+    pixel in a hundred is rounded to another of the 256 levels. All images are normalised at once.
     """
     height, width = image_processor.crop_size["height"], image_processor.crop_size["width"]
     shortest = image_processor.size["shortest_edge"]
     pixels = torch.empty((len(images), 3, height, width), dtype=torch.uint8)
     for i, image in enumerate(images):
+        # Resize the shorter side, then crop the center
         short = min(image.size)
         w, h = (shortest if side == short else int(shortest * side / short) for side in image.size)
         left, top = (w - width) // 2, (h - height) // 2
-        picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-        resized = nn.functional.interpolate(picture, (h, w), mode="bicubic", antialias=True)[0]
+        levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        resized = nn.functional.interpolate(levels, (h, w), mode="bicubic", antialias=True)[0]
         pixels[i] = resized[:, top : top + height, left : left + width]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
     return pixels.float().mul_(image_processor.rescale_factor / std).sub_(mean / std)
@@ -178,11 +177,11 @@ def prepare_fast(image_processor: BaseImageProcessor, images: list[Image.Image])
 
 @lru_cache
 def matches_processor(image_processor: BaseImageProcessor) -> bool:
-    """Whether `prepare_fast` gives what this image processor gives, tried on a wide and a tall noise picture."""
-    rng = np.random.default_rng(0)
-    noise = [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in ((50, 161, 3), (133, 64, 3))]
+    """Whether `prepare_fast` gives the pixels of this image processor, tried on a wide and a tall image of noise."""
     if not (image_processor.crop_size and image_processor.size.shortest_edge and image_processor.do_center_crop):
         return False
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in ((50, 161, 3), (133, 64, 3))]
     ours = prepare_fast(image_processor, noise)
     theirs = image_processor(noise, return_tensors="pt")["pixel_values"]
     level = image_processor.rescale_factor / min(image_processor.image_std)

@@ -1,20 +1,17 @@
-"""From files to raw records: JSON, JSON Lines, Parquet and WebDataset shards, each read a few records at a time.
+"""Reads raw records from files, a few at a time: JSON, JSON Lines, CSV, Parquet, and WebDataset shards.
 
-What `--data_path` names, and what one record of it and its pictures are:
+`--data_path` is one of these:
 
-- a folder with `chat.json`, or a `.json` file: an object of the list; files in `image_dir`. LLaVA's pretrain 595K and
-  558K and `llava_v1_5_mix665k.json` are such files
-- a `.jsonl` or `.csv` file, or a folder with a `metadata.jsonl` or `metadata.csv`, as the hub's `imagefolder`: a line;
-  files in `image_dir`
-- a `.parquet` file, or a folder of them: a row; bytes in the columns `image`, `images` or `image_bytes`
-- a `.tar` file, or a folder of them (WebDataset): the files of one key, `.json`, or `.txt` with a caption; its others
-- anything else of the form `owner/name` or `owner/name:config:split`: that data set on the hub, of the split `train`
-  where none is named: what its files are, as above, or a row as `datasets` reads it (see `hub`)
+| data path | a record | its images |
+|---|---|---|
+| a folder with `chat.json`, or a `.json` file, such as LLaVA's | an object of the list | files in `image_dir` |
+| a `.jsonl` or `.csv` file, or a folder with `metadata.jsonl` or `metadata.csv` | a line | files in `image_dir` |
+| a `.parquet` file, or a folder of them | a row | bytes in `image`, `images` or `image_bytes` |
+| a `.tar` file, or a folder of them (WebDataset) | the files of one key, with `.json` or `.txt` | the other files |
+| `owner/name` or `owner/name:config:split` | a record of that data set on the hub, see `hub` | as above |
 
-`image_dir` is, where it is not given, `images_dl/`, `images/` or an unextracted `images.zip` beside the records, or
-the records' own folder.
-
-A sample that cannot be read comes as a `BadRecordError` in place of a record, and reading goes on behind it.
+Without `image_dir`, images are looked for in `images_dl/`, `images/` or `images.zip` beside the records, then in the
+records' own folder. A record that cannot be read comes as a `BadRecordError` in its place, and reading goes on.
 """
 
 import csv
@@ -24,7 +21,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -32,11 +29,20 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from train_llava.dataset.archives import ArchiveMember, is_archive, is_picture, plain
-from train_llava.dataset.hub import BESIDE, HUB_ID, METADATA, find_on_hub, opened, rows_on_hub
+from train_llava.dataset.archives import (
+    ArchiveMember,
+    is_archive,
+    is_hidden,
+    is_image,
+    normal_path,
+    tar_members,
+)
+from train_llava.dataset.hub import HUB_ID, IMAGE_PLACES, METADATA, find_on_hub, opened, rows_on_hub
 
-BATCH_BYTES = 64 << 20  # of rows that are held at once, as they may hold pictures
-PART_KEYS = ("image", "image_url", "url", "path")  # where a part of a message names its picture
+BATCH_BYTES = 64 << 20  # of Parquet rows that are held at once, as they may hold images
+ID_KEYS = ("id", "question_id", "questionId", "image_id")
+PART_KEYS = ("image", "image_url", "url", "path")  # where a part of a message names its image
+SPLITS = {"train", "val", "valid", "validation", "dev", "test"}  # first words of published files
 Record = dict[str, Any]
 
 
@@ -47,46 +53,64 @@ class BadRecordError(ValueError):
         return f"record {self.args[0]!r}: {self.args[1]}" if len(self.args) == 2 else self.args[0]
 
 
-def pictures_of(record: Record) -> list[Any]:
-    """The pictures a record names, in order: names, bytes, or `{"bytes", "path"}` as `datasets` keeps them.
+def id_of(record: Record) -> Any:
+    """The id of a record or question; None where it has none."""
+    return next((record[key] for key in ID_KEYS if record.get(key) is not None), None)
 
-    They stand under `images`, `image` or `image_bytes`, under what ends in `file_name`, or inside the `messages`.
+
+def pictures_of(record: Record) -> list[Any]:
+    """The images that a record names, in order: names, bytes, or `{"bytes", "path"}` as `datasets` stores them.
+
+    They are under `images`, `image` or `image_bytes`, under a key that ends in `file_name`, or inside the messages.
     """
-    named = [key for key in record if str(key).endswith(("file_name", "file_names"))]
-    for key in ("images", "image", "image_bytes", *named):
+    name_keys = [key for key in record if str(key).endswith(("file_name", "file_names"))]
+    for key in ("images", "image", "image_bytes", *name_keys):
         value = record.get(key) or []
-        if pictures := [picture for picture in value if picture] if isinstance(value, list) else [value]:
-            return pictures
-    named = []
-    for turns in (record.get(key) for key in ("messages", "conversations", "prompt")):
-        for turn in turns if isinstance(turns, list) else []:
-            content = turn.get("content") if isinstance(turn, dict) else None
-            for part in content if isinstance(content, list) else []:
-                values = [part[key] for key in PART_KEYS if part.get(key)] if isinstance(part, dict) else []
+        images = [image for image in value if image] if isinstance(value, list) else [value]
+        if images:
+            return images
+
+    # Inside the messages: a part may name its image in several ways, and may nest it under `url`
+    images = []
+    for key in ("messages", "conversations", "prompt"):
+        for turn in _dicts(record.get(key)):
+            for part in _dicts(turn.get("content")):
+                values = [part[key] for key in PART_KEYS if part.get(key)]
                 if values and part.get("type") != "text":
-                    named.append(values[0].get("url", values[0]) if isinstance(values[0], dict) else values[0])
-    return named
+                    images.append(values[0].get("url", values[0]) if isinstance(values[0], dict) else values[0])
+    return images
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    """The objects of a list; none where the value is no list."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def texts_of(value: Any) -> list[str]:
-    """The texts of a list, of an object or objects with `answer`, as VQA has them, or of one text alone."""
+    """The texts of a list, of VQA's objects with `answer`, or of a single text or number."""
     if isinstance(value, dict):
         return texts_of(value.get("answer"))
     if isinstance(value, list):
-        return [text for part in value for text in texts_of(part)]
+        return list(chain.from_iterable(map(texts_of, value)))
     return [str(value).strip()] if isinstance(value, (str, int, float)) else []
 
 
+def answers_of(record: Record) -> list[str]:
+    """The answers that several people gave to a record's question."""
+    answer = record.get("answer")
+    return texts_of(record.get("answers")) or texts_of(answer if isinstance(answer, list) else None)
+
+
 def parse_json(data: bytes | mmap.mmap, name: str, kind: type = Any) -> Any:
-    """JSON in UTF-8 as Python objects, fast; `list[msgspec.Raw]` leaves the members of a list as they are written.
+    """JSON in UTF-8 as Python objects; `list[msgspec.Raw]` leaves the members of a list unparsed.
 
     Raises:
-        ValueError: it is not JSON, or not in UTF-8; the message has its `name`.
+        ValueError: it is not JSON, or not in UTF-8; the message begins with `name`.
     """
     try:
         return msgspec.json.decode(data, type=kind)
     except (ValueError, RecursionError):
-        pass  # what Python's own parser takes all the same: NaN, halves of surrogate pairs, a byte order mark
+        pass  # Python's parser, several times slower, also takes NaN, lone surrogates and a byte order mark
     try:
         return json.loads(str(bytes(data), "utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -96,7 +120,7 @@ def parse_json(data: bytes | mmap.mmap, name: str, kind: type = Any) -> Any:
 
 
 def read_json(path: Path) -> Iterator[Any]:
-    """The objects of a JSON list, parsed one after the other: half a million take a gigabyte as Python objects."""
+    """The objects of a JSON list, parsed one by one: as Python objects, half a million take a gigabyte."""
     with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
     try:
@@ -104,7 +128,7 @@ def read_json(path: Path) -> Iterator[Any]:
     except ValueError:
         if data[:1] != b"{":
             raise
-        yield from read_jsonl(path)  # lines under the other ending, as some publish them
+        yield from read_jsonl(path)  # some publish lines with the extension .json
         return
     if not isinstance(records, list):
         raise ValueError(f"{path} is not a list of records")
@@ -113,7 +137,7 @@ def read_json(path: Path) -> Iterator[Any]:
 
 
 def read_jsonl(path: PurePath) -> Iterator[Any]:
-    """The objects of a file with one on each line; lines end at line feeds alone."""
+    """The objects of a file with one on each line; only line feeds end a line."""
     with opened(path, "r", encoding="utf-8-sig", newline="\n") as file:
         try:
             for number, line in enumerate(file, 1):
@@ -127,7 +151,7 @@ def read_jsonl(path: PurePath) -> Iterator[Any]:
 
 
 def read_csv(path: PurePath) -> Iterator[Record]:
-    """The rows of a CSV file with a head; an empty cell is absent."""
+    """The rows of a CSV file with a header; an empty cell is absent."""
     with opened(path, "r", encoding="utf-8-sig", newline="") as file:
         try:
             for row in csv.DictReader(file):
@@ -137,10 +161,10 @@ def read_csv(path: PurePath) -> Iterator[Record]:
 
 
 def read_parquet(path: PurePath) -> Iterator[Record]:
-    """The rows of a Parquet file, a few at a time: they may hold pictures."""
+    """The rows of a Parquet file, at most `BATCH_BYTES` at a time, because they may hold images."""
     try:
         source = path if isinstance(path, Path) else opened(path)
-        file = pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)  # or it holds all that it has read
+        file = pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)  # or all that was read stays in memory
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
         for batch in file.iter_batches(min(1 + BATCH_BYTES // (row_bytes + 1), 32)):
@@ -152,53 +176,19 @@ def read_parquet(path: PurePath) -> Iterator[Record]:
 def read_tar(path: PurePath) -> Iterator[Record | BadRecordError]:
     """The samples of a WebDataset shard: files that follow each other and share a name up to its first dot.
 
-    A picture is named by its place in the shard, so that it can be read without unpacking. They come in the order in
-    which the sample's `.json` names them, by file name or by what follows the key; otherwise in that of their numbers.
+    Images come in the order in which the sample's `.json` names them, by file name or by extension. Without names
+    they come in the order of the numbers in their file names.
     """
     try:
         archive = tarfile.open(fileobj=opened(path), mode="r:")  # noqa: SIM115 - closed below
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not an uncompressed tar archive: {error}") from error
     with archive.fileobj, archive:
-        for key, members in groupby(_members(archive), lambda member: _split(member.name)[0]):
+        for key, members in groupby(tar_members(archive), lambda member: _split(member.name)[0]):
             try:
                 yield {"id": key} | _sample(path, archive, list(members))
             except (OSError, ValueError, tarfile.TarError) as error:
                 yield BadRecordError(key, f"{path.name}: {error}")
-
-
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The files of an archive but hidden ones; of a broken one those before the damage, then one of size -1 that says
-    where it is. A link to a file of the archive is that file under the link's name."""
-    seen: dict[str, tarfile.TarInfo] = {}
-    member, damage, whole = None, None, False
-    try:
-        for member in archive:
-            name, target = plain(member.name), member
-            seen.setdefault(name, member)
-            for _ in range(9):  # a link may lead to a link
-                if target is not None and (target.islnk() or target.issym()):
-                    folder = os.path.dirname(plain(target.name)) if target.issym() else ""
-                    where = plain(os.path.normpath(os.path.join(folder, target.linkname)))
-                    if where not in seen and not whole:  # the target may come behind the link
-                        seen, whole = {plain(other.name): other for other in archive.getmembers()}, True
-                    target = seen.get(where)
-            if target is not None and target.isfile() and not is_hidden(name):
-                yield target.replace(name=name, deep=False)
-        archive.fileobj.seek(archive.offset)
-        if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # neither a header nor the end
-            damage = f"what follows {member.name}" if member else "its first bytes"
-    except (tarfile.TarError, OSError):
-        damage = member.name if member else "its first bytes"
-    if damage is not None:
-        broken = tarfile.TarInfo(damage)
-        broken.size = -1
-        yield broken
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file is no data: hidden, or among what macOS writes beside each file."""
-    return os.path.basename(name).startswith(".") or "__MACOSX" in name.split("/")
 
 
 def _sample(path: PurePath, archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> Record:
@@ -206,54 +196,58 @@ def _sample(path: PurePath, archive: tarfile.TarFile, members: list[tarfile.TarI
     if members[-1].size < 0:
         raise ValueError(f"the archive is broken in {members[-1].name}, and what follows is lost")
     record: Record = {}
-    places: dict[str, ArchiveMember | bytes] = {}
-    pictures = []
+    files: dict[str, ArchiveMember | bytes] = {}  # by file name, and by extension
+    images = []
     for member in sorted(members, key=lambda member: _by_number(member.name)):
-        ending = _split(member.name)[1]
-        if ending == "json":
+        extension = _split(member.name)[1]
+        if extension == "json":
             fields = parse_json(archive.extractfile(member).read(), member.name)
             if not isinstance(fields, dict):
                 raise ValueError(f"{member.name} is not an object")
             record |= {name: value for name, value in fields.items() if value is not None}
-        elif ending == "txt":
+        elif extension == "txt":
             try:
                 text = archive.extractfile(member).read().decode("utf-8-sig")
-                record["caption"] = text.rstrip("\r\n")  # the file's own last line break
             except UnicodeDecodeError as error:
                 raise ValueError(f"{member.name} is not in UTF-8") from error
+            record["caption"] = text.rstrip("\r\n")  # the file's own last line break
         else:
-            place = ArchiveMember(os.path.abspath(path), member.name, member.offset_data, member.size)
-            if member.issparse() or not isinstance(path, Path):  # its zeros are not stored; it stays on the hub
-                place = archive.extractfile(member).read()
-            places |= dict.fromkeys((os.path.basename(member.name).lower(), ending), place)
-            pictures += [place] * is_picture(member.name)
+            file = ArchiveMember(os.path.abspath(path), member.name, member.offset_data, member.size)
+            if member.issparse() or not isinstance(path, Path):  # not stored as it is, or not on this disk
+                file = archive.extractfile(member).read()
+            files |= {os.path.basename(member.name).lower(): file, extension: file}
+            if is_image(member.name):
+                images.append(file)
+
+    # The names that the record gives decide, if any of them is a file of the sample
     names = pictures_of(record)
-    named = [places.get(os.path.basename(plain(str(name))).lower()) for name in names]
-    if any(named) and None in named:
-        raise ValueError(f"{names[named.index(None)]} is not in the sample")
-    if any(named) or pictures:
-        record["images"] = named if any(named) else pictures
+    matches = [files.get(os.path.basename(normal_path(str(name))).lower()) for name in names]
+    if any(matches):
+        if None in matches:
+            raise ValueError(f"{names[matches.index(None)]} is not in the sample")
+        record["images"] = matches
+    elif images:
+        record["images"] = images
     return record
 
 
 def _by_number(name: str) -> list[str | int]:
-    """A key that sorts 2 before 10."""
-    return [int(piece) if i % 2 else piece for i, piece in enumerate(re.split(r"(\d+)", name))]
+    """A key that sorts 2 before 10: `a10.png` → `["a", 10, ".png"]`."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A member's key, its folder included, and what follows the first dot of its file name."""
+    """A member's key and its extension, from the first dot on: `a/b.left.PNG` → `("a/b", "left.png")`."""
     folder, name = os.path.split(name)
-    key, _, ending = name.partition(".")
-    return os.path.join(folder, key), ending.lower()
+    key, _, extension = name.partition(".")
+    return os.path.join(folder, key), extension.lower()
 
 
-SPLITS = {"train", "val", "valid", "validation", "dev", "test"}  # as which files of a published data set begin
 READERS = {".json": read_json, ".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet, ".tar": read_tar}
 
 
 def raw_records(data_path: str, files: list[PurePath]) -> Iterator[Any]:
-    """What the files hold, or the data set on the hub that one stands for: dicts where all is well."""
+    """The records of files, or of the data set on the hub that a file stands for; a good record is a dict."""
     for file in files:
         read = READERS.get(file.suffix.lower())
         yield from read(file) if read else rows_on_hub(data_path, file)
@@ -262,36 +256,41 @@ def raw_records(data_path: str, files: list[PurePath]) -> Iterator[Any]:
 def find_records(
     data_path: str, image_dir: str | None = None, streaming: bool = False
 ) -> tuple[list[PurePath], PurePath | None]:
-    """The files of records that `data_path` stands for, and the folder or archive of pictures; see `find_on_hub`.
+    """The files of records that `data_path` stands for, and the folder or archive of images; see `find_on_hub`.
 
     Raises:
-        FileNotFoundError: one of them is not there; the message says what was looked for.
+        FileNotFoundError: one of them does not exist; the message says where it was looked for.
     """
+    images = Path(image_dir) if image_dir else None
+    if images is not None and not (images.is_dir() or (images.is_file() and is_archive(images))):
+        raise FileNotFoundError(f"--image_dir {image_dir} does not exist as a folder or a .zip file")
     path = Path(data_path)
-    if image_dir is not None and not Path(image_dir).exists():
-        raise FileNotFoundError(f"--image_dir {image_dir} does not exist")
-    if image_dir is not None and not (Path(image_dir).is_dir() or is_archive(Path(image_dir))):
-        raise FileNotFoundError(f"--image_dir {image_dir} is no folder and no .zip file")
     if not path.exists():
         if HUB_ID.fullmatch(data_path) and path.suffix.lower() not in READERS:
-            files, pictures = find_on_hub(data_path, READERS, image_dir is None, streaming)
-            return files, Path(image_dir) if image_dir else pictures
+            files, found = find_on_hub(data_path, READERS, images is None, streaming)
+            return files, images or found
         raise FileNotFoundError(f"--data_path {data_path} does not exist")
-    if path.is_dir():
-        files = [path / "chat.json"] if (path / "chat.json").exists() else []
-        there = sorted(file for file in path.iterdir() if not is_hidden(file.name))
-        for ending in (".parquet", ".tar"):
-            files = files or [file for file in there if file.suffix.lower() == ending]
-        files = files or [file for file in there if file.name in METADATA]
-        splits = {re.split("[^a-z]", file.name.lower())[0] for file in files} & SPLITS
-        if len(splits) > 1:
-            what = f"--data_path {data_path} has files of {' and '.join(sorted(splits))} side by side"
-            raise FileNotFoundError(f"{what}: name the files that are meant, or put them into a folder of their own")
-        if not files:
-            raise FileNotFoundError(f"--data_path {data_path} holds no chat.json, and no .parquet or .tar files")
-    else:
-        files = [path]
+    files = _files_of_folder(path) if path.is_dir() else [path]
     if files[0].suffix.lower() not in READERS:
         raise FileNotFoundError(f"--data_path {data_path} is none of {', '.join(READERS)}")
-    beside = [files[0].parent / name for name in BESIDE if files[0].name not in METADATA]
-    return files, Path(image_dir) if image_dir else next((p for p in beside if p.exists()), files[0].parent)
+    places = [] if files[0].name in METADATA else [files[0].parent / name for name in IMAGE_PLACES]
+    return files, images or next((place for place in places if place.exists()), files[0].parent)
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    """The files of records in a folder: `chat.json`, else all Parquet files, else all shards, else the metadata."""
+    if (folder / "chat.json").exists():
+        return [folder / "chat.json"]
+    entries = sorted(entry for entry in folder.iterdir() if not is_hidden(entry.name))
+    files = [entry for entry in entries if entry.suffix.lower() == ".parquet"]
+    files = files or [entry for entry in entries if entry.suffix.lower() == ".tar"]
+    files = files or [entry for entry in entries if entry.name in METADATA]
+    if not files:
+        raise FileNotFoundError(f"--data_path {folder} holds no chat.json, and no .parquet or .tar files")
+    splits = {re.split("[^a-z]", file.name.lower())[0] for file in files} & SPLITS
+    if len(splits) > 1:
+        raise FileNotFoundError(
+            f"--data_path {folder} has files of {' and '.join(sorted(splits))} side by side: "
+            "name the files that are meant, or put them into a folder of their own"
+        )
+    return files

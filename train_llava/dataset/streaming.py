@@ -12,7 +12,8 @@ from datasets.iterable_dataset import ExamplesIterable
 from train_llava.chat import Chat
 from train_llava.data import to_item, weights_of
 from train_llava.dataset.bad_samples import log_bad_sample
-from train_llava.records import BadRecordError, find_records, table_rows
+from train_llava.dataset.readers import find_records
+from train_llava.records import BadRecordError, table_rows
 
 BUFFER = 1000  # rows that are shuffled among each other
 Shard = tuple[str, list[PurePath], PurePath | None, float]  # a data path, its file, its pictures, the part to take

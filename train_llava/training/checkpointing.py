@@ -26,7 +26,6 @@ RECIPE = "recipe.yaml"
 DERIVED = ("train_type", "learning_rate", "projector_learning_rate", "vision_learning_rate", "bf16", "seed")
 LOCK = "_lock"  # held by the run that is at work in a folder; a push to the hub leaves out such names
 INCOMPLETE = "unfinished"  # a file that a checkpoint holds while it is being written
-_known: dict[Path, tuple[int, set[int | str]]] = {}  # of each log of bad records, how much is read, and the records
 
 
 def is_checkpoint_complete(checkpoint: Path) -> bool:

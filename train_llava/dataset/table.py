@@ -1,0 +1,60 @@
+"""Writes the records of a data set into one table on disk, and opens it."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path, PurePath
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from filelock import FileLock
+from tqdm import tqdm
+
+from train_llava.common.files import written_whole
+from train_llava.dataset.archives import is_archive
+from train_llava.dataset.readers import find_records
+from train_llava.records import CACHE_VERSION, FEATURES, table_rows
+
+BATCH_BYTES = 64 << 20  # of images that are written at once: Arrow counts the bytes of a batch in 31 bits
+
+
+def load_records(data_path: str, image_dir: str | None = None) -> tuple[datasets.Dataset, PurePath | None]:
+    """The records of a data set as a table, and the folder or archive of its images.
+
+    The table is mapped from a file in the cache folder of `datasets`, written when the data set is opened for the
+    first time or has changed. A record that cannot be used has its reason under `error`.
+
+    Raises:
+        OSError, ValueError: the data does not exist, or is in no format; the message names it.
+    """
+    files, images = find_records(data_path, image_dir)
+    # The table depends on these files, and on the folder, inside which absolute names of images have to be
+    key = [CACHE_VERSION, str(images.absolute() if isinstance(images, Path) else images)]
+    for file in [*files, images] if is_archive(images) else files:
+        if isinstance(file, Path):
+            key += [str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns]
+        else:  # on the hub; its path names the commit
+            key += [data_path, str(file)]
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "train_llava" / name
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{cache}.lock"):  # one rank writes, the others wait for it
+        if not cache.exists():
+            rows = tqdm(table_rows(data_path, files, images), desc=f"reading {data_path}", unit=" records")
+            remedy = "make room on its disk, or set HF_DATASETS_CACHE to a folder on another one"
+            with written_whole(str(cache), remedy) as folder:
+                _write_table(rows, folder / "records.arrow")
+    return datasets.Dataset.from_file(str(cache / "records.arrow")), images
+
+
+def _write_table(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Writes rows in batches of at most 256, and of little more than `BATCH_BYTES`."""
+    batch, size, schema = [], 0, FEATURES.arrow_schema
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for row in rows:
+            batch.append(row)
+            size += sum(map(len, row["image_bytes"] or row["images"]))
+            if len(batch) == 256 or size > BATCH_BYTES:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+                batch, size = [], 0
+        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
