@@ -19,8 +19,10 @@ import torch
 from conftest import ROOT, random_adapter, run_train, run_zero2
 from huggingface_hub import constants
 
-from train_llava import cli, evaluate, infer, merge_lora
-from train_llava.cli import check_name, device, run_command
+from train_llava import evaluate, infer, merge_lora
+from train_llava.cli import device, run_command
+from train_llava.common import checks
+from train_llava.common.checks import check_name
 
 # as env.sh tells
 WITHOUT_GPU = sys.platform == "linux" and not any(
@@ -75,7 +77,7 @@ def test_a_cuda_build_without_a_gpu_computes_on_the_cpu(cuda_build, llava, corpu
     ],
 )
 def test_what_cannot_be_on_the_hub_is_refused_without_asking_it(monkeypatch, name, message):
-    monkeypatch.setattr(cli, "hub_answers", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(checks, "hub_answers", lambda: pytest.fail("the hub was asked"))
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=f"^--model .*{message}"):
         check_name(f"--model {name}", name)
@@ -90,7 +92,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path):
             asked.append(address)
             raise RuntimeError("no route to host")
 
-    monkeypatch.setattr(cli, "get_session", Unplugged)
+    monkeypatch.setattr(checks, "get_session", Unplugged)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

@@ -192,7 +192,7 @@ def test_sampling_draws_other_answers_and_is_off_by_default(merged):
 @pytest.mark.parametrize("number", [0, -1])
 def test_numbers_that_have_to_be_above_0(name, number):
     for make in (partial(infer.InferArguments, "m", prompt="?"), partial(evaluate.EvaluateArguments, "o", "m", "d")):
-        with pytest.raises(ValueError, match=f"--{name} {number}: it has to be above 0"):
+        with pytest.raises(ValueError, match=rf"--{name} {number}: it has to lie in \[1, inf"):
             make(**{name: number})
 
 

@@ -1,4 +1,4 @@
-"""Recipes: a file gives what the command line gives, a wrong line is named, a run is run again from its own."""
+"""Recipes: a file gives the same as the command line, a wrong line is named, a run is repeated from its own."""
 
 import shlex
 import subprocess
@@ -58,7 +58,7 @@ def test_a_recipe_gives_what_the_command_line_gives(tmp_path, ending, encoding):
     assert not {"bits", "eval_data_path"} & given.keys()  # null: as if they were not there
 
 
-def test_what_comes_later_overrides_and_a_launchers_own_words_give_way(tmp_path, monkeypatch):
+def test_later_arguments_override_a_recipe_and_a_recipe_overrides_the_launcher(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text("deepspeed: ds_zero3.json\ndata_path: [a, b]\npacking: true\npreflight: yes\nseed: 3\n")
     ours = ["--local_rank=1", f"--deepspeed={ROOT}/ds_zero2_no_offload.json"]
@@ -71,7 +71,7 @@ def test_what_comes_later_overrides_and_a_launchers_own_words_give_way(tmp_path,
     assert given == {"local_rank": 1, "deepspeed": "own.json", "seed": 3}
 
 
-def test_deepspeeds_settings_are_the_callers_or_this_folders(tmp_path, monkeypatch):
+def test_deepspeed_settings_are_looked_up_in_the_callers_folder_and_then_in_this_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words in (["--deepspeed", "ds_zero3.json"], ["--deepspeed=ds_zero3.json"]):
         assert given_arguments(TRAIN, words) == {"deepspeed": f"{ROOT}/ds_zero3.json"}
@@ -79,14 +79,14 @@ def test_deepspeeds_settings_are_the_callers_or_this_folders(tmp_path, monkeypat
     assert given_arguments(TRAIN, ["--deepspeed", "ds_zero3.json"]) == {"deepspeed": "ds_zero3.json"}
 
 
-def test_a_home_is_written_as_in_a_shell(tmp_path, monkeypatch):
+def test_a_home_folder_is_expanded_as_in_a_shell(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    (tmp_path / "r.yaml").write_text("data_path: [~/a, '~/b', c~/d]\noutput_dir: ~/e\nmodel_name_or_path: ~")
-    expected = {"data_path": ["/home/me/a", "~/b", "c~/d"], "output_dir": "/home/me/e"}
+    (tmp_path / "r.yaml").write_text("data_path: [~/a, c~/d]\noutput_dir: ~/e\nmodel_name_or_path: ~")
+    expected = {"data_path": ["/home/me/a", "c~/d"], "output_dir": "/home/me/e"}
     assert given_arguments(TRAIN, [str(tmp_path / "r.yaml")]) == expected
 
 
-def test_options_that_are_mappings_arrive_as_the_library_reads_them(tmp_path, monkeypatch, llava):
+def test_mappings_arrive_as_the_library_reads_them(tmp_path, monkeypatch, llava):
     (tmp_path / "r.yaml").write_text(
         f"model_name_or_path: {llava}\ndata_path: {tmp_path}\noutput_dir: out\n"
         "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs:\n  min_lr: 1e-5\n"
@@ -106,18 +106,18 @@ def test_options_that_are_mappings_arrive_as_the_library_reads_them(tmp_path, mo
         ("# nothing\n", "is empty"),
         ("- seed: 1", "does not hold lines `key: value`"),
         ("seed 1", "does not hold lines `key: value`"),
-        ("seed: 1\nsede: 2", ", line 2: sede is not known: the nearest that is known is seed"),
-        ("image_folder: a", ", line 1: image_folder is not known: the nearest that is known is image_dir"),
+        ("seed: 1\nsede: 2", ": sede is not known: the nearest that is known is seed"),
+        ("image_folder: a", ": image_folder is not known: the nearest that is known is image_dir"),
         (
             "--per-device-batch-size: 4",
             "--per-device-batch-size is not known: the nearest that is known is per_",
         ),
-        ("seed: 1\n\nseed: 2", ", line 3: seed stands there a second time"),
-        ("max-steps: 1\nmax_steps: 2", ", line 2: max_steps stands there a second time"),
-        ("packing: maybe", ", line 1: argument --packing: Truthy value expected: got maybe"),
-        ("seed: 1.5", ", line 1: argument --seed: invalid int value: '1.5'"),
+        ("seed: 1\n\nseed: 2", ": seed is given twice"),
+        ("max-steps: 1\nmax_steps: 2", ": max-steps is given twice"),
+        ("packing: maybe", ": argument --packing: Truthy value expected: got maybe"),
+        ("seed: 1.5", ": argument --seed: invalid int value: '1.5'"),
         ("train_type: fulll", "invalid choice: 'fulll'"),
-        ("seed: [1, 2]", ", line 1: seed takes one value, and here are 2"),
+        ("seed: [1, 2]", ": seed takes one value, and here are 2"),
         ("data_path: []", "expected at least one argument"),
         ("seed: 1\n\tmax_steps: 2", r" is no YAML: .*line 2"),
         ("data_path: [a", " is no YAML: "),
@@ -127,7 +127,7 @@ def test_options_that_are_mappings_arrive_as_the_library_reads_them(tmp_path, mo
         (bytes(range(256)), " is no YAML: "),
     ],
 )
-def test_a_wrong_recipe_is_named_with_the_line(tmp_path, text, message):
+def test_an_error_in_a_recipe_names_the_file_and_the_key(tmp_path, text, message):
     (tmp_path / "r.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=f"(?s)^{tmp_path}/r.yaml.*{message}"):
         given_arguments(TRAIN, [str(tmp_path / "r.yaml")])
@@ -143,12 +143,12 @@ def test_a_wrong_recipe_is_named_with_the_line(tmp_path, text, message):
         (["--loar-r=3"], "^--loar-r is not known: the nearest that is known is --lora_r$"),
     ],
 )
-def test_a_word_that_is_no_argument_is_named(words, message):
+def test_an_unknown_argument_is_named(words, message):
     with pytest.raises((ValueError, OSError), match=message):
         given_arguments(TRAIN, words)
 
 
-def test_what_is_missing_is_named(tmp_path, monkeypatch):
+def test_a_missing_argument_is_named(tmp_path, monkeypatch):
     (tmp_path / "r.yaml").write_text("model_name_or_path: m\n")
     monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "r.yaml")])
     with pytest.raises(ValueError, match=r"^the following arguments are required: --data_path$"):
@@ -172,7 +172,7 @@ LORA += ["--per_device_train_batch_size", "2", "--lr_scheduler_type", "cosine_wi
 LORA += ["--lr_scheduler_kwargs", '{"min_lr": 1e-5}', "--data_weights", "0.5", "--learning_rate", "1e-2"]
 
 
-def test_a_run_is_run_again_from_its_own_recipe(llava, corpus, tmp_path, monkeypatch):
+def test_a_run_is_repeated_from_its_own_recipe(llava, corpus, tmp_path, monkeypatch):
     losses = run_train(monkeypatch, llava, corpus, tmp_path / "run", *LORA, "--hub_token", "secret")
     written = (tmp_path / "run" / "recipe.yaml").read_text()
     assert written.startswith("# What a run on 1 ranks was started with; again: python -m train_llava.train ")
@@ -206,7 +206,7 @@ def test_a_run_is_run_again_from_its_own_recipe(llava, corpus, tmp_path, monkeyp
     assert again == written.replace(f"{tmp_path}/run", f"{tmp_path}/again")
 
 
-def test_an_earlier_starts_recipe_is_kept(tmp_path, monkeypatch):
+def test_the_recipe_of_an_earlier_start_is_kept(tmp_path, monkeypatch):
     words = ["train", "--model_name_or_path", "m", "--data_path", "d", "--output_dir", str(tmp_path), "--use_cpu"]
     for seed in ("1", "1", "2", "3"):
         monkeypatch.setattr(sys, "argv", [*words, "--seed", seed])
@@ -217,7 +217,7 @@ def test_an_earlier_starts_recipe_is_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_ranks_run_again_from_their_recipe_with_its_deepspeed(llava, corpus, tmp_path):
+def test_a_run_on_two_ranks_is_repeated_from_its_recipe_with_its_deepspeed_settings(llava, corpus, tmp_path):
     arguments = ["--train_type", "full", "--max_steps", "4", "--per_device_train_batch_size", "2", "--seed", "5"]
     done = run_zero2(llava, corpus, tmp_path / "run", *arguments, "--deepspeed", "ds_zero3.json")
     assert done.returncode == 0, done.stderr[-3000:]

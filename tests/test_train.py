@@ -361,7 +361,7 @@ def test_a_wrong_argument_ends_with_one_line(llava, parts, corpus, tmp_path, arg
         ),
         (["--optim_args", "foo"], "--optim adamw_torch_fused, or what goes with it: not enough values"),
         (["--torch_compile_mode", "foo"], "--torch_compile True, or what goes with it: Unrecognized mode=foo"),
-        (["--lr_scheduler_kwargs", "{1"], "--lr_scheduler_kwargs {1 is no file, and no object of JSON"),
+        (["--lr_scheduler_kwargs", "{1"], "--lr_scheduler_kwargs {1 is no file, and no JSON object"),
         (["--accelerator_config", '{"a": 1}'], "an argument cannot be used: AcceleratorConfig.__init__() got"),
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere is not true, and no folder"),
         (["--metric_for_best_model", "bleu"], "--metric_for_best_model bleu: this run measures loss"),

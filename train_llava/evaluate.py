@@ -19,16 +19,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-from train_llava.cli import (
-    BATCH,
-    BITS_HELP,
-    NEW_TOKENS,
-    check_name,
-    check_positive,
-    parse_arguments,
-    parse_first,
-    run_command,
-)
+from train_llava.cli import BATCH, BITS_HELP, NEW_TOKENS, parse_arguments, parse_first, run_command
+from train_llava.common.checks import check_name, check_number
 from train_llava.common.files import opening, written_whole
 
 
@@ -67,7 +59,8 @@ class EvaluateArguments:
             )
         if self.base is not None and self.text_path is None:
             raise ValueError("--base goes with --text_path")
-        check_positive(self, "batch_size", "max_new_tokens")
+        for name in ("batch_size", "max_new_tokens"):
+            check_number(name, getattr(self, name))
 
 
 if __name__ == "__main__":

@@ -17,16 +17,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 
-from train_llava.cli import (
-    ADDRESSES,
-    BATCH,
-    BITS_HELP,
-    NEW_TOKENS,
-    check_positive,
-    parse_arguments,
-    parse_first,
-    run_command,
-)
+from train_llava.cli import BATCH, BITS_HELP, NEW_TOKENS, parse_arguments, parse_first, run_command
+from train_llava.common.checks import ADDRESSES, check_number
 
 
 @dataclass
@@ -63,9 +55,8 @@ class InferArguments:
             raise ValueError("--questions and --answers go together")
         if self.questions is not None and self.image:
             raise ValueError("--image goes with --prompt or --interactive: a file of questions names its own pictures")
-        check_positive(self, "batch_size", "max_new_tokens")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("--temperature is 0 or above, and --top_p above 0 and at most 1")
+        for name in ("batch_size", "max_new_tokens", "temperature", "top_p"):
+            check_number(name, getattr(self, name))
 
 
 if __name__ == "__main__":

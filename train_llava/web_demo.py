@@ -23,7 +23,8 @@ from threading import Event, Lock, Thread
 from time import sleep
 from typing import Any, Literal
 
-from train_llava.cli import BITS_HELP, check_positive, parse_arguments, parse_first, run_command
+from train_llava.cli import BITS_HELP, parse_arguments, parse_first, run_command
+from train_llava.common.checks import check_number
 
 MOST_EXAMPLES = 10
 
@@ -44,9 +45,8 @@ class WebDemoArguments:
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.port < 65536:
-            raise ValueError(f"--port {self.port}: there are ports 1 to 65535")
-        check_positive(self, "max_new_tokens")
+        for name in ("port", "max_new_tokens"):
+            check_number(name, getattr(self, name))
 
 
 if __name__ == "__main__":

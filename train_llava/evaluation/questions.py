@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from train_llava.chat import Chat
-from train_llava.cli import ADDRESSES
+from train_llava.common.checks import ADDRESSES
 from train_llava.dataset.readers import BadRecordError, read_jsonl
 from train_llava.evaluation.generation import WINDOW, generate_all, prepare, sampling, this_process
 from train_llava.model import Llava

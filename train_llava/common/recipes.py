@@ -1,0 +1,90 @@
+"""Reads recipes: YAML files that hold the arguments of a command."""
+
+import json
+import os
+import re
+from argparse import ArgumentParser
+from collections.abc import Collection
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Reads 1e-3 as a number. YAML 1.1, which the library follows, takes 1.0e-3 only."""
+
+
+NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, [*"-+0123456789"])
+
+
+def unknown(name: str, known: Collection[str], dashes: str = "") -> str:
+    """The message for an argument that a command does not have."""
+    (nearest,) = get_close_matches(name.strip("-").replace("-", "_"), known, 1, 0)
+    return f"{name} is not known: the nearest that is known is {dashes}{nearest}"
+
+
+def read_recipe(path: str, parser: ArgumentParser, known: Collection[str]) -> dict[str, Any]:
+    """The arguments in a recipe, by name. The `parser` converts each value as on the command line.
+
+    So `save_strategy: no` stays the text "no", although YAML reads false there. A list is several values, a mapping
+    becomes JSON, and null is an argument that is not given. For example, the lines
+
+        learning-rate: 1e-3
+        data_path: [a, ~/b]
+        bits: null
+
+    give `{"learning_rate": 0.001, "data_path": ["a", "/home/me/b"]}`.
+
+    Raises:
+        ValueError: the file is no YAML of lines `key: value`, or one of them is wrong; the message names both.
+    """
+    try:
+        content = Path(path).read_text(encoding="utf-8-sig")
+        values = yaml.load(content, RecipeLoader)
+        texts = yaml.load(content, yaml.BaseLoader)  # the same lines, where each value is still a text
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} " + ("is empty" if values is None else "does not hold lines `key: value`"))
+        keys = [node.value for node, _ in yaml.compose(content).value]  # `load` keeps the last of two equal keys
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+
+    # Names first: a key may be written with dashes
+    names = [str(key).lstrip("-").replace("-", "_") for key in keys]
+    for key, name in zip(keys, names, strict=True):
+        if name not in known:
+            raise ValueError(f"{path}: {unknown(str(key), known)}")
+        if names.count(name) > 1:
+            raise ValueError(f"{path}: {key} is given twice")
+
+    arguments = {}
+    for key, name, value in zip(keys, names, values.values(), strict=True):
+        if value is None:
+            continue
+        words = _words(texts[key], value)
+        # in one word with its option, a value may begin with a dash
+        option = [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
+        try:
+            parsed, rest = parser.parse_known_args(option)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if rest:
+            raise ValueError(f"{path}: {key} takes one value, and here are {len(words)}")
+        arguments |= vars(parsed)
+    return arguments
+
+
+def _words(text: str | list, value: Any) -> list[str]:
+    """The command line's words for a value of a recipe; `text` is that value as the file spells it."""
+    if isinstance(value, dict):
+        text = value
+    words = []
+    for word in text if isinstance(value, list) else [text]:
+        if not isinstance(word, str):
+            word = json.dumps(word, ensure_ascii=False, default=str)
+        elif word.startswith("~/"):
+            word = os.path.expanduser(word)
+        words.append(word)
+    return words
