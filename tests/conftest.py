@@ -152,6 +152,15 @@ def corpus(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def bad_data(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A data set with bad records between good ones, and the reason of each bad one by its id."""
+    from record_files import write_bad_data  # which imports this file
+
+    root = tmp_path_factory.mktemp("bad")
+    return root, write_bad_data(root)
+
+
 def run_train(monkeypatch, model: Path, data: Path, output: Path, *arguments: str) -> list[float]:
     """Trains in this process; returns the loss of every step."""
     command = ["train", "--model_name_or_path", model, "--data_path", data, "--output_dir", output, *arguments]

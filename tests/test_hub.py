@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 from zipfile import ZIP_STORED, ZipFile
 
+import datasets
 import pytest
 from conftest import turns
-from datasets import Dataset
 from hub import Hub
-from test_records import ANSWERS, COLORS, FORMATS, PICTURES, QUESTION, shards, zipped
+from record_files import ANSWERS, COLORS, FORMATS, PNGS, QUESTION, colors_of, shards, zipped
+
+from train_llava.data import LlavaDataset
 
 ROOT = Path(__file__).parent.parent
 
@@ -140,9 +142,9 @@ def imagefolder(root: Path, metadata: str, below: str = "") -> None:
     lines = [json.dumps(row) for row in rows]
     if metadata.endswith("csv"):
         lines = ["file_name,caption", *(",".join(row.values()) for row in rows)]
-    write(root / below, {metadata: "\n".join(lines).encode(), **{f"{i}.png": PICTURES[i] for i in range(3)}})
+    write(root / below, {metadata: "\n".join(lines).encode(), **{f"{i}.png": PNGS[i] for i in range(3)}})
     if below:
-        write(root / "test", {metadata: b'{"file_name": "a.png", "caption": "a"}', "a.png": PICTURES[0]})
+        write(root / "test", {metadata: b'{"file_name": "a.png", "caption": "a"}', "a.png": PNGS[0]})
 
 
 def in_an_archive(root: Path) -> None:
@@ -151,7 +153,7 @@ def in_an_archive(root: Path) -> None:
         rows = [{"file_name": f"{i}.png", "text": ANSWERS[i]} for i in range(3)]
         archive.writestr("metadata.jsonl", "\n".join(map(json.dumps, rows)))
         for i in range(3):
-            archive.writestr(f"{i}.png", PICTURES[i])
+            archive.writestr(f"{i}.png", PNGS[i])
 
 
 def jsonl(answers: list[str]) -> bytes:
@@ -166,12 +168,12 @@ def configurations(root: Path) -> None:
         places = [f"  - {{split: {split}, path: {name}/{split}.jsonl}}\n" for split in ("train", "test")]
         head += f"- config_name: {name}\n  data_files:\n" + "".join(places)
         write(root / name, {"train.jsonl": jsonl(["no"]), "test.jsonl": jsonl(["no"])})
-        write(root / name, {f"{i}.png": PICTURES[i] for i in range(3)})
+        write(root / name, {f"{i}.png": PNGS[i] for i in range(3)})
     write(root, {"README.md": f"---\n{head}---\n# Mine".encode(), "two/test.jsonl": jsonl(ANSWERS)})
 
 
 def splits_beside_pictures(root: Path) -> None:
-    pictures = {f"images/{i}.png": PICTURES[i] for i in range(3)}
+    pictures = {f"images/{i}.png": PNGS[i] for i in range(3)}
     write(root, {"data/train.json": jsonl(ANSWERS), "data/test.json": jsonl(["no"]), **pictures})
 
 
@@ -185,10 +187,10 @@ def pretrain(root: Path) -> None:
 def names_in_a_table(root: Path, ending: str) -> None:
     """Rows that name pictures of the repository."""
     rows = {"image": [f"sub/{i}.png" for i in range(3)], "caption": ANSWERS}
-    write(root, {f"sub/{i}.png": PICTURES[i] for i in range(3)})
+    write(root, {f"sub/{i}.png": PNGS[i] for i in range(3)})
     head = f"---\nconfigs:\n- config_name: default\n  data_files: train.{ending}\n---\n"
     write(root, {"README.md": head.encode()})
-    table = Dataset.from_dict(rows)
+    table = datasets.Dataset.from_dict(rows)
     (table.to_csv if ending == "csv" else table.to_parquet)(root / f"train.{ending}")
 
 
@@ -198,6 +200,29 @@ def shards_in_a_folder(root: Path) -> None:
 
 
 BY_ID = ("LLaVA, beside", "LLaVA, stored zip", "captions in parquet")
+
+
+@pytest.mark.parametrize(
+    ("data_path", "config", "split"),
+    [
+        ("a/b", None, "train"),
+        ("a/b:c:validation", "c", "validation"),
+        ("a/b::test", None, "test"),
+        ("a/b:c", "c", "train"),
+    ],
+)
+def test_a_hub_data_set_has_a_configuration_and_a_split(monkeypatch, data_path, config, split):
+    calls = []
+
+    def load_dataset(*args, **options):
+        calls.append((*args, options["split"]))
+        rows = [{"image": PNGS[i], "caption": ANSWERS[i]} for i in range(3)]
+        return datasets.Dataset.from_list(rows).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    dataset = LlavaDataset(data_path)
+    assert [colors_of(dataset[i]) for i in range(3)] == [["red"], ["green"], ["blue"]]
+    assert calls == [("a/b", config, split)]
 
 
 def test_what_opens_as_a_folder_opens_by_its_id(hub, tmp_path, llava):

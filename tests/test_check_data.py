@@ -1,0 +1,80 @@
+"""`check_data` reports every error of a data set, its lengths, and a sample as the model is trained on it."""
+
+import json
+
+import pytest
+from conftest import turns
+
+from train_llava import check_data
+from train_llava.chat import Chat
+from train_llava.check_data import kind_of, show_sample
+from train_llava.data import LlavaDataset
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[int, str]:
+    """Runs the command in this process; returns its exit code and its output."""
+    monkeypatch.setattr("sys.argv", ["check_data", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        check_data.main()
+    return end.value.code, capsys.readouterr().out
+
+
+def test_check_data_reports_every_error(bad_data, llava, tmp_path, monkeypatch, capsys):
+    root, reasons = bad_data
+    arguments = ["--data_path", root, "--model_name_or_path", llava, "--max_length", "200", "--num_proc", "2"]
+    code, output = run(monkeypatch, capsys, *arguments, "--report", tmp_path / "report.json")
+    assert code == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["records"], report["bad"]) == (2 * len(reasons), len(reasons))
+    ids = [example["id"] for error in report["faults"].values() for example in error["examples"]]
+    assert sum(error["count"] for error in report["faults"].values()) == len(reasons)
+    assert set(ids) <= reasons.keys()
+    kind = kind_of("page.jpg cannot be read as a picture: it is of no format that Pillow knows")
+    assert report["faults"][kind]["count"] >= 1
+    assert f"{2 * len(reasons)} records, {len(reasons)} bad" in output
+    assert "⟦answer 0<|im_end|>⟧" in output
+    assert (tmp_path / "report.png").stat().st_size > 5000
+
+
+def test_check_data_reports_a_data_set_without_a_good_record(tmp_path, monkeypatch, capsys):
+    (tmp_path / "chat.json").write_text('[{"id": "empty", "conversations": []}]')
+    report = tmp_path / "report.json"
+    code, _ = run(monkeypatch, capsys, "--data_path", tmp_path, "--report", report, "--num_proc", "1")
+    assert code == 1
+    assert json.loads(report.read_text())["bad"] == 1
+
+
+def test_check_data_finds_no_error_in_good_data(corpus, monkeypatch, capsys):
+    code, output = run(monkeypatch, capsys, "--data_path", corpus, "--decode_pictures", "false")
+    assert code == 0
+    assert "16 records, 0 bad" in output
+
+
+@pytest.mark.parametrize(
+    ("reasons", "kind"),
+    [
+        (["1 <image> tags for 2 pictures", "30 <image> tags for 4 pictures"], "… <image> tags for … pictures"),
+        (["my dog 1.png does not exist", "a/b c.jpg does not exist"], "… does not exist"),
+        (
+            ["a b.jpg cannot be read as a picture: x", "picture 3 cannot be read as a picture: x"],
+            "… cannot be read as a picture: x",
+        ),
+        (
+            ["the control token <|im_end|> in a turn", "the control token <s> in a turn"],
+            "the control token … in a turn",
+        ),
+        (["it has a <video> or <audio> tag"], "it has a <video> or <audio> tag"),
+        (["900 tokens, --max_length is 200", "1001 tokens, --max_length is 200"], "… tokens, --max_length is …"),
+    ],
+)
+def test_similar_errors_are_counted_together(reasons, kind):
+    assert {kind_of(reason) for reason in reasons} == {kind}
+
+
+def test_a_sample_is_shown_with_one_token_for_each_image(corpus, processor, tmp_path):
+    texts = ("<image>\n1000 or 2211? aaa", "2211 and 1000")
+    (tmp_path / "chat.json").write_text(json.dumps([{"id": "x", "image": "0.png", "conversations": turns(*texts)}]))
+    sample = show_sample(LlavaDataset(str(tmp_path), str(corpus / "images_dl")), Chat(processor))
+    assert "<image>\n1000 or 2211? aaa<|im_end|>" in sample
+    assert "⟦2211 and 1000<|im_end|>⟧" in sample
+    assert sample.count("<image>") == 1
