@@ -34,11 +34,11 @@ def run_evaluate(monkeypatch, model: Path, corpus: Path, output: Path, *argument
 
 def answer_with(monkeypatch, answer: Callable) -> None:
     """Puts a function of a conversation and its pictures in a model's place."""
-    monkeypatch.setattr(question_files, "prepare", lambda model, chat, messages, images, limit: (messages, images))
+    monkeypatch.setattr(question_files, "prepare", lambda chat, messages, images, limit: (messages, images))
     monkeypatch.setattr(
         question_files,
         "generate_all",
-        lambda model, chat, asked, *_, **options: [(answer(*each), False) for each in asked],
+        lambda model, chat, prompts, *_, **options: [(answer(*each), False) for each in prompts],
     )
 
 
@@ -206,11 +206,11 @@ def test_pictures_are_opened_as_in_training_and_let_go_of(merged, tmp_path, monk
     (data / "chat.json").write_text(json.dumps(records))
     opened, held, real = [], [], generation.prepare
 
-    def prepare(model, chat, messages, images, limit):
+    def prepare(chat, messages, images, limit):
         held.append(sum(picture() is not None for picture in opened))
         opened.append(weakref.ref(images[0]))
         assert images[0].size == LlavaDataset(str(data), min_side=chat.min_side)[len(held) - 1]["images"][0].size
-        return real(model, chat, messages, images, limit)
+        return real(chat, messages, images, limit)
 
     monkeypatch.setattr(question_files, "prepare", prepare)
     run_evaluate(monkeypatch, merged, data, tmp_path / "out", "--max_new_tokens", "1")

@@ -1,5 +1,6 @@
 """Asking: the right answers to the right questions, and one clear line for bad input."""
 
+import importlib
 import io
 import json
 import re
@@ -17,6 +18,7 @@ from conftest import IMAGES, QUESTIONS, user_message
 
 from train_llava import evaluate, infer
 from train_llava.chat import Chat
+from train_llava.cli import run_command
 from train_llava.evaluation import generation
 from train_llava.evaluation.generation import generate
 from train_llava.modeling.adapter import load_model
@@ -24,8 +26,8 @@ from train_llava.modeling.adapter import load_model
 ROOT = Path(__file__).parent.parent
 
 
-def test_batched_answers_equal_single_ones(merged):
-    model, processor = load_model(str(merged))
+def test_batched_answers_equal_single_ones(opened):
+    model, processor = opened
     together = generate(model, processor, QUESTIONS, IMAGES, 8)
     shares = [IMAGES[:1], [], IMAGES[1:]]
     alone = [generate(model, processor, [q], images, 8)[0] for q, images in zip(QUESTIONS, shares, strict=True)]
@@ -33,42 +35,30 @@ def test_batched_answers_equal_single_ones(merged):
     assert len(set(together)) == 3
 
 
-def tokens_of(model, prompt: dict, limit: int) -> list[int]:
-    """The tokens of a greedy answer, generated alone."""
-    (output,) = model.generate(**prompt, max_new_tokens=limit, do_sample=False)
-    return output[prompt["input_ids"].shape[1] :].tolist()
-
-
-def test_short_answers_do_not_wait_for_long_ones(merged, monkeypatch):
-    """Ends are drawn, as it were: every twelfth token is one, so that answers have 1 token to 40."""
-    model, processor = load_model(str(merged))
+def test_questions_of_like_length_are_asked_together_and_answered_as_alone(opened, monkeypatch):
+    """Every twelfth token is made an end, so that answers have 1 token to 40."""
+    model, processor = opened
     chat, vocabulary = Chat(processor), len(processor.tokenizer)
     monkeypatch.setattr(model.generation_config, "eos_token_id", [0, *range(1, vocabulary, 12)])
     texts = [f"What is {word}?" + " It is" * (i % 5) for i, word in enumerate("abcdefghijkl")]
-    asked = [user_message(*["<image>"] * (i % 3), text) for i, text in enumerate(texts)]
-    shown = [IMAGES[: i % 3] for i in range(len(texts))]
-    alone = [generate(model, processor, [q], pictures, 40)[0] for q, pictures in zip(asked, shown, strict=True)]
+    conversations = [user_message(*["<image>"] * (i % 3), text) for i, text in enumerate(texts)]
+    pictures = [IMAGES[: i % 3] for i in range(len(texts))]
+    prompts = [generation.prepare(chat, *each, 40) for each in zip(conversations, pictures, strict=True)]
+    alone = [generation.generate_all(model, chat, [prompt], 1)[0] for prompt in prompts]
     calls, real = [], model.generate
-    monkeypatch.setattr(
-        model,
-        "generate",
-        lambda **given: calls.append((len(given["input_ids"]), given["max_new_tokens"])) or real(**given),
-    )
-    prepared = [generation.prepare(model, chat, q, pictures, 40) for q, pictures in zip(asked, shown, strict=True)]
-    said = generation.generate_all(model, chat, prepared, 4)
-    assert [answer for answer, _ in said] == alone
-    ended = set(model.generation_config.eos_token_id)
-    assert [cut for _, cut in said].count(True) == sum(not ended & set(tokens_of(model, *each)) for each in prepared)
-    assert len({cut for _, cut in said}) == 2
-    del calls[calls.index((1, 40)) :]
-    assert len(set(alone)) > 6
-    assert calls[:3] == [(4, 16)] * 3
-    later = sum(rows for rows, _ in calls[3:])
-    assert 0 < later < 12
-    assert all(tokens == 24 for _, tokens in calls[3:])
-    calls.clear()
-    assert generation.generate_all(model, chat, prepared, 12) == said
-    assert calls == [(12, 40)]
+    monkeypatch.setattr(model, "generate", lambda **inputs: calls.append(inputs) or real(**inputs))
+    together = generation.generate_all(model, chat, prompts, 4)
+    assert together == alone
+    assert len({text for text, _ in alone}) > 6
+    assert {cut for _, cut in alone} == {True, False}
+    assert [len(inputs["input_ids"]) for inputs in calls] == [4, 4, 4]
+    widths = [inputs["input_ids"].shape[1] for inputs in calls]
+    lengths = sorted(inputs["input_ids"].shape[1] for inputs, _ in prompts)
+    assert widths == lengths[3::4]
+    ends = set(model.generation_config.eos_token_id)
+    for (inputs, limit), (_, cut) in zip(prompts, alone, strict=True):
+        (output,) = real(**inputs, max_new_tokens=limit, do_sample=False)
+        assert cut == ends.isdisjoint(output[inputs["input_ids"].shape[1] :].tolist())
 
 
 def test_infer_prints_the_answer_alone(merged, corpus):
@@ -89,7 +79,7 @@ def test_the_context_of_the_model_is_kept(opened):
     model, processor = opened
     length = Chat(processor).prompts([user_message("hi")], [])["input_ids"].shape[1]
     fits = user_message("hi" + "z" * (512 - length - 2))  # one token each
-    assert generation.room_for_answer(model, Chat(processor), fits, []) == 2
+    assert generation.prepare(Chat(processor), fits, [])[1] == 2
     together = generate(model, processor, [fits, *QUESTIONS[:1]], IMAGES[:1], 8)
     assert together[1] == generate(model, processor, QUESTIONS[:1], IMAGES[:1], 8)[0]
     with pytest.raises(ValueError, match="has 512 tokens, pictures included, and the model reads 512"):
@@ -104,14 +94,13 @@ def test_a_control_token_in_a_prompt_is_refused(opened, token):
 
 def test_what_the_model_has_said_is_no_attempt_to_end_a_turn(opened):
     """A model that thinks may write </think>, a token that a question must not have; nobody could take it back."""
-    model, processor = opened
-    chat = Chat(processor)
+    chat = Chat(opened[1])
     chat.control_tokens = chat.control_tokens | {"</think>"}
     (user,), (again,) = user_message("What is this?"), user_message("And this?")
-    assert generation.room_for_answer(model, chat, [user, generation.assistant_message("red</think>"), again], [])
+    assert generation.prepare(chat, [user, generation.assistant_message("red</think>"), again], [])
     for messages in ([user, generation.assistant_message("red<|im_end|>"), again], user_message("red</think>")):
         with pytest.raises(ValueError, match="stands in a text"):
-            generation.room_for_answer(model, chat, messages, [])
+            generation.prepare(chat, messages, [])
 
 
 def test_a_chat_survives_whatever_a_turn_raises(opened, monkeypatch, capsys):
@@ -219,17 +208,29 @@ def test_numbers_that_have_to_be_above_0(name, number):
          "--output_dir {tmp}/out", "{corpus}"),
     ],
 )  # fmt: skip
-def test_bad_input_ends_with_one_line_and_leaves_nothing(llava, parts, corpus, tmp_path, command, message):
+def test_bad_input_ends_with_one_line_and_leaves_nothing(
+    llava, parts, corpus, tmp_path, monkeypatch, command, message
+):
     names = {"llava": llava, "qwen2": parts["qwen2"], "corpus": corpus, "tmp": tmp_path}
-    done = subprocess.run(
-        [sys.executable, "-m", *f"train_llava.{command}".format(**names).split()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    name, *words = command.format(**names).split()
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(importlib.import_module(f"train_llava.{name}").main)
+    line = stopped.value.code
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    assert message.format(**names) in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("--prompt=", "error: --prompt is empty"), ("--prompt=hi", "is a qwen2 model, not a LLaVA")],
+)
+def test_a_command_prints_its_error_and_exits_with_1(parts, word, message):
+    """The first is found before the imports that take seconds, the second when the model is opened."""
+    command = [sys.executable, "-m", "train_llava.infer", "--model_name_or_path", parts["qwen2"], word]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert message.format(**names) in done.stderr.splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
+    assert message in done.stderr.splitlines()[-1]

@@ -24,7 +24,7 @@ from conftest import random_adapter
 from train_llava import web_demo
 from train_llava.chat import Chat
 from train_llava.dataset.images import open_image
-from train_llava.evaluation.generation import assistant_message, generate, room_for_answer, user_message
+from train_llava.evaluation.generation import assistant_message, generate, prepare, user_message
 from train_llava.evaluation.web_look import DOTS, HEADER, TEXTS, header
 from train_llava.modeling.adapter import load_model
 from train_llava.web_demo import Turn
@@ -171,7 +171,7 @@ def test_an_answer_ends_where_the_model_reads_no_further(llava):
     finish(model, processor, turns, **LONG)
     assert turns[0].answers == [whole]
     prompt = [{"role": "user", "content": [{"type": "text", "text": turns[0].text}]}]
-    assert room_for_answer(model, Chat(processor), prompt, []) < LONG["max_new_tokens"]
+    assert prepare(Chat(processor), prompt, [], LONG["max_new_tokens"])[1] < LONG["max_new_tokens"]
 
 
 @pytest.fixture

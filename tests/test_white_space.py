@@ -75,7 +75,7 @@ def test_an_answer_is_learnt_with_its_white_space(tmp_path, name, answer):
     input_ids, labels = chat.encode(to_messages(record))
     assert chat.answer(input_ids[labels != IGNORE].tolist()) == answer.rstrip()
     begin = int(np.flatnonzero(labels != IGNORE)[0])
-    asked = chat.prompts([read_question({"prompt": "What?"}, 0, Path()).messages], [])["input_ids"][0]
+    asked = chat.prompts([read_question({"prompt": "What?"}, 0, Path())["messages"]], [])["input_ids"][0]
     assert asked.tolist() == input_ids[:begin].tolist()
 
 

@@ -4,18 +4,20 @@
     python -m train_llava.infer --model_name_or_path output/run --image cat.jpg --interactive true
     python -m train_llava.infer --model_name_or_path output/run --questions questions.jsonl --answers answers.jsonl
 
-The first prints the answer alone. The second is a chat; `/image FILE` shows it another picture. The third answers a
-file of questions (see questions.py) in batches and, run again, goes on where it stopped.
+The first prints the answer alone. The second is a chat; `/image FILE` adds a picture. The third answers a file of
+questions (see questions.py) in batches. Run again, it continues where it stopped.
 """
 
 import string
 import sys
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
+
+from transformers.hf_argparser import HfArg
 
 from train_llava.cli import BATCH, BITS_HELP, NEW_TOKENS, parse_arguments, parse_first, run_command
 from train_llava.common.checks import ADDRESSES, check_number
@@ -23,28 +25,22 @@ from train_llava.common.checks import ADDRESSES, check_number
 
 @dataclass
 class InferArguments:
-    model_name_or_path: str = field(metadata={"help": "A LLaVA checkpoint, a folder or a hub id."})
-    prompt: str | None = field(default=None, metadata={"help": "What to ask."})
-    image: list[str] = field(
-        default_factory=list,
-        metadata={"help": "One or more pictures the question is about: files, http(s) addresses, or - for stdin."},
+    model_name_or_path: str = HfArg(help="A LLaVA checkpoint, a folder or a hub id.")
+    prompt: str | None = HfArg(default=None, help="The question.")
+    image: list[str] = HfArg(
+        default_factory=list, help="The pictures of the question: files, http(s) addresses, or - for stdin."
     )
-    interactive: bool = field(
-        default=False,
-        metadata={
-            "help": "Chat in the terminal: /image FILE adds a picture, /image takes it back; an empty line ends it."
-        },
+    interactive: bool = HfArg(
+        default=False, help="Chat: /image FILE adds a picture, /image takes it back; an empty line ends the chat."
     )
-    questions: str | None = field(
-        default=None, metadata={"help": "A .jsonl file of questions; pictures are named relative to it."}
-    )
-    answers: str | None = field(default=None, metadata={"help": "The .jsonl file to write their answers to."})
-    batch_size: int = field(default=BATCH, metadata={"help": "Questions answered at once."})
-    adapter_name_or_path: str | None = field(default=None, metadata={"help": "A LoRA adapter trained on that model."})
-    bits: Literal[4, 8] | None = field(default=None, metadata={"help": BITS_HELP})
-    max_new_tokens: int = field(default=NEW_TOKENS, metadata={"help": "The longest answer, in tokens."})
-    temperature: float = field(default=0.0, metadata={"help": "0: the likeliest answer; above: draw one."})
-    top_p: float = field(default=1.0, metadata={"help": "Draw among the likeliest tokens that sum up to this."})
+    questions: str | None = HfArg(default=None, help="A .jsonl file of questions; files in it are relative to it.")
+    answers: str | None = HfArg(default=None, help="The .jsonl file to write their answers to.")
+    batch_size: int = HfArg(default=BATCH, help="Questions answered at once.")
+    adapter_name_or_path: str | None = HfArg(default=None, help="A LoRA adapter trained on that model.")
+    bits: Literal[4, 8] | None = HfArg(default=None, help=BITS_HELP)
+    max_new_tokens: int = HfArg(default=NEW_TOKENS, help="The longest answer, in tokens.")
+    temperature: float = HfArg(default=0.0, help="0: the greedy answer; above 0: sample one.")
+    top_p: float = HfArg(default=1.0, help="Sample from the most likely tokens that sum up to this probability.")
 
     def __post_init__(self) -> None:
         if [self.prompt is not None, self.interactive, self.questions is not None].count(True) != 1:
@@ -54,7 +50,7 @@ class InferArguments:
         if (self.questions is None) != (self.answers is None):
             raise ValueError("--questions and --answers go together")
         if self.questions is not None and self.image:
-            raise ValueError("--image goes with --prompt or --interactive: a file of questions names its own pictures")
+            raise ValueError("--image goes with --prompt or --interactive: questions name their own pictures")
         for name in ("batch_size", "max_new_tokens", "temperature", "top_p"):
             check_number(name, getattr(self, name))
 
@@ -77,7 +73,7 @@ MAX_BYTES = 50 << 20  # of a picture from the network
 
 
 def fetch_image(name: str, min_side: int | None = None) -> Image.Image:
-    """The picture at a path, an http(s) address or in a data URI, or, for "-", on standard input.
+    """The picture at a path, at an http(s) address, in a data URI or, for "-", on standard input.
 
     `min_side`: see `open_image`.
 
@@ -89,9 +85,10 @@ def fetch_image(name: str, min_side: int | None = None) -> Image.Image:
     if not name.startswith(ADDRESSES):
         return open_image(Path(name), min_side=min_side)
     short = name if len(name) < 200 else f"{name[:60]}…"
+    # characters that an address cannot hold, such as Chinese, go in percent signs
+    address = urllib.parse.quote(name, safe=string.punctuation)
     try:
-        # what an address cannot hold, such as Chinese, goes in percent signs
-        with urllib.request.urlopen(urllib.parse.quote(name, safe=string.punctuation), timeout=30) as response:
+        with urllib.request.urlopen(address, timeout=30) as response:
             content = response.read(MAX_BYTES + 1)
     except (OSError, ValueError, HTTPException) as error:
         raise OSError(f"{short} gives no picture: {error!r}") from error
@@ -100,23 +97,18 @@ def fetch_image(name: str, min_side: int | None = None) -> Image.Image:
     return open_image(content, short, min_side)
 
 
-def chat(
-    model: Llava | PeftModel,
-    processor: Processor,
-    images: list[Image.Image],
-    **options: Any,
-) -> None:
-    """Questions from the terminal, answers as they come; the whole conversation is kept.
+def chat(model: Llava | PeftModel, processor: Processor, images: list[Image.Image], **options: Any) -> None:
+    """Answers questions from the terminal word by word, with the whole conversation before each.
 
-    "/image FILE" puts a picture before the next question, and "/image" alone takes back those that wait for it.
+    "/image FILE" adds a picture to the next question. "/image" alone takes back the pictures added to it.
     """
     messages, new, min_side = [], len(images), Chat(processor).min_side
     while True:
         try:
             text = input("> ").strip()
         except EOFError:
-            text = ""
-        except UnicodeDecodeError as error:  # half of a character, as a terminal may leave of one that was deleted
+            return
+        except UnicodeDecodeError as error:  # a terminal may leave half of a character that was deleted
             print(f"error: {error}", file=sys.stderr)
             if not sys.stdin.isatty():  # a file gives the same again
                 return
@@ -126,16 +118,15 @@ def chat(
         try:
             if text == "/image":
                 images, new = images[: len(images) - new], 0
-                continue
-            if text.startswith("/image "):
+            elif text.startswith("/image "):
                 images = [*images, fetch_image(text.removeprefix("/image ").strip(), min_side)]
                 new += 1
-                continue
-            asked = [*messages, user_message(text, new)]
-            streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            (answer,) = generate(model, processor, [asked], images, streamer=streamer, **options)
-            messages, new = [*asked, assistant_message(answer)], 0
-        except Exception as error:  # whatever it is, the conversation stays as it was before
+            else:
+                asked = [*messages, user_message(text, new)]
+                streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+                (answer,) = generate(model, processor, [asked], images, streamer=streamer, **options)
+                messages, new = [*asked, assistant_message(answer)], 0
+        except Exception as error:  # of any kind: the conversation stays as it was
             print(f"error: {error}", file=sys.stderr)
 
 
@@ -147,29 +138,32 @@ def answer_file(
     settings: dict[str, Any],
     batch_size: int = BATCH,
 ) -> None:
-    """Answers a file of questions; those that the file of answers has already are not asked again.
-
-    A question that cannot be asked is named, and does not keep the others from their answers.
+    """Answers a file of questions, except those that the file of answers has already.
 
     Raises:
-        OSError, ValueError: a file or a line cannot be read, and nothing was asked; or some questions could not be
-            asked, and all others are answered.
+        OSError, ValueError: a file or a line cannot be read, and nothing was asked; or some questions cannot be asked,
+            and all others are answered.
     """
-    asked, chat = read_questions(questions), Chat(processor)
+    records, chat = read_questions(questions), Chat(processor)
     if answers.exists() and answers.samefile(questions):
         raise ValueError(f"--answers {answers} is the file of the questions: choose another")
 
-    def open_question(place: int) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-        return asked[place].messages, [fetch_image(name, chat.min_side) for name in asked[place].pictures]
+    def open_question(index: int) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+        images = [fetch_image(name, chat.min_side) for name in records[index]["pictures"]]
+        return records[index]["messages"], images
 
-    named = [{"id": question.id, "prompt": question.prompt} for question in asked]
-    lines, bad = answer_questions(model, chat, named, open_question, answers, settings, batch_size)
-    cut, refused = sum(line["cut"] for line in lines if line), [f"question {b['id']!r}: {b['reason']}" for b in bad]
-    notes = [f"{cut} of {len(asked)} answers were cut at --max_new_tokens {settings['max_new_tokens']}"] * bool(cut)
-    if this_process().is_main_process and notes + refused:
-        print(*notes, *refused, sep="\n", file=sys.stderr)
+    lines, refused = answer_questions(model, chat, records, open_question, answers, settings, batch_size)
+    # one line for all answers that were cut, one for each question that could not be asked
+    cut = sum(line["cut"] for line in lines if line)
+    notes = [f"question {entry['id']!r}: {entry['reason']}" for entry in refused]
+    if cut:
+        limit = settings["max_new_tokens"]
+        notes.insert(0, f"{cut} of {len(records)} answers were cut at --max_new_tokens {limit}")
+    if notes and this_process().is_main_process:
+        print(*notes, sep="\n", file=sys.stderr)
     if refused:
-        raise ValueError(f"{len(refused)} of {len(asked)} questions could not be asked; {refused[0]}")
+        first = f"question {refused[0]['id']!r}: {refused[0]['reason']}"
+        raise ValueError(f"{len(refused)} of {len(records)} questions could not be asked; {first}")
 
 
 def main() -> None:
@@ -177,14 +171,15 @@ def main() -> None:
     this_process()  # before the model is opened: each process has a device of its own
     if arguments.answers is not None:
         Path(arguments.answers).absolute().parent.mkdir(parents=True, exist_ok=True)
-    model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
+    names = arguments.model_name_or_path, arguments.adapter_name_or_path
+    model, processor = load_model(*names, arguments.bits)
     images = [fetch_image(name, Chat(processor).min_side) for name in arguments.image]
     options = sampling(arguments.temperature, arguments.top_p) | {"max_new_tokens": arguments.max_new_tokens}
     if arguments.interactive:
         chat(model, processor, images, **options)
     elif arguments.questions is not None:
-        paths, settings = (Path(arguments.questions), Path(arguments.answers)), settings_of(arguments, model)
-        answer_file(model, processor, *paths, settings, arguments.batch_size)
+        files = Path(arguments.questions), Path(arguments.answers)
+        answer_file(model, processor, *files, settings_of(arguments, model), arguments.batch_size)
     else:
         conversation = [user_message(arguments.prompt, len(images))]
         print(generate(model, processor, [conversation], images, **options)[0])

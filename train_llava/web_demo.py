@@ -59,7 +59,7 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from train_llava.chat import Chat, Processor
 from train_llava.dataset.images import open_image
-from train_llava.evaluation.generation import assistant_message, room_for_answer, sampling, user_message
+from train_llava.evaluation.generation import assistant_message, prepare, sampling, user_message
 from train_llava.evaluation.web_look import COPY, CSS, DOTS, TEXTS, header
 from train_llava.model import Llava
 from train_llava.modeling.adapter import load_model
@@ -128,13 +128,12 @@ def stream(
     """The answer to a conversation as it grows, and at last as `infer.generate` would give it; `stop` ends it.
 
     Raises:
-        ValueError: the conversation cannot be asked; see `infer.room_for_answer`.
+        ValueError: the conversation cannot be asked; see `prepare`.
     """
     chat = Chat(processor)
-    room = room_for_answer(model, chat, messages, images)
-    inputs = chat.prompts([messages], images).to(model.device)
+    inputs, options["max_new_tokens"] = prepare(chat, messages, images, max_new_tokens)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options["max_new_tokens"] = min(max_new_tokens, room)
     options["stopping_criteria"] = StoppingCriteriaList(
         [lambda ids, scores, **_: torch.full((len(ids),), stop.is_set(), device=ids.device)]
     )

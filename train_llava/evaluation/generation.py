@@ -15,173 +15,142 @@ from train_llava.model import Llava
 from train_llava.modeling.templates import special_tokens
 from train_llava.records import IMAGE_TOKEN
 
-WINDOW = 4  # batches of questions that are sorted by length, and whose long answers go on together
+WINDOW = 4  # batches of questions that are prepared together and sorted by length
 
-
-FIRST = 16  # tokens that each of several batches' answers gets before those that go on are put together
+Messages = list[dict[str, Any]]
+Prompt = tuple[dict[str, torch.Tensor], int]  # see `prepare`
 
 
 def this_process() -> PartialState:
-    """This process among those that `accelerate launch` or `torchrun` has started, or the only one."""
+    """This process among those that `accelerate launch` or `torchrun` started, or the only one."""
     return PartialState(cpu=device().type == "cpu")
 
 
 def sampling(temperature: float, top_p: float) -> dict[str, Any]:
-    """The arguments of `model.generate` for drawing an answer, or, at temperature 0, for the likeliest one.
+    """The arguments of `model.generate` to sample or, at temperature 0, for greedy answers.
 
-    How a checkpoint would draw by itself gives way to them.
+    They override a checkpoint's own generation settings.
     """
     if temperature == 0:
         return {"do_sample": False}
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0, "min_p": 0.0, "typical_p": 1.0}
-
-
-def _parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The pictures and texts of a conversation; a message may be a text alone."""
-    contents = [message["content"] for message in messages]
-    return [part for c in contents for part in ([{"type": "text", "text": c}] if isinstance(c, str) else c)]
-
-
-def room_for_answer(
-    model: Llava | PeftModel, chat: Chat, messages: list[dict[str, Any]], images: list[Image.Image]
-) -> int:
-    """How many tokens the answer to a conversation may have before the model's context is full.
-
-    Raises:
-        ValueError: the context is full already, the chat template refuses the conversation, or a text in it holds a
-            control token, which would end a turn, begin one, or stand for a picture.
-    """
-    special = special_tokens(chat.tokenizer) | {chat.processor.image_token}
-    for message in messages:
-        # what is no special token, as </think>, a model may have written in its own answer
-        tokens = special if message["role"] == "assistant" else special | chat.control_tokens
-        for part in _parts([message]):
-            if found := min((token for token in tokens if token in part.get("text", "")), default=None):
-                raise ValueError(f"the control token {found} stands in a text: leave it out")
-    length = chat.prompts([messages], images, prepare=False)["input_ids"].shape[1]
-    limit = chat.tokenizer.model_max_length
-    if length >= limit:
-        raise ValueError(f"the conversation has {length} tokens, pictures included, and the model reads {limit}")
-    return limit - length
-
-
-@torch.inference_mode()
-def generate(
-    model: Llava | PeftModel,
-    processor: Processor,
-    conversations: list[list[dict[str, Any]]],
-    images: list[Image.Image],
-    max_new_tokens: int = NEW_TOKENS,
-    **options: Any,
-) -> list[str]:
-    """Answers to conversations that end with a question; `images` in the order of their `<image>` tokens.
-
-    Greedy, unless `options`, which go to `model.generate`, say something else (see `sampling`).
-
-    Raises:
-        ValueError: one of them cannot be asked; see `room_for_answer`.
-    """
-    left, chat = iter(images), Chat(processor)
-    tags = [sum(part["type"] == "image" for part in _parts(messages)) for messages in conversations]
-    if sum(tags) != len(images):
-        raise ValueError(f"{sum(tags)} {IMAGE_TOKEN} tags, {len(images)} pictures")
-    prepared = [
-        prepare(model, chat, messages, list(islice(left, number)), max_new_tokens)
-        for messages, number in zip(conversations, tags, strict=True)
-    ]
-    return [answer for answer, _ in generate_all(model, chat, prepared, len(conversations), **options)]
-
-
-def prepare(
-    model: Llava | PeftModel,
-    chat: Chat,
-    messages: list[dict[str, Any]],
-    images: list[Image.Image],
-    max_new_tokens: int = NEW_TOKENS,
-) -> tuple[dict[str, torch.Tensor], int]:
-    """A conversation as `generate_all` takes it: its prompt (see `Chat.prompts`), and the most tokens of its answer.
-
-    Raises:
-        ValueError: it cannot be asked; see `room_for_answer`.
-    """
-    room = room_for_answer(model, chat, messages, images)
-    return dict(chat.prompts([messages], images)), min(room, max_new_tokens)
-
-
-@torch.inference_mode()
-def generate_all(
-    model: Llava | PeftModel,
-    chat: Chat,
-    prepared: list[tuple[dict[str, torch.Tensor], int]],
-    batch_size: int,
-    **options: Any,
-) -> list[tuple[str, bool]]:
-    """As `generate`, of any number of conversations (see `prepare`), so many at once.
-
-    In several batches, those of like length stand together, and every answer first gets `FIRST` tokens; those that go
-    on are put together anew and get twice as many, and so on, so that no short answer waits for a long one. To go on,
-    the model reads the conversation again with what it has said, which is what it would have before it in one go. In
-    half precision, where that can change a word, batches are those of the questions in their order, in one go.
-
-    Returns:
-        The answers, and whether each was cut: it has as many tokens as it may, and no end.
-    """
-    prompts, limits = [prompt for prompt, _ in prepared], [limit for _, limit in prepared]
-    longest = max(limits, default=0)
-    ends = torch.tensor(model.generation_config.eos_token_id)
-    said = [prompt["input_ids"][0, :0] for prompt in prompts]
-    unended, in_one_go, tokens = list(range(len(prompts))), [], longest
-    if len(prompts) > batch_size and model.dtype == torch.float32:
-        unended.sort(key=lambda i: prompts[i]["input_ids"].shape[1])
-        tokens = FIRST
-    while unended:
-        batches = [unended[start : start + batch_size] for start in range(0, len(unended), batch_size)]
-        unended = []
-        for batch in batches:
-            inputs = pad_left([prompts[i] for i in batch], [said[i] for i in batch], chat.tokenizer.pad_token_id)
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            # whose context is full cuts nobody else's answer, who goes on
-            most = min([tokens, *(limits[i] - len(said[i]) for i in batch)])
-            output = model.generate(**inputs, max_new_tokens=most, **{"do_sample": False} | options)
-            for i, more in zip(batch, output[:, inputs["input_ids"].shape[1] :].cpu(), strict=True):
-                ended = torch.isin(more, ends).nonzero()
-                said[i] = torch.cat([said[i], more[: ended[0, 0] + 1] if len(ended) else more])
-                if len(ended) or len(said[i]) == limits[i]:
-                    continue
-                if chat.processor.image_token_id in said[i]:  # read again, it would ask for a picture
-                    said[i] = said[i][:0]
-                    in_one_go.append(i)
-                else:
-                    unended.append(i)
-        tokens *= 2
-        if not unended:
-            unended, in_one_go, tokens = in_one_go, [], longest
-    texts = [chat.answer(ids.tolist()) for ids in said]
-    return [(text, not torch.isin(ids, ends).any()) for text, ids in zip(texts, said, strict=True)]
-
-
-def pad_left(
-    prompts: list[dict[str, torch.Tensor]], said: list[torch.Tensor], pad_token_id: int
-) -> dict[str, torch.Tensor]:
-    """Prompts (see `Chat.prompts`), each a batch of one, and what was said to it, as one batch, padded on the left."""
-    rows = [torch.cat([prompt["input_ids"][0], more]) for prompt, more in zip(prompts, said, strict=True)]
-    batch = {
-        "input_ids": pad_sequence(rows, True, pad_token_id, "left"),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left"),
-    }
-    shown = [prompt for prompt in prompts if "pixel_values" in prompt]
-    if shown:  # by tiles, a picture may have fewer than another
-        batch["pixel_values"] = pad_sequence([p for prompt in shown for p in prompt["pixel_values"]], True)
-    if shown and "image_sizes" in shown[0]:
-        batch["image_sizes"] = torch.cat([prompt["image_sizes"] for prompt in shown])
-    return batch
+    options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    return options | {"top_k": 0, "min_p": 0.0, "typical_p": 1.0}
 
 
 def user_message(text: str, pictures: int) -> dict[str, Any]:
-    """A user's message with so many pictures in front of the text."""
+    """A user's message: `pictures` images, then the text."""
     return {"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}
 
 
 def assistant_message(text: str) -> dict[str, Any]:
     """The model's message."""
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def text_and_images(message: dict[str, Any]) -> tuple[str, int]:
+    """The text of a message, and how many images it has. Its content may be a text alone."""
+    if isinstance(message["content"], str):
+        return message["content"], 0
+    texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+    return "\n".join(texts), len(message["content"]) - len(texts)
+
+
+def prepare(chat: Chat, messages: Messages, images: list[Image.Image], max_new_tokens: int = NEW_TOKENS) -> Prompt:
+    """Turns a conversation that ends with a question into a prompt.
+
+    Returns:
+        The model's inputs (see `Chat.prompts`), a batch of one, and the most tokens that the answer may have:
+        `max_new_tokens`, or fewer where the model's context ends before.
+
+    Raises:
+        ValueError: the context is full already, the chat template refuses the conversation, or a text holds a
+            control token, which would end a turn, begin one, or stand for a picture.
+    """
+    # an earlier answer may hold </think> and the like, which are no special tokens: the model wrote them
+    special = special_tokens(chat.tokenizer) | {chat.processor.image_token}
+    for message in messages:
+        forbidden = special if message["role"] == "assistant" else special | chat.control_tokens
+        text, _ = text_and_images(message)
+        if matches := [token for token in forbidden if token in text]:
+            raise ValueError(f"the control token {min(matches)} stands in a text: leave it out")
+    inputs = dict(chat.prompts([messages], images))
+    length, limit = inputs["input_ids"].shape[1], chat.tokenizer.model_max_length
+    if length >= limit:
+        raise ValueError(f"the conversation has {length} tokens, pictures included, and the model reads {limit}")
+    return inputs, min(limit - length, max_new_tokens)
+
+
+@torch.inference_mode()
+def generate(
+    model: Llava | PeftModel,
+    processor: Processor,
+    conversations: list[Messages],
+    images: list[Image.Image],
+    max_new_tokens: int = NEW_TOKENS,
+    **options: Any,
+) -> list[str]:
+    """Answers conversations that end with a question. `images` are in the order of their `<image>` tokens.
+
+    Answers are greedy, unless `options` for `model.generate` say otherwise (see `sampling`).
+
+    Raises:
+        ValueError: one of them cannot be asked (see `prepare`), or there are not as many images as tags.
+    """
+    tags = []
+    for messages in conversations:
+        tags.append(sum(text_and_images(message)[1] for message in messages))
+    if sum(tags) != len(images):
+        raise ValueError(f"{sum(tags)} {IMAGE_TOKEN} tags, {len(images)} pictures")
+    # each conversation takes as many of the images as it has tags
+    chat, remaining, prompts = Chat(processor), iter(images), []
+    for messages, count in zip(conversations, tags, strict=True):
+        prompts.append(prepare(chat, messages, list(islice(remaining, count)), max_new_tokens))
+    return [answer for answer, _ in generate_all(model, chat, prompts, len(prompts), **options)]
+
+
+@torch.inference_mode()
+def generate_all(
+    model: Llava | PeftModel, chat: Chat, prompts: list[Prompt], batch_size: int, **options: Any
+) -> list[tuple[str, bool]]:
+    """Answers any number of prompts (see `prepare`), `batch_size` at once, those of like length together.
+
+    Returns:
+        Each answer, and whether it was cut: it has as many tokens as it may, and no end.
+    """
+    answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
+    end_tokens = torch.tensor(model.generation_config.eos_token_id)
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i][0]["input_ids"].shape[1])
+    while order:
+        batch, order = order[:batch_size], order[batch_size:]
+        # the batch stops where the first context is full
+        limit = min(prompts[i][1] for i in batch)
+        inputs = pad_left([prompts[i][0] for i in batch], chat.tokenizer.pad_token_id)
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        output = model.generate(**inputs, max_new_tokens=limit, **{"do_sample": False} | options).cpu()
+        for i, tokens in zip(batch, output[:, inputs["input_ids"].shape[1] :], strict=True):
+            # an answer ends with its first end token; padding follows
+            ends = torch.isin(tokens, end_tokens).nonzero()
+            tokens = tokens[: ends[0, 0] + 1] if len(ends) else tokens
+            answers[i] = chat.answer(tokens.tolist()), not len(ends)
+            # it may be longer than the others of its batch: it is asked again, behind all others
+            if not len(ends) and limit < prompts[i][1]:
+                order.append(i)
+    return answers
+
+
+def pad_left(inputs: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """One batch, padded on the left, from the inputs of several prompts (see `prepare`)."""
+    batch = {
+        "input_ids": pad_sequence([one["input_ids"][0] for one in inputs], True, pad_token_id, "left"),
+        "attention_mask": pad_sequence([one["attention_mask"][0] for one in inputs], True, 0, "left"),
+    }
+    # pictures stand one behind the other; with anyres, one may have fewer tiles than another
+    pictures, sizes = [], []
+    for one in inputs:
+        pictures.extend(one.get("pixel_values", ()))
+        sizes.extend(one.get("image_sizes", ()))
+    if pictures:
+        batch["pixel_values"] = pad_sequence(pictures, True)
+    if sizes:
+        batch["image_sizes"] = torch.stack(sizes)
+    return batch
