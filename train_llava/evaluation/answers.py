@@ -125,7 +125,7 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
         The scores of `LOGGED`, and `answers_runtime` in seconds.
     """
     started, state, dataset = perf_counter(), this_process(), trainer.eval_dataset.dataset
-    chat, step = Chat(trainer.processing_class), trainer.state.global_step
+    model, chat, step = trainer.model, Chat(trainer.processing_class), trainer.state.global_step
     # the first questions that can be asked
     asked, prompts = [], []
     for question in list_questions(dataset):
@@ -136,12 +136,13 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
             break
     if not asked:
         raise ValueError("no held-out question can be asked of this model: set --eval_answers 0")
-    # under ZeRO-3 all processes compute together, so all get as many questions: some twice
-    with state.split_between_processes(list(range(len(prompts))), apply_padding=True) as share:
-        with in_saved_dtype(trainer.model, trainer.dtype):
-            replies = generate_all(trainer.model, chat, [prompts[i] for i in share], BATCH)
-        answers = dict(gather_object([(i, answer) for i, (answer, _) in zip(share, replies, strict=True)]))
+    # all processes get as many questions, some twice: under ZeRO-3 none computes alone
+    indices = list(range(len(prompts)))
+    with state.split_between_processes(indices, apply_padding=True) as share, in_saved_dtype(model, trainer.dtype):
+        replies = generate_all(model, chat, [prompts[i] for i in share], BATCH)
+    answers = dict(gather_object([(i, answer) for i, (answer, _) in zip(share, replies, strict=True)]))
     predictions = [question | {"prediction": answers[i]} for i, question in enumerate(asked)]
+    # the first process writes and draws them
     if state.is_main_process:
         path = Path(trainer.args.output_dir) / "answers" / f"step-{step:06}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +158,7 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
 
 
 def write_predictions(predictions: list[dict[str, Any]], path: Path) -> None:
-    """Writes `id`, `prompt`, `reference` and `prediction` of each question, and `references` if there are several."""
+    """Writes `id`, `prompt`, `reference`, `prediction` of each question, and `references` if there are several."""
     with open(path, "w", encoding="utf-8") as file:
         for prediction in predictions:
             line = {key: prediction[key] for key in ("id", "prompt", "reference", "prediction")}
