@@ -1,8 +1,8 @@
-"""A hub on this machine: as much of huggingface.co as its clients take to list, fetch and push models and data sets.
+"""A hub on this machine: the part of huggingface.co that lists, serves and accepts models and data sets.
 
-`Hub(root)` serves the folders `root/models/OWNER/NAME` and `root/datasets/OWNER/NAME` as they are at each request;
-their commit is a hash of what lies in them. Large files come from another host, as they do there. `gated` holds the
-repositories that nobody may read, `log` every request with the number of bytes that it was answered with.
+`Hub(root)` serves the folders `root/models/OWNER/NAME` and `root/datasets/OWNER/NAME` as they are at each request. The
+commit of a folder is a hash of its files. Large files come from another host, as on the real hub. `gated` holds the
+repositories that nobody may read. `log` holds every request with the size of its answer in bytes.
 """
 
 import base64
@@ -22,13 +22,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = {".arrow", ".bin", ".h5", ".jpg", ".parquet", ".png", ".safetensors", ".tar", ".zip"}
 ME = {"type": "user", "name": "me", "fullname": "Me", "email": "me@example.org", "orgs": []}
-PAGE = 50  # entries of a listing that come at once
+PAGE = 50  # entries in one page of a listing
 GATED = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to this repository is restricted."}
 KINDS = {"models": "", "datasets": "datasets/"}
 
 
 class Answer(Exception):  # noqa: N818 - no error
-    """What a request is answered with: a status, a body, headers."""
+    """The answer to a request: a status, a body, headers."""
 
 
 class Hub:
@@ -42,10 +42,12 @@ class Hub:
         return self.root / kind / name
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
-        """For a process that is to use this hub, and a cache of its own."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE"))}
+        """The environment of a process that uses this hub and a cache of its own."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE"))}
         own = {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-        return kept | own | {"PYTHONPATH": str(Path(__file__).parent.parent), "HF_HUB_DISABLE_TELEMETRY": "1"} | more
+        return (
+            inherited | own | {"PYTHONPATH": str(Path(__file__).parent.parent), "HF_HUB_DISABLE_TELEMETRY": "1"} | more
+        )
 
     @contextmanager
     def serving(self) -> Iterator["Hub"]:
@@ -77,7 +79,7 @@ def blob_of(path: Path) -> str:
 
 
 def entries_of(folder: Path, below: str = "", recursive: bool = True) -> list[dict[str, Any]]:
-    """What a listing says of the files and folders in a folder of a repository."""
+    """The files and folders in a folder of a repository, as a listing describes them."""
     entries = []
     for path in sorted((folder / below).rglob("*") if recursive else (folder / below).glob("*")):
         name = str(path.relative_to(folder))
@@ -93,6 +95,8 @@ def entries_of(folder: Path, below: str = "", recursive: bool = True) -> list[di
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body in one packet: a client would wait 40 ms for the second
+    disable_nagle_algorithm = True
     hub: Hub
 
     def log_message(self, *_: Any) -> None:
@@ -143,12 +147,12 @@ class Handler(BaseHTTPRequestHandler):
         if path == "api/validate-yaml":
             raise Answer(200, {"errors": [], "warnings": []}, {})
         if path == "api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            folder = self.hub.folder(f"{asked.get('type') or 'model'}s", name)
-            there = folder.exists()
+            wanted = json.loads(body)
+            name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+            folder = self.hub.folder(f"{wanted.get('type') or 'model'}s", name)
+            status = 409 if folder.exists() else 200
             folder.mkdir(parents=True, exist_ok=True)
-            raise Answer(409 if there else 200, {"url": f"{self.hub.address}/{name}", "name": name}, {})
+            raise Answer(status, {"url": f"{self.hub.address}/{name}", "name": name}, {})
         if match := re.fullmatch(r"(datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             self.large_files(json.loads(body))
         if match := re.fullmatch(r"api/(models|datasets)/([^/]+/[^/]+)(?:/([\w-]+)(?:/([^/]+)(?:/(.*))?)?)?", path):
@@ -156,13 +160,13 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.file("datasets" if match[1] else "models", *match.groups()[1:])
 
-    def found(self, kind: str, name: str, revision: str | None) -> tuple[Path, str]:
+    def find(self, kind: str, name: str, revision: str | None) -> tuple[Path, str]:
         """A repository's folder and commit."""
         folder = self.hub.folder(kind, name)
-        if not folder.is_dir():  # strangers are not told which repositories there are
-            known = "Authorization" in self.headers
-            told = {"X-Error-Code": "RepoNotFound"} if known else {}
-            raise Answer(404 if known else 401, {"error": "Invalid username or password."}, told)
+        if not folder.is_dir():  # without a token the hub does not say whether a repository exists
+            has_token = "Authorization" in self.headers
+            headers = {"X-Error-Code": "RepoNotFound"} if has_token else {}
+            raise Answer(404 if has_token else 401, {"error": "Invalid username or password."}, headers)
         commit = commit_of(folder)
         if revision not in (None, "main", commit):
             raise Answer(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
@@ -170,7 +174,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def repository(self, kind: str, name: str, call: str | None, revision: str | None, below: str | None, query: dict,
                    body: bytes) -> None:  # fmt: skip
-        folder, commit = self.found(kind, name, revision)
+        folder, commit = self.find(kind, name, revision)
         if call in (None, "revision"):
             siblings = [{"rfilename": file} for file in files_of(folder)]
             gated = "auto" if name in self.hub.gated else False
@@ -181,19 +185,19 @@ class Handler(BaseHTTPRequestHandler):
                 raise Answer(404, {"error": "no such entry"}, {"X-Error-Code": "EntryNotFound"})
             recursive = query.get("recursive", [""])[0].lower() in ("true", "1")
             entries, start = entries_of(folder, below or "", recursive), int(query.get("cursor", ["0"])[0])
-            further = f"{self.hub.address}/api/{kind}/{name}/tree/{revision}/{below or ''}".rstrip("/")
-            further = f'<{further}?recursive={recursive}&cursor={start + PAGE}>; rel="next"'
-            raise Answer(200, entries[start : start + PAGE], {"Link": further} if start + PAGE < len(entries) else {})
+            page = f"{self.hub.address}/api/{kind}/{name}/tree/{revision}/{below or ''}".rstrip("/")
+            link = f'<{page}?recursive={recursive}&cursor={start + PAGE}>; rel="next"'
+            raise Answer(200, entries[start : start + PAGE], {"Link": link} if start + PAGE < len(entries) else {})
         if call == "paths-info":
             form = body.startswith(b"{")
             paths = json.loads(body)["paths"] if form else parse_qs(body.decode()).get("paths", [])
             wanted = [path.strip("/") for path in ([paths] if isinstance(paths, str) else paths)]
             raise Answer(200, [entry for entry in entries_of(folder) if entry["path"] in wanted], {})
         if call == "preupload":
-            asked = json.loads(body)["files"]
+            files = json.loads(body)["files"]
             modes = [{"path": file["path"], "shouldIgnore": False,
                       "uploadMode": "lfs" if Path(file["path"]).suffix in LARGE else "regular"}
-                     for file in asked]  # fmt: skip
+                     for file in files]  # fmt: skip
             raise Answer(200, {"files": modes}, {})
         if call == "commit":
             self.commit(folder, [json.loads(line) for line in body.splitlines()])
@@ -213,16 +217,16 @@ class Handler(BaseHTTPRequestHandler):
             elif operation["key"] == "deletedFile":
                 target.unlink()
 
-    def large_files(self, asked: dict[str, Any]) -> None:
+    def large_files(self, request: dict[str, Any]) -> None:
         objects = []
-        for wanted in asked["objects"]:
+        for wanted in request["objects"]:
             place = {"upload": {"href": f"{self.hub.address}/large/{wanted['oid']}"}}
-            there = (self.hub.root / "large" / wanted["oid"]).exists()
-            objects.append(wanted if there else wanted | {"actions": place})
+            is_stored = (self.hub.root / "large" / wanted["oid"]).exists()
+            objects.append(wanted if is_stored else wanted | {"actions": place})
         raise Answer(200, {"transfer": "basic", "objects": objects}, {})
 
     def file(self, kind: str, name: str, revision: str, path: str) -> None:
-        folder, commit = self.found(kind, name, revision)
+        folder, commit = self.find(kind, name, revision)
         if name in self.hub.gated:
             raise Answer(403 if "Authorization" in self.headers else 401, b"", GATED)
         file = folder / path

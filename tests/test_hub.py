@@ -1,4 +1,4 @@
-"""A hub on this machine: its own client against it, then what opens by a hub id."""
+"""A hub on this machine serves its own client, and data sets open by their id on it as they open from a folder."""
 
 import json
 import subprocess
@@ -65,7 +65,7 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
-def test_the_hubs_own_client(hub, tmp_path):
+def test_the_client_of_the_hub_lists_fetches_and_pushes(hub, tmp_path):
     write(hub.folder("models", "a/model"), {"config.json": b'{"a": 1}', "model.safetensors": bytes(100)})
     large = bytes(range(97, 123)) * 100
     many = {f"many/{i}.txt": b"%d" % i for i in range(120)}
@@ -137,7 +137,7 @@ print(json.dumps(seen))
 
 
 def imagefolder(root: Path, metadata: str, below: str = "") -> None:
-    """As the hub's own documentation has it; where it lies in a split's folder there is another split."""
+    """As in the documentation of the hub. If it lies in the folder of a split, there is another split too."""
     rows = [{"file_name": f"{i}.png", "caption": ANSWERS[i]} for i in range(3)]
     lines = [json.dumps(row) for row in rows]
     if metadata.endswith("csv"):
@@ -148,7 +148,7 @@ def imagefolder(root: Path, metadata: str, below: str = "") -> None:
 
 
 def in_an_archive(root: Path) -> None:
-    """The same in one file, which `datasets` reads."""
+    """The same in one archive, which `datasets` reads."""
     with ZipFile(root / "train.zip", "w") as archive:
         rows = [{"file_name": f"{i}.png", "text": ANSWERS[i]} for i in range(3)]
         archive.writestr("metadata.jsonl", "\n".join(map(json.dumps, rows)))
@@ -157,7 +157,7 @@ def in_an_archive(root: Path) -> None:
 
 
 def jsonl(answers: list[str]) -> bytes:
-    rows = [{"id": i, "image": f"{i}.png", "conversations": turns(QUESTION, said)} for i, said in enumerate(answers)]
+    rows = [{"id": i, "image": f"{i}.png", "conversations": turns(QUESTION, text)} for i, text in enumerate(answers)]
     return "\n".join(map(json.dumps, rows)).encode()
 
 
@@ -172,20 +172,20 @@ def configurations(root: Path) -> None:
     write(root, {"README.md": f"---\n{head}---\n# Mine".encode(), "two/test.jsonl": jsonl(ANSWERS)})
 
 
-def splits_beside_pictures(root: Path) -> None:
-    pictures = {f"images/{i}.png": PNGS[i] for i in range(3)}
-    write(root, {"data/train.json": jsonl(ANSWERS), "data/test.json": jsonl(["no"]), **pictures})
+def splits_beside_images(root: Path) -> None:
+    images = {f"images/{i}.png": PNGS[i] for i in range(3)}
+    write(root, {"data/train.json": jsonl(ANSWERS), "data/test.json": jsonl(["no"]), **images})
 
 
 def pretrain(root: Path) -> None:
-    """As LLaVA's 558K lies there: a list, what is known of its pictures, and an archive of them."""
+    """As LLaVA's 558K on the hub: a list, another about its images, and an archive of them."""
     zipped(root, ZIP_STORED)
     (root / "chat.json").rename(root / "blip_laion_cc_sbu_558k.json")
     write(root, {"blip_laion_cc_sbu_558k_meta.json": b'[{"id": 1, "blip_caption": "x"}]', "README.md": b"# LLaVA"})
 
 
 def names_in_a_table(root: Path, ending: str) -> None:
-    """Rows that name pictures of the repository."""
+    """Rows that name images of the repository."""
     rows = {"image": [f"sub/{i}.png" for i in range(3)], "caption": ANSWERS}
     write(root, {f"sub/{i}.png": PNGS[i] for i in range(3)})
     head = f"---\nconfigs:\n- config_name: default\n  data_files: train.{ending}\n---\n"
@@ -225,7 +225,7 @@ def test_a_hub_data_set_has_a_configuration_and_a_split(monkeypatch, data_path, 
     assert calls == [("a/b", config, split)]
 
 
-def test_what_opens_as_a_folder_opens_by_its_id(hub, tmp_path, llava):
+def test_a_data_set_opens_by_its_id_as_it_opens_from_a_folder(hub, tmp_path, llava):
     ids = []
 
     def published(make, name: str = "") -> None:
@@ -242,12 +242,12 @@ def test_what_opens_as_a_folder_opens_by_its_id(hub, tmp_path, llava):
     published(lambda root: names_in_a_table(root, "csv"))
     published(lambda root: names_in_a_table(root, "parquet"))
     published(configurations, ":two:test")
-    published(splits_beside_pictures)
+    published(splits_beside_images)
     published(pretrain)
     published(shards_in_a_folder)
     write(hub.folder("datasets", "a/gated"), {"chat.json": b"[]"})
     hub.gated.add("a/gated")
-    by_datasets, named, (two, *_), shards = ids[5], ids[7], ids[8].split(":"), ids[-1]
+    by_datasets, naming, (two, *_), shards = ids[5], ids[7], ids[8].split(":"), ids[-1]
     page = f"{hub.address}/datasets/a/gated"
     wrong = {
         "a/none": " is no folder here, and no data set that the hub gives",
@@ -256,7 +256,7 @@ def test_what_opens_as_a_folder_opens_by_its_id(hub, tmp_path, llava):
         two: ": Config name is missing.\nPlease pick one among the available configs: ['one', 'two'] (owner/",
         f"{two}:three": ": BuilderConfig 'three' not found. Available: ['one', 'two'] (owner/",
     }
-    fetched = [name for name in ids if name != named]  # pictures that a table names are read as they come
+    fetched = [name for name in ids if name != naming]  # images that a table names are read one by one
     run = [sys.executable, "-c", OPEN, json.dumps([ids, list(wrong), fetched]), str(llava)]
     environment = hub.environment(tmp_path / "home")
     done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -266,10 +266,10 @@ def test_what_opens_as_a_folder_opens_by_its_id(hub, tmp_path, llava):
     for way, names in (("listed", ids), ("again", fetched)):
         assert dict(zip(names, seen[way], strict=True)) == dict.fromkeys(names, right), way
     assert dict(zip(ids, seen["streamed"], strict=True)) == dict.fromkeys(ids, sorted(right))
-    assert set(seen["fetched"]) <= {".json", ".zip", ".md"}  # what cannot be read as it comes
+    assert set(seen["fetched"]) <= {".json", ".zip", ".md"}  # nothing that could be streamed
     for name, message in zip(wrong, seen["refused"], strict=True):
         assert message.startswith(f"--data_path {name}{wrong[name]}")
     unreached = "is no folder here, and the hub cannot be reached to ask for it"
     assert seen["unreached"] == f"--data_path nobody/nothing {unreached}"
-    for name, found in zip(fetched, seen["offline"], strict=True):  # all but what `datasets` reads is on this disk
-        assert found == (f"--data_path {name} {unreached}" if name == by_datasets else right)
+    for name, outcome in zip(fetched, seen["offline"], strict=True):  # all but the one of `datasets` is on this disk
+        assert outcome == (f"--data_path {name} {unreached}" if name == by_datasets else right)
