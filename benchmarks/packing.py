@@ -31,7 +31,8 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel, 
 
 from train_llava.build_model import build_model
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
-from train_llava.dataset.packing import PackedDataset, count_tokens
+from train_llava.dataset.lengths import count_tokens
+from train_llava.dataset.packing import PackedDataset
 from train_llava.model import load_checkpoint, set_trainable
 from train_llava.train import TrainArguments
 from train_llava.trainer import LlavaTrainer
@@ -134,7 +135,7 @@ def main() -> None:
         collators = {way: LlavaCollator(processor, packing="packing" in way) for way in WAYS}
         chat = collators["padding"].chat
         checked = CheckedDataset(data, chat, folder / "bad.jsonl")
-        counts, blank = count_tokens(checked), chat.image_tokens((chat.side, chat.side))
+        counts, blank = count_tokens(data, chat), chat.image_tokens((chat.side, chat.side))
         passes, timed = {}, {}
         for way, settings in WAYS.items():
             args = TrainArguments(output_dir=str(folder / "run"), per_device_train_batch_size=BATCH, **settings)

@@ -26,7 +26,7 @@ from transformers.integrations.deepspeed import (
 from train_llava import evaluate
 from train_llava.build_model import build_model
 from train_llava.chat import Chat
-from train_llava.data import LlavaDataset
+from train_llava.data import LlavaDataset, to_sample
 from train_llava.evaluation import answers
 from train_llava.evaluation.answers import LOGGED
 from train_llava.model import LoraArguments, load_checkpoint, load_processor, set_trainable
@@ -244,7 +244,7 @@ def test_the_log_tells_the_pace(llava, corpus, tmp_path, monkeypatch, capsys):
     run_train(monkeypatch, llava, corpus, tmp_path / "run", *settings)
     processor = load_processor(str(llava))[1]
     dataset, chat = LlavaDataset(str(corpus)), Chat(processor)
-    tokens = sum(len(chat.labelled(dataset[i])["labels"]) for i in range(16))
+    tokens = sum(len(to_sample(dataset[i], chat).labels) for i in range(16))
     first, second = logged(tmp_path / "run", "tokens_per_second")[:2]
     # from the wait for the first batch to its end, and on to the log; then the same, a pause, and into it before
     assert (first, second) == pytest.approx((tokens / 2, tokens / 4), rel=5e-3)

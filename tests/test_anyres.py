@@ -17,10 +17,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from train_llava import evaluate
 from train_llava.build_model import build_model
 from train_llava.chat import Chat
-from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
+from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset, to_sample
 from train_llava.dataset.images import open_image, picture_size
-from train_llava.dataset.lengths import estimate_lengths
-from train_llava.dataset.packing import PackedDataset, count_tokens
+from train_llava.dataset.lengths import count_tokens
+from train_llava.dataset.packing import PackedDataset
 from train_llava.evaluation.generation import generate, user_message
 from train_llava.merge_lora import merge_lora
 from train_llava.model import load_checkpoint
@@ -74,8 +74,8 @@ def test_rows_are_filled_by_the_tokens_of_each_picture(anyres, photos):
     _, processor = load_checkpoint(str(anyres))
     dataset, collator = LlavaDataset(str(photos)), LlavaCollator(processor, packing=True)
     checked = CheckedDataset(dataset, collator.chat, photos / "bad.jsonl")
-    tokens = count_tokens(checked)[:, 0].tolist()
-    assert tokens == [len(collator.chat.labelled(dataset[i])["labels"]) for i in range(20)]
+    tokens = count_tokens(dataset, collator.chat)[:, 0].tolist()
+    assert tokens == [len(to_sample(dataset[i], collator.chat).labels) for i in range(20)]
     rows = PackedDataset(checked, 400)
     assert len(rows) < 20
     assert max(collator(row)["input_ids"].shape[1] for row in rows) <= 400
@@ -206,11 +206,12 @@ def test_an_adapter_leaves_the_newline_and_merges_to_the_same_answers(anyres, ph
 def test_lengths_are_counted_by_heads_alone(anyres, photos, tmp_path, monkeypatch):
     _, processor = load_checkpoint(str(anyres))
     chat = Chat(processor)
-    opened, measured = LlavaDataset(str(photos)), LlavaDataset(str(photos), decode=False, measure=True)
-    exact = [len(chat.labelled(opened[i])["labels"]) for i in range(len(SIZES))]
+    dataset = LlavaDataset(str(photos))
+    exact = [len(to_sample(dataset[i], chat).labels) for i in range(len(SIZES))]
     monkeypatch.setattr(Image.Image, "load", None)
-    assert [len(chat.labelled(measured[i])["labels"]) for i in range(len(SIZES))] == exact
-    assert np.allclose(estimate_lengths(opened, chat), exact, atol=1)
+    measured = [dataset.read(i, decode=False, measure=True) for i in range(len(SIZES))]
+    assert [len(to_sample(item, chat).labels) for item in measured] == exact
+    assert count_tokens(dataset, chat)[:, 0].tolist() == exact
 
 
 def test_a_head_tells_the_size_of_the_upright_picture():

@@ -109,7 +109,7 @@ def listed(name):
 
 def streamed(name):
     stream = stream_items(name, None, None, chat, Path("bad.jsonl"), max_bad_fraction=0)
-    return sorted(shown(item) for item in islice(stream, 3))
+    return sorted(shown(vars(sample)) for sample in islice(stream, 3))
 
 def refused(name):
     try:

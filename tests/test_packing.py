@@ -15,8 +15,9 @@ from torch.utils.data import BatchSampler
 
 from train_llava.chat import Chat
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
-from train_llava.dataset import packing
-from train_llava.dataset.packing import WINDOW, PackedDataset, count_tokens, pack
+from train_llava.dataset import lengths
+from train_llava.dataset.lengths import count_tokens
+from train_llava.dataset.packing import WINDOW, PackedDataset, pack
 from train_llava.model import load_checkpoint
 from train_llava.modeling import attention
 from train_llava.train import TrainArguments
@@ -86,16 +87,33 @@ def test_a_row_without_a_picture_keeps_room_for_a_blank_one():
     assert [row.tolist() for row in pack(tokens, pictured, 10)] == [[0, 1], [2]]
 
 
-@pytest.mark.parametrize("many", [1, 1000])  # from there on in several processes
-def test_tokens_are_counted_as_they_are_trained_on(mixed, processor, tmp_path, monkeypatch, many):
-    monkeypatch.setattr(packing, "MANY", many)
-    dataset = checked(mixed, processor, tmp_path)
-    tokens, of_pictures = count_tokens(dataset).T
-    texts = LlavaDataset(str(mixed), decode=False)
-    good = [i for i in range(40) if i != 9]
-    assert tokens[good].tolist() == [len(dataset.chat.encode(texts[i]["messages"])[0]) for i in good]
-    assert of_pictures[good].tolist() == [PICTURE * (i % 4 > 0) for i in good]
-    assert tokens[9] == 0
+@pytest.mark.parametrize("many", [1, 1000])  # records from which on several processes count
+def test_tokens_are_counted_once_as_they_are_trained_on(mixed, processor, tmp_path, monkeypatch, many):
+    monkeypatch.setattr(lengths, "MANY", many)
+    shutil.copy(mixed / "chat.json", tmp_path)
+    dataset = LlavaDataset([str(tmp_path), str(mixed)], str(mixed / "images"), data_weights=[1, 0.5])
+    chat = Chat(processor, max_length=100)
+    counts = count_tokens(dataset, chat)
+    texts = [dataset.read(i, decode=False) for i in range(60)]
+    good = [i for i in range(60) if texts[i]["id"] != "record 9"]
+    unlimited = Chat(processor)
+    exact = [len(unlimited.encode(texts[i]["messages"])[0]) for i in good]
+    assert max(exact) > 100  # a limit hides no length
+    assert counts[good, 0].tolist() == exact
+    assert counts[good, 1].tolist() == [PICTURE * (int(texts[i]["id"].split()[1]) % 4 > 0) for i in good]
+    assert not counts[9].any()
+    # they are stored: nothing is tokenised again, until another template or tokenizer asks
+    monkeypatch.setattr(Chat, "tokenize", lambda *_: (np.zeros(7), None))
+    assert np.array_equal(count_tokens(dataset, unlimited), counts)
+    processor.tokenizer.chat_template += " "
+    another = count_tokens(dataset, Chat(processor))
+    processor.tokenizer.chat_template = processor.tokenizer.chat_template.removesuffix(" ")
+    assert set(another[good, 0]) == {7, 7 + PICTURE - 1}
+
+
+def test_records_that_do_not_fit_in_a_row_are_logged(mixed, processor, tmp_path):
+    packed = PackedDataset(checked(mixed, processor, tmp_path), BUDGET)
+    assert sorted(chain(*packed.rows)) == [i for i in range(40) if i != 9]
     (bad,) = map(json.loads, (tmp_path / "bad.jsonl").read_text().splitlines())
     assert (bad["record"], bad["id"]) == (9, "record 9")
 
@@ -116,7 +134,7 @@ def passes(trainer: LlavaTrainer, number: int) -> list[list[list[str]]]:
         batches = list(loader)
         assert all(len(batch["input_ids"]) == 1 for batch in batches)
         assert max(batch["input_ids"].shape[1] for batch in batches) <= BUDGET
-        found.append([batch["ids"] for batch in batches])
+        found.append([batch["extras"]["ids"] for batch in batches])
     return found
 
 
@@ -142,9 +160,9 @@ def test_a_row_of_broken_pictures_alone_takes_in_one_other_record(mixed, process
     packed = PackedDataset(checked(mixed, processor, tmp_path), BUDGET)
     packed.rows[0] = np.array([13, 9])
     (item,) = packed[0]
-    assert item["stand_in"]
-    assert item["id"] not in ("record 13", "record 9")
-    assert len(item["input_ids"]) <= BUDGET
+    assert item.is_replacement
+    assert item.id not in ("record 13", "record 9")
+    assert len(item.input_ids) <= BUDGET
 
 
 def test_a_record_above_the_budget_is_named(mixed, processor, tmp_path):
@@ -160,7 +178,7 @@ def test_a_step_has_the_loss_of_its_records_padded(llava, mixed, tmp_path, monke
     seen, compute_loss = [], LlavaTrainer.compute_loss
 
     def remember(self, model, inputs, *args, **kwargs):
-        seen.append(inputs["ids"])
+        seen.append(inputs["extras"]["ids"])
         return compute_loss(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(LlavaTrainer, "compute_loss", remember)

@@ -17,7 +17,7 @@ from record_files import (
     reasons_of,
 )
 
-from train_llava.data import BadRecordError, LlavaCollator, LlavaDataset, to_item
+from train_llava.data import BadRecordError, LlavaCollator, LlavaDataset, to_item, to_sample
 from train_llava.dataset.readers import pictures_of
 from train_llava.dataset.table import load_records
 from train_llava.records import table_row, text_of, to_messages
@@ -194,7 +194,7 @@ def test_every_bad_record_is_refused_with_its_reason(bad_data, processor):
     refused = {}
     for i in range(len(dataset)):
         try:
-            collator.chat.labelled(dataset[i])
+            to_sample(dataset[i], collator.chat)
         except BadRecordError as error:
             refused[error.args[0]] = error.args[1]
     assert refused.keys() == reasons.keys()

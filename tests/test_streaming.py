@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from train_llava.chat import Chat
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.dataset.streaming import stream_items
-from train_llava.trainer import with_ids
+from train_llava.trainer import with_extras
 
 
 def first(stream, number: int) -> list[str]:
-    return [item["id"] for item in islice(stream, number)]
+    return [sample.id for sample in islice(stream, number)]
 
 
 def test_a_stream_gives_every_good_record_in_a_new_order_each_pass(bad_data, processor, tmp_path):
@@ -65,7 +65,7 @@ def test_every_rank_and_worker_reads_its_part_of_every_source(tmp_path, processo
     ranks = [first(stream.shard(2, i), 22) for i in (0, 1)]
     assert [sum(name[0] == "b" for name in ids) for ids in ranks] == [2, 2]
     assert len({*ranks[0], *ranks[1]}) == 44
-    workers = [item["id"] for item in islice(DataLoader(stream, None, num_workers=2), 44)]
+    workers = [sample.id for sample in islice(DataLoader(stream, None, num_workers=2), 44)]
     assert len(set(workers)) == 44
     assert [sum(name[0] == "b" for name in workers[i::2]) for i in (0, 1)] == [2, 2]
 
@@ -80,7 +80,7 @@ def test_a_worker_reads_all_that_it_streams_from_the_hub(processor, tmp_path, mo
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     stream = stream_items(["a/b", "c/d"], None, None, Chat(processor), tmp_path / "log")
     loader = DataLoader(stream, None, num_workers=2, multiprocessing_context="fork")
-    ids = [item["id"] for item in islice(loader, 80)]
+    ids = [sample.id for sample in islice(loader, 80)]
     assert sorted(ids) == sorted([f"{i}" for i in range(40)] * 2)
 
 
@@ -135,15 +135,15 @@ def test_a_stream_opens_large_images_small(tmp_path, processor):
     (tmp_path / "a.jpg").write_bytes(encoded(Image.new("RGB", (400, 300)), "JPEG", exif=exif))
     (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.jpg", "caption": "x"}))
     chat = Chat(processor)
-    (item,) = islice(stream_items(str(tmp_path / "a.jsonl"), None, None, chat, tmp_path / "log"), 1)
+    (sample,) = islice(stream_items(str(tmp_path / "a.jsonl"), None, None, chat, tmp_path / "log"), 1)
     assert chat.min_side == 28
-    assert item["images"][0].size == (75, 100)
+    assert sample.images[0].size == (75, 100)
     checked = CheckedDataset(LlavaDataset(str(tmp_path / "a.jsonl")), chat, tmp_path / "log")
-    assert (checked[0]["stand_in"], checked[0]["images"][0].size) == (False, (300, 400))
+    assert (checked[0].is_replacement, checked[0].images[0].size) == (False, (300, 400))
 
 
 def first_batch(data, collator: LlavaCollator) -> dict:
-    collate = partial(with_ids, collator=collator)
+    collate = partial(with_extras, collator=collator)
     return next(iter(DataLoader(data, 4, collate_fn=collate)))
 
 
@@ -154,5 +154,5 @@ def test_a_spawned_process_reads_a_stream_and_a_table(bad_data, processor, tmp_p
     checked = CheckedDataset(LlavaDataset(str(bad_data[0])), collator.chat, log, "skip", 0.6)
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         for batch in process.map(first_batch, (stream, checked), (collator, collator)):
-            assert len(batch["ids"]) == 4
-            assert all(name.startswith("good") for name in batch["ids"])
+            assert len(batch["extras"]["ids"]) == 4
+            assert all(name.startswith("good") for name in batch["extras"]["ids"])

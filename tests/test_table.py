@@ -83,10 +83,8 @@ def test_an_item_holds_its_images_or_their_sizes_or_neither(tmp_path):
     (tmp_path / "a.jpg").write_bytes(encoded(Image.new("RGB", (400, 300)), "JPEG", exif=exif))
     record = {"image": "a.jpg", "caption": ["red", "a red one"], "language": "en", "answers": ["x"]}
     (tmp_path / "chat.json").write_text(json.dumps([record]))
-    whole, measured, bare = (
-        LlavaDataset(str(tmp_path), **options)[0]
-        for options in ({}, {"decode": False, "measure": True}, {"decode": False})
-    )
+    whole, bare = LlavaDataset(str(tmp_path))[0], LlavaDataset(str(tmp_path), decode=False)[0]
+    measured = LlavaDataset(str(tmp_path)).read(0, decode=False, measure=True)
     assert whole["image_sizes"] == measured["image_sizes"] == [(300, 400)]
     assert [image.size for image in whole["images"]] == [(300, 400)]
     assert (measured["images"], bare["images"], bare["image_sizes"]) == ([], [], [])

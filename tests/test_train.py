@@ -25,12 +25,12 @@ from train_llava import train
 from train_llava.chat import Chat
 from train_llava.cli import parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
-from train_llava.dataset.lengths import estimate_lengths
+from train_llava.dataset.lengths import count_tokens
 from train_llava.model import LoraArguments, count_parameters, load_checkpoint, set_trainable
 from train_llava.modeling.adapter import load_model
 from train_llava.train import LEARNING_RATES, TrainArguments
 from train_llava.training.checkpointing import starting_point
-from train_llava.training.preflight import longest_items
+from train_llava.training.preflight import longest_samples
 
 ROOT = Path(__file__).parent.parent
 PROJECTOR = {f"model.multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
@@ -196,7 +196,7 @@ def test_grouping_by_length_opens_no_picture(llava, corpus, tmp_path, monkeypatc
     )
     undecoded = LlavaDataset(str(tmp_path), str(corpus / "images_dl"), decode=False)
     texts = [undecoded[i]["messages"] for i in range(128)]
-    monkeypatch.setattr(LlavaDataset, "__getitem__", None)
+    monkeypatch.setattr(LlavaDataset, "read", None)
     trainer = train.LlavaTrainer(
         load_checkpoint(str(llava))[0],
         args,
@@ -234,7 +234,9 @@ def uneven(corpus, tmp_path_factory) -> Path:
 def test_lengths_count_tokens_with_those_of_pictures(uneven, processor):
     chat, dataset = Chat(processor), LlavaDataset(str(uneven))
     exact = np.array([len(chat.encode(dataset[i]["messages"])[0]) for i in range(80)])
-    order = np.argsort(-estimate_lengths(dataset, chat), kind="stable")
+    lengths = count_tokens(dataset, chat)[:, 0]
+    assert lengths.tolist() == exact.tolist()
+    order = np.argsort(-lengths, kind="stable")
     assert [dataset[i]["id"] for i in order[:4]] == ["too long", "pictures", "text", "Chinese"]
     assert exact[order[:4]].tolist() == sorted(exact, reverse=True)[:4]
 
@@ -243,7 +245,7 @@ def test_preflight_takes_the_longest_that_fit(uneven, processor, tmp_path):
     chat = Chat(processor, max_length=512)
     checked = CheckedDataset(LlavaDataset(str(uneven)), chat, tmp_path / "bad.jsonl", max_bad_fraction=0.02)
     trainer = SimpleNamespace(train_dataset=checked, args=SimpleNamespace(per_device_train_batch_size=3))
-    assert [item["id"] for item in longest_items(trainer)] == ["pictures", "text", "Chinese"]
+    assert [sample.id for sample in longest_samples(trainer)] == ["pictures", "text", "Chinese"]
     assert json.loads((tmp_path / "bad.jsonl").read_text())["id"] == "too long"
 
 
@@ -436,10 +438,10 @@ def test_what_the_data_arguments_say_reaches_the_data(llava, corpus, tmp_path, m
     args = TrainArguments(output_dir=str(tmp_path / "run"), seed=1, data_seed=2)
     arguments = train.DataArguments(data, **given)
     training, held_out = train.load_data(arguments, args, Chat(processor))
-    assert [i for i in range(16) if held_out.good_item(i) is None] == [3]
-    sources = [source for source, _ in training.dataset.index]
+    assert [i for i in range(16) if held_out.good_sample(i) is None] == [3]
+    sources = [source for source, _ in training.records.index]
     assert (sources.count(0), sources.count(1)) == (8, 36)
-    rows = [row for source, row in training.dataset.index if source == 0]
+    rows = [row for source, row in training.records.index if source == 0]
     assert len(set(rows)) == 8
     assert max(rows) > 8
     assert (training.limit, training.bad_samples, held_out.limit) == (22, "skip", 8)
@@ -455,7 +457,7 @@ def test_the_order_of_records_has_a_seed_of_its_own(llava, corpus, tmp_path, mon
     orders, compute_loss = [], train.LlavaTrainer.compute_loss
 
     def note(self, model, inputs, *args, **kwargs):
-        orders[-1] += inputs["ids"]
+        orders[-1] += inputs["extras"]["ids"]
         return compute_loss(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(train.LlavaTrainer, "compute_loss", note)

@@ -46,7 +46,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from train_llava.chat import IGNORE, Chat
-from train_llava.data import LlavaDataset, to_item
+from train_llava.data import LlavaDataset, to_item, to_sample
 from train_llava.model import load_processor
 from train_llava.records import BadRecordError
 
@@ -63,9 +63,7 @@ def open_data(arguments: CheckArguments) -> None:
     if arguments.model_name_or_path is not None:
         _, processor = load_processor(arguments.model_name_or_path)
         chat = Chat(processor, arguments.max_length)
-    by_size = chat is not None and chat.anyres
-    paths = (arguments.data_path, arguments.image_dir)
-    worker["dataset"] = LlavaDataset(*paths, decode=arguments.decode_pictures, measure=by_size)
+    worker["dataset"] = LlavaDataset(arguments.data_path, arguments.image_dir, decode=arguments.decode_pictures)
     worker["chat"] = chat
 
 
@@ -83,9 +81,9 @@ def scan(start: int, stop: int) -> dict[str, list]:
     findings: dict[str, list] = {"faults": [], "tokens": [], "characters": [], "sides": []}
     for row, image_dir in rows(dataset, start, stop):
         try:
-            item = to_item(row, image_dir, None, dataset.decode, dataset.measure)
+            item = to_item(row, image_dir, None, dataset.decode, measure=chat is not None and chat.anyres)
             if chat is not None:
-                findings["tokens"].append(len(chat.labelled(item)["labels"]))
+                findings["tokens"].append(len(to_sample(item, chat).input_ids))
             findings["characters"].append(
                 sum(len(part.get("text", "")) for m in item["messages"] for part in m["content"])
             )
@@ -122,16 +120,16 @@ def show_sample(dataset: LlavaDataset, chat: Chat) -> str:
     """The first good record as the model is trained on it; what it has to say stands between ⟦ and ⟧."""
     for i in range(len(dataset)):
         try:
-            item = chat.labelled(dataset[i])
+            sample = to_sample(dataset.read(i, dataset.decode, measure=chat.anyres), chat)
         except BadRecordError:
             continue
-        input_ids, labels = item["input_ids"], item["labels"]
+        input_ids, labels = sample.input_ids, sample.labels
         image_token_id, tokenizer, pieces = chat.processor.image_token_id, chat.processor.tokenizer, []
         for learnt, group in groupby(zip(input_ids, labels, strict=True), lambda pair: pair[1] != IGNORE):
             runs = groupby(token_id for token_id, _ in group)
             ids = [i for token_id, run in runs for i in ([token_id] if token_id == image_token_id else run)]
             pieces.append(f"⟦{tokenizer.decode(ids)}⟧" if learnt else tokenizer.decode(ids))
-        return f"record {item['id']!r}, {len(input_ids)} tokens:\n" + "".join(pieces)
+        return f"record {sample.id!r}, {len(input_ids)} tokens:\n" + "".join(pieces)
     return "no record is good"
 
 

@@ -237,7 +237,7 @@ def run(
     train_dataset, eval_dataset = load_data(data_arguments, args, collator.chat)
 
     def add_fingerprints() -> None:
-        path, dataset = data_arguments.data_path, None if data_arguments.streaming else train_dataset.dataset
+        path, dataset = data_arguments.data_path, None if data_arguments.streaming else train_dataset.records
         settings["data_path"] = data_fingerprint(dataset, path, data_arguments.image_dir)
         settings["model_name_or_path"] = model_fingerprint(model_arguments.model_name_or_path, model)
         compare(checkpoint, settings, args)

@@ -35,8 +35,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from train_llava.chat import IGNORE
-from train_llava.data import LlavaCollator
-from train_llava.dataset.lengths import GroupedByLength, estimate_lengths, order_seed
+from train_llava.data import LlavaCollator, Sample
+from train_llava.dataset.lengths import GroupedByLength, count_tokens, order_seed
 from train_llava.evaluation.answers import score_answers
 from train_llava.model import load_checkpoint, load_config, part_of
 from train_llava.modeling.weights import base_tensors, check_base, read_back, save_base_fingerprint, save_weights
@@ -47,14 +47,20 @@ from train_llava.training.stopping import StopOnSignal, outlive_sigterm
 from train_llava.training.throughput import Throughput
 
 
-def with_ids(items: list[dict[str, Any]], collator: LlavaCollator) -> dict[str, Any]:
-    """The collator's batch and, for the trainer alone, the records' `ids`, the numbers of their `answer_tokens`, which
-    of them is a `stand_in` for a bad one, and the batch's `size`: how many tokens and pictures."""
-    items = [collator.chat.labelled(item) for item in items]
-    counts = [int((item["labels"][1:] != IGNORE).sum()) for item in items]
-    extra = {"ids": [item["id"] for item in items], "answer_tokens": torch.tensor(counts)}
-    extra["size"] = (sum(len(item["labels"]) for item in items), sum(len(item["images"]) for item in items))
-    return collator(items) | extra | {"stand_in": torch.tensor([item.get("stand_in", False) for item in items])}
+def with_extras(samples: list[Sample], collator: LlavaCollator) -> dict[str, Any]:
+    """The collator's batch, and under `extras` what the trainer alone needs of its samples:
+
+    their `ids`; how many `supervised` tokens each has, `(samples,)`; `is_replacement`, `(samples,)`; and
+    the batch's number of `tokens` and `images`.
+    """
+    extras = {
+        "ids": [sample.id for sample in samples],
+        "supervised": torch.tensor([int((sample.labels[1:] != IGNORE).sum()) for sample in samples]),
+        "is_replacement": torch.tensor([sample.is_replacement for sample in samples]),
+        "tokens": sum(len(sample.input_ids) for sample in samples),
+        "images": sum(len(sample.images) for sample in samples),
+    }
+    return collator(samples) | {"extras": extras}
 
 
 def check_finite(model: nn.Module, where: str) -> None:
@@ -84,7 +90,7 @@ class LlavaTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.data_collator = partial(with_ids, collator=self.data_collator)
+        self.data_collator = partial(with_extras, collator=self.data_collator)
         self.learning_rates, self.write_card, self.eval_answers = learning_rates, write_card, eval_answers
         # Trainer would remove older checkpoints too early, and of a run that was stopped its last one
         self.limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -100,7 +106,7 @@ class LlavaTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        lengths = estimate_lengths(self.train_dataset.dataset, self.train_dataset.chat)
+        lengths = count_tokens(self.train_dataset.records, self.train_dataset.chat)[:, 0]
         return GroupedByLength(batch, lengths, order_seed(self.args), epoch=lambda: int(self.state.epoch or 0))
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
@@ -163,13 +169,15 @@ class LlavaTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        ids, size, *_ = (inputs.pop(name) for name in ("ids", "size", "answer_tokens", "stand_in"))
-        self.throughput.add(*size)
+        extras = inputs.pop("extras")
+        self.throughput.add(extras["tokens"], extras["images"])
         outcome = super().compute_loss(model, inputs, *args, **kwargs)
         loss = outcome[0] if isinstance(outcome, tuple) else outcome
         if model.training and not torch.isfinite(loss):
             step = self.state.global_step + 1
-            raise ValueError(f"step {step}: the loss is {loss.item()} at the records {', '.join(map(repr, ids))}")
+            raise ValueError(
+                f"step {step}: the loss is {loss.item()} at the records {', '.join(map(repr, extras['ids']))}"
+            )
         return outcome
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -190,12 +198,13 @@ class LlavaTrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
         """Adds the losses of the records of a batch, and their tokens, to `held_out`; no record counts twice."""
         inputs = self._prepare_inputs(inputs)
-        names = ("ids", "size", "labels", "answer_tokens", "stand_in", "shift_labels")
-        *_, counts, stand_in, labels = (inputs.pop(name) for name in names)
+        extras, labels = inputs.pop("extras"), inputs.pop("shift_labels")
+        del inputs["labels"]  # no loss is needed but those below
+        counts = extras["supervised"]
         with torch.no_grad():
             losses = cross_entropy(model(**inputs).logits.float(), labels, reduction="none")
         sums = torch.stack([part.sum() for part in losses.split(counts.tolist())])
-        sums_and_counts = torch.stack([sums, counts], dim=1) * ~stand_in[:, None]
+        sums_and_counts = torch.stack([sums, counts], dim=1) * ~extras["is_replacement"][:, None]
         self.held_out += self.accelerator.gather_for_metrics(sums_and_counts).cpu().double().sum(0)
         return None, None, None
 

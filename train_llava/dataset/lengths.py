@@ -1,29 +1,43 @@
-"""About how long a data set's records are in tokens, to sort by: without tokenising each, and without its pictures."""
+"""How many tokens each record has: counted once, and stored beside the table. Also the order that groups by length."""
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from filelock import FileLock
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from train_llava.chat import Chat
-from train_llava.data import LlavaDataset, to_item
-from train_llava.dataset.readers import BadRecordError
+from train_llava.common.files import replacing
+from train_llava.data import LlavaDataset
+from train_llava.modeling.templates import TWO_TURNS
+from train_llava.records import BadRecordError
+
+MANY = 10_000  # records from which on several processes and a progress bar pay
+COUNT_VERSION = 1  # of the rules in `Chat.tokenize`; another number makes all tokens be counted anew
 
 
 def order_seed(args: TrainingArguments) -> int:
-    """What a run's order of records is drawn by."""
+    """The seed of a run's order of records."""
     return args.seed if args.data_seed is None else args.data_seed
 
 
 class GroupedByLength(LengthGroupedSampler):
-    """The order of transformers' sampler, told by a seed and the epoch alone: the same on every rank, whatever numbers
-    it has drawn, and in a run that goes on from a checkpoint."""
+    """The order of transformers' sampler, drawn from a seed and the epoch alone.
+
+    So it is the same on every rank, and in a run that goes on from a checkpoint.
+    """
 
     def __init__(self, batch_size: int, lengths: np.ndarray, seed: int, epoch: Callable[[], int]) -> None:
         super().__init__(batch_size, lengths=lengths)
@@ -34,43 +48,82 @@ class GroupedByLength(LengthGroupedSampler):
         return super().__iter__()
 
 
-def estimate_lengths(dataset: LlavaDataset, chat: Chat) -> np.ndarray:
-    """About how many tokens each record has, pictures included, `(records,)`.
+def count_tokens(records: LlavaDataset, chat: Chat) -> np.ndarray:
+    """How many tokens each record has, whatever its length, and how many of them are image tokens, `(records, 2)`.
 
-    200 records, from short to long, tell by least squares how many tokens come of so many turns, characters, and
-    bytes, which differ by language.
+    Zeros where the record is bad. Images are not opened. With tiles, the heads of their files are read.
     """
-    sizes = []  # of each record: turns, characters, bytes, pictures
-    for source, table in enumerate(dataset.tables):
-        texts, *lists = (table.data.column(name) for name in ("messages", "images", "image_bytes"))
-        size = [pc.count_substring(texts, '"role"'), pc.utf8_length(texts), pc.binary_length(texts)]
-        size = np.stack([*size, pc.add(*map(pc.list_value_length, lists))], axis=1)
-        sizes.append(size[dataset.index[dataset.index[:, 0] == source, 1]])
-    sizes = np.concatenate(sizes)
-    order = np.argsort(sizes[:, 2], kind="stable")[(sizes[:, 0] == 0).sum() :]  # without those that have no turn
-    sample = order[np.linspace(0, len(order) - 1, min(len(order), 200), dtype=int)]
-    texts = [dataset.tables[source].data.column("messages")[int(row)] for source, row in dataset.index[sample]]
-    tokens = [chat.count_tokens(json.loads(text.as_py())) for text in texts]
-    weights, *_ = np.linalg.lstsq(sizes[sample], tokens, rcond=None)
-    return sizes @ weights + picture_tokens(dataset, chat, sizes[:, 3])
+    counts = []
+    for table, rows in zip(records.tables, _rows_by_source(records), strict=True):
+        names, contents = (pc.list_value_length(table.data.column(name)) for name in ("images", "image_bytes"))
+        images = pc.add(names, contents).to_numpy()
+        counts.append(np.stack([_text_tokens(table, chat), images], axis=1)[rows])
+    counts = np.concatenate(counts)
+    text_tokens, images = counts.T
+    image_tokens = _image_tokens_by_size(records, chat) if chat.anyres else images * chat.image_tokens()
+    tokens = text_tokens - images + image_tokens
+    is_good = (text_tokens > 0) & ((images == 0) | (image_tokens > 0))
+    return np.stack([tokens, image_tokens], axis=1) * is_good[:, None]
 
 
-def picture_tokens(dataset: LlavaDataset, chat: Chat, pictures: np.ndarray) -> np.ndarray:
-    """How many more tokens than one the pictures of each record have, which are so many; a bad record's count 0.
+def _rows_by_source(records: LlavaDataset) -> list[np.ndarray]:
+    """The rows of each source's table, in the order of the records, which are sorted by source."""
+    return [records.index[records.index[:, 0] == source, 1] for source in range(len(records.tables))]
 
-    By their tiles, each has as many as its size says, and its head is read.
+
+def _text_tokens(table: datasets.Dataset, chat: Chat) -> np.ndarray:
+    """How many tokens each row of a table has, with one an image, `(rows,)`; 0 where it cannot be tokenised.
+
+    They are counted by the first process that asks, and stored in a file beside the table.
     """
-    if not chat.anyres:
-        return pictures * (chat.image_tokens() - 1)
+    folder = Path(table.cache_files[0]["filename"]).parent
+    file = folder / f"tokens-{_fingerprint(chat)}.npy"
+    with FileLock(f"{file}.lock"):  # one rank counts, the others wait for it
+        if not file.exists():
+            many = len(table) >= MANY
+            loader = DataLoader(
+                table.select_columns(["messages", "error"]),
+                batch_size=200,
+                num_workers=(os.cpu_count() or 1) * many,
+                collate_fn=partial(_count, chat=chat),
+                generator=torch.Generator(),  # a run's own random numbers do not depend on whether this is cached
+            )
+            counts = list(tqdm(loader, "counting tokens", disable=not many, unit=" x 200 records"))
+            with replacing(file) as new, open(new, "wb") as content:
+                np.save(content, np.concatenate(counts).astype(np.int32))
+    return np.load(file).astype(np.int64)
 
-    def more(place: np.ndarray) -> int:
-        row = dataset.tables[place[0]][int(place[1])]
+
+def _count(rows: list[dict[str, str | None]], chat: Chat) -> np.ndarray:
+    """The tokens of some rows; in a worker."""
+    counts = np.zeros(len(rows), dtype=int)
+    for i, row in enumerate(rows):
+        if row["error"] is None:
+            try:
+                counts[i] = len(chat.tokenize(json.loads(row["messages"]))[0])
+            except ValueError:
+                counts[i] = 0  # whoever opens the record gets the reason
+    return counts
+
+
+def _fingerprint(chat: Chat) -> str:
+    """A hash of what decides how many tokens a text has: the tokenizer, and what its chat template writes today."""
+    backend = json.loads(chat.tokenizer.backend_tokenizer.to_str())
+    rules = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
+    template = chat.tokenizer.chat_template, chat.segments(TWO_TURNS), sorted(chat.control_tokens)
+    return hashlib.sha256(json.dumps([COUNT_VERSION, rules, template]).encode()).hexdigest()[:24]
+
+
+def _image_tokens_by_size(records: LlavaDataset, chat: Chat) -> np.ndarray:
+    """How many image tokens each record has, by the sizes in its files' heads, `(records,)`; 0 where one is bad."""
+
+    def count(index: int) -> int:
         try:
-            sizes = to_item(row, dataset.image_dirs[place[0]], decode=False)["image_sizes"]
+            sizes = records.read(index, decode=False, measure=True)["image_sizes"]
         except BadRecordError:
             return 0
-        return sum(chat.image_tokens(size) - 1 for size in sizes)
+        return sum(chat.image_tokens(size) for size in sizes)
 
     with ThreadPoolExecutor() as pool:
-        found = pool.map(more, dataset.index)
-        return np.array(list(tqdm(found, "measuring pictures", len(dataset), disable=len(dataset) < 10_000)))
+        counts = pool.map(count, range(len(records)))
+        return np.array(list(tqdm(counts, "measuring images", len(records), disable=len(records) < MANY)))

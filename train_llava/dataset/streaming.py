@@ -10,9 +10,10 @@ import numpy as np
 from datasets.iterable_dataset import ExamplesIterable
 
 from train_llava.chat import Chat
-from train_llava.data import to_item, weights_of
+from train_llava.data import Sample, to_item, to_sample
 from train_llava.dataset.bad_samples import log_bad_sample
 from train_llava.dataset.readers import find_records
+from train_llava.dataset.weights import weights_of
 from train_llava.records import BadRecordError, table_rows
 
 BUFFER = 1000  # rows that are shuffled among each other
@@ -46,7 +47,7 @@ def stream_items(
     # ranks and workers get stretches of the list: each is to have its part of every source
     shards = [shard for _, shard in sorted(placed, key=lambda entry: entry[0])]
     settings = {"chat": chat, "log": log, "bad_samples": bad_samples, "max_bad_fraction": max_bad_fraction}
-    return datasets.IterableDataset(Passes(good_items, {"shards": shards, "seed": seed} | settings))
+    return datasets.IterableDataset(Passes(good_samples, {"shards": shards, "seed": seed} | settings))
 
 
 class Passes(ExamplesIterable):
@@ -55,7 +56,7 @@ class Passes(ExamplesIterable):
     `datasets` shares out the list among the keyword arguments of the generator.
     """
 
-    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def __iter__(self) -> Iterator[tuple[int, Sample]]:
         return enumerate(self.generate_examples_fn(**self.kwargs))
 
     def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> "Passes":
@@ -63,16 +64,16 @@ class Passes(ExamplesIterable):
         return Passes(self.generate_examples_fn, super().shard_data_sources(num_shards, index, True).kwargs)
 
 
-def good_items(
+def good_samples(
     shards: list[Shard], seed: int, chat: Chat, log: Path, bad_samples: str, max_bad_fraction: float
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Sample]:
     """The good records of shards, pass after pass; see `stream_items`."""
     sources = ", ".join(sorted({path for path, *_ in shards}))
     for number in count():
         read = bad = 0
         for read, (place, row, pictures) in enumerate(shuffled_rows(shards, np.random.default_rng([seed, number])), 1):
             try:
-                item = chat.labelled(to_item(row, pictures, chat.min_side))
+                sample = to_sample(to_item(row, pictures, chat.min_side), chat)
             except BadRecordError as error:
                 if bad_samples == "error":
                     raise
@@ -81,7 +82,7 @@ def good_items(
                 if bad > max_bad_fraction * max(read, 1000):
                     break
             else:
-                yield item
+                yield sample
         if not read:
             raise ValueError(f"{sources} gave a rank or worker nothing to read")
         if bad == read:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from copy import copy
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -56,11 +55,10 @@ def list_questions(dataset: LlavaDataset) -> Iterator[dict[str, Any]]:
 
     A record that cannot be used counts as a question.
     """
-    records, number = copy(dataset), 0
-    records.decode = records.measure = False
-    for index in range(len(records)):
+    number = 0
+    for index in range(len(dataset)):
         try:
-            found = questions(records[index])
+            found = questions(dataset.read(index, decode=False))
         except BadRecordError as error:
             found = [{"id": error.args[0], "prompt": ""}]
         for turn, question in enumerate(found):
@@ -124,7 +122,7 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
     Returns:
         The scores of `LOGGED`, and `answers_runtime` in seconds.
     """
-    started, state, dataset = perf_counter(), this_process(), trainer.eval_dataset.dataset
+    started, state, dataset = perf_counter(), this_process(), trainer.eval_dataset.records
     model, chat, step = trainer.model, Chat(trainer.processing_class), trainer.state.global_step
     # the first questions that can be asked
     asked, prompts = [], []

@@ -71,6 +71,27 @@ def opens_like(opening: str, prompt: str) -> bool:
     return opening.startswith(prompt) and not opening.removeprefix(prompt).strip()
 
 
+def end_of_text(written: str, text: str, begin: int, before: str, after: str) -> int | None:
+    """Where `text` ends in `written`, which from `begin` on holds `before`, the text and `after`.
+
+    A template may strip white space from both ends of the text. None: it changes the text otherwise. For example,
+    `end_of_text("<u>red <e>", " red \\n", 0, "<u>", "<e>")` is 7: the leading space and the line break are stripped.
+    """
+    core = text.strip()
+    leading, trailing = text.split(core, 1)
+    for first in range(len(leading) + 1):
+        opening = before + leading[first:] + core
+        if written.startswith(opening, begin):
+            break
+    else:
+        return None
+    end = begin + len(opening)
+    for length in range(len(trailing), -1, -1):
+        if written.startswith(trailing[:length] + after, end):
+            return end + length
+    return None
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The tokens that are no text: of these a template builds turns."""
     return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}

@@ -218,7 +218,7 @@ def verify_conversations(chat: Chat, generation_config: GenerationConfig) -> lis
                     f"{tokenizer.decode(input_ids[max(0, begin - 8) : begin])!r}"
                 )
             end_tokens.append(end)
-    assistant_prefix = chat.pieces(turn_structure(messages[:1]), answer_next=True)[-1]
+    assistant_prefix = chat.segments(turn_structure(messages[:1]), answer_next=True)[-1]
     return [
         ("what is learnt", f"each answer with {' or '.join(dict.fromkeys(end_tokens))}, where generation stops"),
         ("generation prompt", f"as in training, {assistant_prefix!r}"),

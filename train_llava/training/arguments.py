@@ -15,7 +15,7 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks, is_deepspeed_zero3_enabled
 from transformers.utils import is_liger_kernel_available
 
-from train_llava.data import weights_of
+from train_llava.dataset.weights import weights_of
 from train_llava.evaluation.answers import LOGGED
 
 # What `TrainingArguments` has and a LLaVA's training here cannot follow, or would pass over in silence

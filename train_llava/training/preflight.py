@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +17,9 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train_llava.common.files import writing
-from train_llava.data import CheckedDataset
+from train_llava.data import CheckedDataset, Sample
 from train_llava.dataset.images import prepare_pictures
-from train_llava.dataset.lengths import estimate_lengths
+from train_llava.dataset.lengths import count_tokens
 from train_llava.dataset.packing import PackedDataset
 from train_llava.model import part_of
 from train_llava.modeling.templates import context_length
@@ -35,24 +34,20 @@ from train_llava.training.memory import (
 from train_llava.training.throughput import peak_memory
 
 
-def longest_items(trainer: LlavaTrainer) -> list[dict[str, Any]]:
-    """A batch's number of the longest good records, by their tokens, the fullest row, or a stream's first.
-
-    Those that seem the longest (see `estimate_lengths`) are tokenised, until there are 64 more good ones.
-    """
+def longest_samples(trainer: LlavaTrainer) -> list[Sample]:
+    """One batch: the longest good records, or the fullest row, or the first records of a stream."""
     dataset, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
     if isinstance(dataset, PackedDataset):
         return dataset[int(dataset.tokens.argmax())]
     if not isinstance(dataset, CheckedDataset):
         return list(islice(dataset, size))
-    tokens: dict[int, int] = {}
-    for i in np.argsort(-estimate_lengths(dataset.dataset, dataset.chat), kind="stable"):
-        if (item := dataset.good_item(int(i))) is not None:
-            tokens[int(i)] = len(item["input_ids"])
-        if len(tokens) == size + 64:
+    samples: list[Sample] = []
+    for i in np.argsort(-count_tokens(dataset.records, dataset.chat)[:, 0], kind="stable"):
+        if (sample := dataset.good_sample(int(i))) is not None:
+            samples.append(sample)
+        if len(samples) == size:
             break
-    longest = sorted(tokens, key=lambda i: -tokens[i])[:size]
-    return [dataset[i] for i in longest or [0]]  # where none is good, [0] says so
+    return samples or [dataset[0]]  # if no record is good, [0] says so
 
 
 def preflight(trainer: LlavaTrainer) -> None:
@@ -68,7 +63,7 @@ def preflight(trainer: LlavaTrainer) -> None:
     args, held_out = trainer.args, trainer.eval_dataset
     mine = range(args.process_index, len(held_out or ()), args.world_size)
     for i in tqdm(mine, "held-out records", disable=len(mine) < 1000 or args.process_index > 0):
-        held_out.good_item(i)
+        held_out.good_sample(i)
     untrained: list[set[str]] = [set()]
     if trainer.is_world_process_zero():
         if is_deepspeed_zero3_enabled():
@@ -84,11 +79,11 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
     """See `preflight`. Returns the names of `parameters_without_gradient`."""
     args = trainer.args
     model = trainer.model.to(args.device).train()
-    items = longest_items(trainer)
-    batch = trainer.data_collator(items)
-    what = f"{len(items)} of the longest records"
+    samples = longest_samples(trainer)
+    batch = trainer.data_collator(samples)
+    what = f"{len(samples)} of the longest records"
     if isinstance(trainer.train_dataset, PackedDataset):
-        what = f"the fullest row, {batch['size'][0]:,} tokens of {len(items)} records,"
+        what = f"the fullest row, {batch['extras']['tokens']:,} tokens of {len(samples)} records,"
     pixel_values = batch["pixel_values"]
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     finite: dict[nn.Parameter, bool] = {}
@@ -118,9 +113,9 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
     try:
         with writing(folder):
             trainer._save(str(folder))
-        saved, images = AutoProcessor.from_pretrained(folder), [image for item in items for image in item["images"]]
+        saved, images = AutoProcessor.from_pretrained(folder), [image for sample in samples for image in sample.images]
         ours, theirs = (
-            processor.tokenizer.apply_chat_template([item["messages"] for item in items], return_dict=False)
+            processor.tokenizer.apply_chat_template([sample.messages for sample in samples], return_dict=False)
             for processor in (trainer.processing_class, saved)
         )
         prepared = prepare_pictures(saved.image_processor, images)["pixel_values"] if images else pixel_values
