@@ -1,4 +1,4 @@
-"""The chat page: it says what `infer` says, ends when told to, keeps people apart, and needs nobody's network."""
+"""The chat page answers as `infer` does, stops when asked to, keeps sessions apart and uses no network."""
 
 import json
 import os
@@ -25,9 +25,8 @@ from train_llava import web_demo
 from train_llava.chat import Chat
 from train_llava.dataset.images import open_image
 from train_llava.evaluation.generation import assistant_message, generate, prepare, user_message
-from train_llava.evaluation.web_look import DOTS, HEADER, TEXTS, header
+from train_llava.evaluation.web_look import DOTS, TEXTS, Turn, header, translations
 from train_llava.modeling.adapter import load_model
-from train_llava.web_demo import Turn
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 from gradio_client import Client, handle_file
@@ -38,7 +37,7 @@ LONG = {"max_new_tokens": 300, "min_new_tokens": 300}  # long enough to be stopp
 
 @pytest.fixture(scope="module")
 def adapter(llava, tmp_path_factory) -> Path:
-    """A LoRA adapter of random matrices, which changes every answer, and with this seed has spaces in its own."""
+    """A LoRA adapter of random matrices: it changes every answer, and with this seed its own have spaces."""
     return random_adapter(llava, tmp_path_factory.mktemp("adapter") / "run", seed=4)
 
 
@@ -57,7 +56,7 @@ def impostors(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def replies(model: Any, processor: Any, asked: list[tuple[str, list[str]]], **options: Any) -> list[str]:
-    """What `infer` answers to one question after another."""
+    """The answers of `infer` to one question after another."""
     messages, images, found = [], [], []
     for text, files in asked:
         images += [open_image(file) for file in files]
@@ -69,7 +68,7 @@ def replies(model: Any, processor: Any, asked: list[tuple[str, list[str]]], **op
 
 
 def finish(model: Any, processor: Any, turns: list[Turn], **options: Any) -> list[str]:
-    """Answers the last turn; returns all that could be read of the first chat meanwhile."""
+    """Answers the last turn; returns every text that the first chat showed meanwhile."""
     seen = []
     for _ in web_demo.answer(model, processor, turns, Event(), Lock(), **options):
         seen.append(turns[-1].answers[0])
@@ -77,11 +76,11 @@ def finish(model: Any, processor: Any, turns: list[Turn], **options: Any) -> lis
 
 
 def is_beginning(part: str, whole: str) -> bool:
-    """Whether an answer is the beginning of another, but for a character that was not written to its end."""
+    """Whether an answer is the beginning of another, except for an incomplete last character."""
     return 0 < len(part) < len(whole) and whole.startswith(part.rstrip("\N{REPLACEMENT CHARACTER}"))
 
 
-def test_the_answers_are_those_of_infer_with_the_adapter_and_without(llava, adapter, pictures):
+def test_the_answers_equal_those_of_infer_with_and_without_the_adapter(llava, adapter, pictures):
     base, processor = load_model(str(llava))
     adapted, _ = load_model(str(llava), str(adapter))
     asked = [("What is this?", pictures[:1]), ("And these?", pictures[1:]), ("Where is Paris?", [])]
@@ -95,7 +94,7 @@ def test_the_answers_are_those_of_infer_with_the_adapter_and_without(llava, adap
         alone.append(Turn(text, files, [""]))
         finish(base, processor, alone, max_new_tokens=60)
         assert alone[-1].answers == [theirs[i]]
-    assert len(set(seen)) > 2 * len(asked)  # they came word by word
+    assert len(set(seen)) > 2 * len(asked)  # they grew word by word
 
 
 def test_stop_ends_an_answer_and_the_next_question_works(llava, adapter, pictures):
@@ -123,7 +122,7 @@ def test_stop_ends_an_answer_and_the_next_question_works(llava, adapter, picture
         assert generate(around, processor, [asked[column]], images, 8) == [turns[1].answers[column]]
     assert [len(web_demo.shown(turns, column)) for column in (0, 1)] == [4, 4]
     answers = [message["content"][0]["text"] for message in web_demo.shown(turns, 1, waiting=True)[1::2]]
-    assert answers == ["", turns[1].answers[1]]  # nobody waits for one that was stopped
+    assert answers == ["", turns[1].answers[1]]  # a stopped answer shows no dots
     turns.append(Turn("What?", [], ["a<b", ""]))
     answers = [web_demo.shown(turns, column, waiting=True)[-1]["content"][0]["text"] for column in (0, 1)]
     assert answers == ["a&lt;b", DOTS]
@@ -140,7 +139,7 @@ def test_a_closed_page_ends_its_answer_and_frees_the_model(llava, pictures):
     assert lock.acquire(timeout=5)
 
 
-def test_what_goes_wrong_in_the_model_is_told(llava, pictures, monkeypatch):
+def test_an_error_in_the_model_reaches_the_caller(llava, pictures, monkeypatch):
     model, processor = load_model(str(llava))
     monkeypatch.setattr(model, "generate", lambda **_: torch.zeros(1) @ torch.zeros(2))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
@@ -157,14 +156,14 @@ def test_what_goes_wrong_in_the_model_is_told(llava, pictures, monkeypatch):
         ("What is this?", ["gone.png"], "gone.png does not exist"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_before_anything_is_said(llava, text, files, message):
+def test_a_question_that_cannot_be_answered_is_refused_before_the_first_word(llava, text, files, message):
     model, processor = load_model(str(llava))
     with pytest.raises((OSError, ValueError)) as error:
         next(web_demo.answer(model, processor, [Turn(text, files, [""])], Event(), Lock()))
     assert message in str(error.value)
 
 
-def test_an_answer_ends_where_the_model_reads_no_further(llava):
+def test_an_answer_ends_when_the_context_is_full(llava):
     model, processor = load_model(str(llava))
     turns = [Turn(" ".join(["What is this?"] * 60), [], [""])]
     (whole,) = replies(model, processor, [(turns[0].text, [])], **LONG)
@@ -178,7 +177,7 @@ def test_an_answer_ends_where_the_model_reads_no_further(llava):
 def page(llava) -> Iterator[Callable[[], Client]]:
     """The page, served; calling it opens a session."""
     model, processor = load_model(str(llava))
-    built, _ = web_demo.make_page(model, processor, "tiny", 8, [])
+    built = web_demo.make_page(model, processor, "tiny", translations(model, "tiny", []), 8, [])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     _, address, _ = built.launch(server_port=port, prevent_thread_lock=True, quiet=True, share=False)
@@ -194,7 +193,7 @@ def ask(client: Client, text: str, *files: str | Path, heat: float = 0, name: st
     return [unescape(part["text"]) if part["type"] == "text" else Path(part["file"]).name for part in parts]
 
 
-def test_sessions_see_nothing_of_each_other(page, llava, pictures):
+def test_sessions_do_not_see_each_other(page, llava, pictures):
     model, processor = load_model(str(llava))
     first, second = page(), page()
     said = replies(model, processor, [("What is this?", pictures[:1]), ("And this?", pictures[1:2])], max_new_tokens=8)
@@ -207,7 +206,7 @@ def test_sessions_see_nothing_of_each_other(page, llava, pictures):
     assert ask(first, "And this?") == ["And this?", *other]
 
 
-def test_a_bad_picture_leaves_the_conversation_as_it_was(page, pictures, impostors, monkeypatch):
+def test_a_bad_picture_does_not_change_the_conversation(page, pictures, impostors, monkeypatch):
     client, told = page(), []
     monkeypatch.setattr(web_demo.gr, "Warning", told.append)
     before = ask(client, "What is this?", pictures[0])
@@ -217,7 +216,7 @@ def test_a_bad_picture_leaves_the_conversation_as_it_was(page, pictures, imposto
     assert ask(client, "And this?", pictures[1])[:4] == [*before, "1.png"]
 
 
-def test_retry_asks_the_last_question_again_and_may_draw(page, pictures):
+def test_retry_asks_the_last_question_again_and_can_sample(page, pictures):
     client = page()
     assert ask(client, "", name="/retry") == []  # there is none yet
     ask(client, "What is this?", pictures[0])
@@ -229,11 +228,10 @@ def test_retry_asks_the_last_question_again_and_may_draw(page, pictures):
     assert ask(client, "", name="/retry") == greedy
 
 
-def test_the_languages_say_the_same_things():
-    for texts in (TEXTS, HEADER):
-        assert texts["en"].keys() == texts["zh"].keys()
-        assert all(re.search("[\u4e00-\u9fff]", text) for text in texts["zh"].values())
-        assert not any(re.search("[\u4e00-\u9fff]|[{}]", text) for text in texts["en"].values())
+def test_both_languages_have_the_same_texts():
+    assert TEXTS["en"].keys() == TEXTS["zh"].keys()
+    assert all(re.search("[\u4e00-\u9fff]", text) for text in TEXTS["zh"].values())
+    assert not any(re.search("[\u4e00-\u9fff]|[{}]", text) for text in TEXTS["en"].values())
 
 
 def test_the_header_names_the_model_and_its_parts(llava, adapter):
@@ -244,7 +242,7 @@ def test_the_header_names_the_model_and_its_parts(llava, adapter):
     total = sum(float(number) for number in re.findall(r"([\d.]+) M<", text))
     assert total == pytest.approx(model.num_parameters() / 1e6, abs=0.016)  # three figures of two decimals
     assert "Vision tower <b>clip " in text
-    assert HEADER["en"]["no_adapter"] in text
+    assert TEXTS["en"]["no_adapter"] in text
     adapted, _ = load_model(str(llava), str(adapter))
     parts, (added,) = (
         text.split("</li>")[:3],
@@ -257,8 +255,8 @@ def test_the_header_names_the_model_and_its_parts(llava, adapter):
     assert float(added) == pytest.approx(4 * rows / 1e6, abs=0.005)
 
 
-def test_who_waits_is_told_how_many_are_before_him(page, llava, monkeypatch):
-    """And is answered when they are; a question that cannot be asked leaves the queue, too."""
+def test_a_waiting_question_shows_how_many_come_first(page, llava, monkeypatch):
+    """And all are answered in the end."""
     go_on, first, second, third = Event(), page(), page(), page()
 
     def slow(model, processor, messages, images, stop, *_, **__):
@@ -283,7 +281,7 @@ def test_who_waits_is_told_how_many_are_before_him(page, llava, monkeypatch):
         assert (status, chat[-1]["content"][0]["text"]) == ("", "said")
 
 
-# the page with a model that says back, word by word, what it was told, and how often it was asked
+# the page with a model that repeats the question word by word and counts its answers
 ECHO = """
 from itertools import count
 from train_llava import web_demo
@@ -310,7 +308,7 @@ def command(*arguments: str | Path, code: str | None = None) -> list[str]:
         ("--examples nowhere", "No such file or directory"),
     ],
 )
-def test_a_bad_start_is_told(llava, corpus, monkeypatch, arguments, message):
+def test_a_bad_argument_ends_the_start_with_a_message(llava, corpus, monkeypatch, arguments, message):
     with socket.create_server(("127.0.0.1", 0)) as server:
         names = {"taken": server.getsockname()[1], "corpus": corpus}
         words = f"--model_name_or_path {llava} {arguments}".format(**names).split()
@@ -328,7 +326,8 @@ def test_every_argument_reaches_the_page(llava, adapter, corpus, tmp_path, monke
     launched, opened, made = {}, [], []
     page = SimpleNamespace(launch=lambda **settings: launched.update(settings))
     monkeypatch.setattr(web_demo, "load_model", lambda *given: opened.append(given) or ("model", "processor"))
-    monkeypatch.setattr(web_demo, "make_page", lambda *given: made.append(given) or (page, "words"))
+    monkeypatch.setattr(web_demo, "make_page", lambda *given: made.append(given) or page)
+    monkeypatch.setattr(web_demo, "translations", lambda *given: given)
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "example.org")
     with socket.create_server(("127.0.0.3", 0)) as free:
@@ -339,10 +338,11 @@ def test_every_argument_reaches_the_page(llava, adapter, corpus, tmp_path, monke
     web_demo.main()
     examples = [str(folder / f"{name}{i}.png") for name in "abc" for i in range(4)][:10]
     assert opened == [(str(llava), str(adapter), 4)]
-    assert made == [("model", "processor", adapter.name, 7, examples, [llava.name])]
+    words = ("model", adapter.name, [llava.name])
+    assert made == [("model", "processor", adapter.name, words, 7, examples)]
     expected = {
         "server_name": "127.0.0.3", "server_port": port, "share": False, "enable_monitoring": False,
-        "max_file_size": 20 << 20, "allowed_paths": examples, "i18n": "words", "footer_links": [],
+        "max_file_size": 20 << 20, "allowed_paths": examples, "i18n": words, "footer_links": [],
     }  # fmt: skip
     assert {name: launched[name] for name in expected} == expected
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "example.org,localhost,127.0.0.1,127.0.0.3"
@@ -353,7 +353,7 @@ def test_every_argument_reaches_the_page(llava, adapter, corpus, tmp_path, monke
     ("words", "message"),
     [("--port 0", "[1, 65535]"), ("--port 65536", "[1, 65535]"), ("--max_new_tokens 0", "[1, inf)")],
 )
-def test_a_limit_of_the_page_is_told(llava, monkeypatch, words, message):
+def test_a_number_outside_its_interval_is_refused(llava, monkeypatch, words, message):
     monkeypatch.setattr(sys, "argv", ["web_demo", "--model_name_or_path", str(llava), *words.split()])
     with pytest.raises(ValueError, match=re.escape(message)):
         web_demo.main()
@@ -368,7 +368,7 @@ def test_a_port_in_use_ends_the_command_in_one_line(llava):
     assert line.startswith("error: [Errno 98] Address already in use")
 
 
-def test_without_gradio_the_remedy_is_named(llava, monkeypatch):
+def test_without_gradio_the_message_names_the_remedy(llava, monkeypatch):
     monkeypatch.setattr(web_demo, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["web_demo", "--model_name_or_path", str(llava)])
     with pytest.raises(ValueError, match="pip install gradio"):
@@ -397,7 +397,7 @@ def served(*arguments: str | Path, code: str | None = None) -> Iterator[str]:
 
 @contextmanager
 def browser(address: str, language: str = "en-US") -> Iterator[Any]:
-    """A browser of one's own that has the page open."""
+    """A new browser with the page open."""
     if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
         pytest.skip("there is no Chromium here: apt-get install chromium chromium-driver")
     webdriver = pytest.importorskip("selenium.webdriver", reason="there is no Selenium here: pip install selenium")
@@ -416,7 +416,7 @@ def browser(address: str, language: str = "en-US") -> Iterator[Any]:
 
 
 def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    """Waits for something to be true; returns it."""
+    """Waits until a condition is true; returns its value."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
@@ -429,14 +429,14 @@ def find(driver: Any, selector: str) -> list[Any]:
 
 
 def button(driver: Any, key: str) -> Any:
-    """A button by what it does; its name is in the browser's language."""
+    """A button by its key; its label is in the browser's language."""
     language = "zh" if driver.execute_script("return navigator.language").startswith("zh") else "en"
     (found,) = driver.find_elements("xpath", f"//button[normalize-space()='{TEXTS[language][key]}']")
     return found
 
 
-def told(driver: Any, role: str, column: int = 0) -> list[str]:
-    """The texts of one side of a chat on the page, letter by letter."""
+def texts_of(driver: Any, role: str, column: int = 0) -> list[str]:
+    """The texts of one role in a chat on the page, letter by letter."""
     script = """
         const chat = document.querySelectorAll('[role=log]')[arguments[1]];
         const texts = chat ? chat.querySelectorAll(`[data-testid=${arguments[0]}] .message-content`) : [];
@@ -461,18 +461,18 @@ def warnings(driver: Any) -> list[str]:
 
 
 def hosts(driver: Any) -> set[str]:
-    """Where the page has asked for anything."""
+    """The hosts of all requests of the page."""
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
     return {urlsplit(url).hostname for url in sent if not url.startswith(("data:", "blob:"))}
 
 
 def idle(driver: Any, answers: int) -> bool:
-    """Whether so many answers have been given to their end."""
-    return len(told(driver, "bot")) == answers and button(driver, "retry").is_enabled()
+    """Whether this many answers are there and complete."""
+    return len(texts_of(driver, "bot")) == answers and button(driver, "retry").is_enabled()
 
 
-def test_a_browser_chats_stops_and_is_told_what_is_wrong(llava, pictures, impostors):
+def test_a_browser_chats_and_shows_errors(llava, pictures, impostors):
     model, processor = load_model(str(llava))
     asked = [("What is this?", pictures[:1]), ("And these?", pictures[1:]), ("Where is Paris?", [])]
     said = replies(model, processor, asked, max_new_tokens=12)
@@ -480,18 +480,18 @@ def test_a_browser_chats_stops_and_is_told_what_is_wrong(llava, pictures, impost
         for i, (text, files) in enumerate(asked[:2]):
             type_in(driver, text, *files)
             until(lambda i=i: idle(driver, i + 1))
-            assert told(driver, "bot") == said[: i + 1]
-        assert told(driver, "user") == ["What is this?", "And these?"]
+            assert texts_of(driver, "bot") == said[: i + 1]
+        assert texts_of(driver, "user") == ["What is this?", "And these?"]
         assert len(find(driver, "[role=log] img")) == 3
         button(driver, "retry").click()
         until(lambda: idle(driver, 2))
-        assert told(driver, "bot") == said[:2]
+        assert texts_of(driver, "bot") == said[:2]
         with browser(address) as other:
-            assert told(other, "user") == []
+            assert texts_of(other, "user") == []
             assert "0.png" not in other.page_source
             type_in(other, "Where is Paris?")
             until(lambda: idle(other, 1))
-            assert told(other, "bot") == replies(model, processor, asked[2:], max_new_tokens=12)
+            assert texts_of(other, "bot") == replies(model, processor, asked[2:], max_new_tokens=12)
         find(driver, "input[type=file]")[0].send_keys(str(impostors[0]))
         until(lambda: warnings(driver) == ["Invalid file type: notes.txt. Only image allowed."])
         driver.refresh()  # which begins a conversation
@@ -502,12 +502,12 @@ def test_a_browser_chats_stops_and_is_told_what_is_wrong(llava, pictures, impost
         line = "notes.png cannot be read as a picture: it is of no format that Pillow knows"
         until(lambda: warnings(driver) == [line])
         until(lambda: idle(driver, 1))
-        assert told(driver, "bot") == replies(model, processor, asked[2:], max_new_tokens=12)
+        assert texts_of(driver, "bot") == replies(model, processor, asked[2:], max_new_tokens=12)
         button(driver, "clear").click()
-        until(lambda: told(driver, "user") == [] and not find(driver, ".thumbnail-item"))
+        until(lambda: texts_of(driver, "user") == [] and not find(driver, ".thumbnail-item"))
         type_in(driver, *asked[0][:1], *pictures[:1])
         until(lambda: idle(driver, 1))
-        assert told(driver, "bot") == said[:1]
+        assert texts_of(driver, "bot") == said[:1]
         assert hosts(driver) == {"127.0.0.1"}
 
 
@@ -520,7 +520,7 @@ def test_a_browser_shows_both_chats_and_stops_them(llava, adapter, pictures):
     with served(*arguments, "--examples", examples) as address, browser(address) as driver:
         type_in(driver, "Where is Paris?")
         until(lambda: idle(driver, 1))
-        assert [told(driver, "bot", column) for column in (0, 1)] == [[ours], [theirs]]
+        assert [texts_of(driver, "bot", column) for column in (0, 1)] == [[ours], [theirs]]
         for width in (
             500,
             390,
@@ -533,14 +533,14 @@ def test_a_browser_shows_both_chats_and_stops_them(llava, adapter, pictures):
             assert (left["y"] == right["y"]) == (width == 500)
         driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         button(driver, "retry").click()
-        until(lambda: "".join(told(driver, "bot")) not in ("", ours))
+        until(lambda: "".join(texts_of(driver, "bot")) not in ("", ours))
         button(driver, "stop").click()
         until(lambda: idle(driver, 1))
-        (part,) = told(driver, "bot")
+        (part,) = texts_of(driver, "bot")
         assert is_beginning(part, ours)
-        assert "".join(told(driver, "bot", 1)) == ""
+        assert "".join(texts_of(driver, "bot", 1)) == ""
         button(driver, "clear").click()
-        until(lambda: told(driver, "user") == [])
+        until(lambda: texts_of(driver, "user") == [])
         find(driver, "#examples button")[0].click()  # an example joins the question
         until(lambda: find(driver, ".thumbnail-item"))
         type_in(driver, "Where is Paris?")
@@ -548,10 +548,10 @@ def test_a_browser_shows_both_chats_and_stops_them(llava, adapter, pictures):
         expected = [
             replies(m, processor, [("Where is Paris?", pictures[:1])], max_new_tokens=200) for m in (adapted, base)
         ]
-        assert [told(driver, "bot", column) for column in (0, 1)] == expected
+        assert [texts_of(driver, "bot", column) for column in (0, 1)] == expected
 
 
-def test_who_leaves_the_page_gives_up_his_place(page, monkeypatch):
+def test_leaving_the_page_leaves_the_queue(page, monkeypatch):
     def endless(model, processor, messages, *_, **__):
         while messages[-1]["content"][-1]["text"] == "endless":
             yield "word"
@@ -562,7 +562,7 @@ def test_who_leaves_the_page_gives_up_his_place(page, monkeypatch):
     client = page()
     with browser(client.src) as answered:
         type_in(answered, "endless")
-        until(lambda: told(answered, "bot") == ["word"])
+        until(lambda: texts_of(answered, "bot") == ["word"])
         with browser(client.src) as waiting:
             type_in(waiting, "endless")
             until(lambda: find(waiting, "#waiting p"))
@@ -572,31 +572,31 @@ def test_who_leaves_the_page_gives_up_his_place(page, monkeypatch):
 
 @pytest.fixture(scope="module")
 def echo(llava) -> Iterator[str]:
-    """The page's address with a model that says what it was told."""
+    """The address of a page with a model that repeats the question."""
     with served("--model_name_or_path", llava, code=ECHO) as address:
         yield address
 
 
 @pytest.mark.parametrize("language", ["en-US", "zh-CN", "de", "ja"])
-def test_a_browser_shows_texts_as_they_are_and_no_button_that_does_harm(echo, pictures, language):
+def test_a_browser_shows_texts_unchanged_and_hides_harmful_buttons(echo, pictures, language):
     texts = [
         'a<b and 3   <img src="http://127.0.0.2/x.png"> <script>1</script> <!-- -->',
         '&lt; &amp;lt; $$x^2$$ \\(y\\) **bold** `code` <b>bold</b> src="/file',
     ]
     with browser(echo, language) as driver:
         assert driver.execute_script("return navigator.language") == language
-        words = HEADER["zh" if language == "zh-CN" else "en"]
+        words = TEXTS["zh" if language == "zh-CN" else "en"]
         assert f"{words['made_of']}clip · qwen2" in find(driver, "#model")[0].text
         for i, text in enumerate(texts):
             type_in(driver, text, *pictures[:i])
             until(lambda i=i: idle(driver, i + 1))
-        before = told(driver, "bot")
+        before = texts_of(driver, "bot")
         button(driver, "retry").click()
-        until(lambda: told(driver, "bot")[1].startswith(texts[1] + " ") and told(driver, "bot") != before)
+        until(lambda: texts_of(driver, "bot")[1].startswith(texts[1] + " ") and texts_of(driver, "bot") != before)
         until(lambda: idle(driver, 2))
-        said = told(driver, "bot")
+        said = texts_of(driver, "bot")
         assert [answer.rpartition(" ")[0] for answer in said] == texts
-        assert told(driver, "user") == texts
+        assert texts_of(driver, "user") == texts
         visible = [element.text for element in find(driver, ".message-content")]
         assert visible == [texts[0], said[0], texts[1], said[1]]
         buttons = [element for element in find(driver, ".block:has([role=log]) button") if element.is_displayed()]

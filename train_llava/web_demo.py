@@ -1,16 +1,15 @@
-"""A chat page for a LLaVA checkpoint, made with Gradio: pictures, questions, follow-ups, answers as they come.
+"""A chat page for a LLaVA checkpoint, made with Gradio: pictures, questions, follow-ups, answers as they grow.
 
     python -m train_llava.web_demo --model_name_or_path output/run
-    python -m train_llava.web_demo --model_name_or_path output/llava --adapter_name_or_path output/run --port 7861
+    python -m train_llava.web_demo --model_name_or_path output/llava --adapter_name_or_path output/run
 
-With an adapter the page shows two chats side by side: the model with it, and the same model without it. The page is
-in English or Chinese, as the browser asks; its texts and its looks are in web_look.py. It is served to this machine
-alone, unless --host says otherwise, and takes nothing from the network.
+With an adapter the page shows two chats side by side: the model with it and the model without it. Its texts are
+in English or Chinese, as the browser asks. Only this machine can open it, unless --host says otherwise. It loads
+nothing from the network.
 """
 
 import os
 import socket
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -24,9 +23,8 @@ from time import sleep
 from typing import Any, Literal
 
 from train_llava.cli import BITS_HELP, parse_arguments, parse_first, run_command
-from train_llava.common.checks import check_number
 
-MOST_EXAMPLES = 10
+MAX_EXAMPLES = 10
 
 
 @dataclass
@@ -40,13 +38,9 @@ class WebDemoArguments:
     examples: str | None = field(
         default=None,
         metadata={
-            "help": f"A folder of pictures to choose from; its first {MOST_EXAMPLES} are shown, under their names."
+            "help": f"A folder of pictures to choose from; its first {MAX_EXAMPLES} are shown, with their names."
         },
     )
-
-    def __post_init__(self) -> None:
-        for name in ("port", "max_new_tokens"):
-            check_number(name, getattr(self, name))
 
 
 if __name__ == "__main__":
@@ -60,35 +54,20 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 from train_llava.chat import Chat, Processor
 from train_llava.dataset.images import open_image
 from train_llava.evaluation.generation import assistant_message, prepare, sampling, user_message
-from train_llava.evaluation.web_look import COPY, CSS, DOTS, TEXTS, header
+from train_llava.evaluation.web_look import Turn, example_pictures, lay_out, shown, style, translations
 from train_llava.model import Llava
 from train_llava.modeling.adapter import load_model
 from train_llava.training.cards import ancestors
 from train_llava.training.cards import shown as short_name
 
-# Pages that keep uploads in one folder delete each other's when they close. Gradio looks for its folder when imported
-UPLOADS = tempfile.TemporaryDirectory(prefix="gradio-")
-os.environ["GRADIO_TEMP_DIR"] = UPLOADS.name
 if find_spec("gradio"):
     import gradio as gr
-
-MOST_BYTES = 20 << 20  # of an uploaded picture
-POLL = 0.3  # seconds between looks at the queue
-
-
-@dataclass
-class Turn:
-    """A question with its pictures, and the answer of each chat on the page."""
-
-    text: str
-    files: list[str]
-    answers: list[str]
 
 
 def prompt(turns: list[Turn], column: int) -> list[dict[str, Any]]:
     """The messages of one chat, up to the last question.
 
-    An earlier question that this chat was stopped before answering is left out; its pictures come with the next one.
+    A question that was stopped before its answer began is left out. Its pictures move to the next question.
     """
     messages, pictures = [], 0
     for turn in turns:
@@ -97,21 +76,6 @@ def prompt(turns: list[Turn], column: int) -> list[dict[str, Any]]:
             messages += [user_message(turn.text, pictures), assistant_message(turn.answers[column])]
             pictures = 0
     return messages[:-1]
-
-
-def shown(turns: list[Turn], column: int, waiting: bool = False) -> list[dict[str, Any]]:
-    """One chat as Gradio's Chatbot takes it, which renders every text as HTML, Markdown or not.
-
-    While one is `waiting`, dots stand for an answer that has not begun.
-    """
-    messages = []
-    for turn in turns:
-        asked, answered = ({"type": "text", "text": escape(text)} for text in (turn.text, turn.answers[column]))
-        if waiting and turn is turns[-1] and not turn.answers[column]:
-            answered["text"] = DOTS
-        messages.append({"role": "user", "content": [*({"path": file} for file in turn.files), asked]})
-        messages.append({"role": "assistant", "content": [answered]})
-    return messages
 
 
 def stream(
@@ -125,191 +89,161 @@ def stream(
     max_new_tokens: int = 256,
     **options: Any,
 ) -> Iterator[str]:
-    """The answer to a conversation as it grows, and at last as `infer.generate` would give it; `stop` ends it.
+    """Yields the answer to a conversation as it grows, and at last the answer of `generate`; `stop` ends it.
 
     Raises:
-        ValueError: the conversation cannot be asked; see `prepare`.
+        ValueError: the conversation cannot be answered; see `prepare`.
     """
     chat = Chat(processor)
     inputs, options["max_new_tokens"] = prepare(chat, messages, images, max_new_tokens)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options["stopping_criteria"] = StoppingCriteriaList(
-        [lambda ids, scores, **_: torch.full((len(ids),), stop.is_set(), device=ids.device)]
-    )
+
+    def is_stopped(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(ids),), stop.is_set(), device=ids.device)
+
+    options["stopping_criteria"] = StoppingCriteriaList([is_stopped])
     output = Future()
 
     def run() -> None:
         try:
-            # an adapter is switched off for the whole model, so nobody else may generate meanwhile
+            # the adapter is switched off for the whole model, so no one else may generate meanwhile
             with lock, torch.inference_mode(), nullcontext() if with_adapter else model.disable_adapter():
                 output.set_result(model.generate(**inputs, streamer=streamer, **options))
-        except Exception as error:  # whatever it is, it must not leave the page waiting
+        except Exception as error:  # of any type: the page must not wait for ever
             output.set_exception(error)
             streamer.end()
 
     Thread(target=run, daemon=True).start()
-    answered = ""
-    yield answered  # there is something to stop
-    for piece in streamer:
-        answered += piece
-        if piece and streamer.text_queue.empty():  # a page takes longer to show a word than a fast model to write it
-            yield answered.strip()
-    # what the streamer decodes piece by piece can differ from the whole in a space or a character of several tokens
+    text = ""
+    yield text  # from here on there is something to stop
+    for words in streamer:
+        text += words
+        # the page shows words more slowly than a fast model writes them
+        if words and streamer.text_queue.empty():
+            yield text.strip()
+    # decoded as a whole, an answer can differ in a space, or in a character of several tokens
     yield chat.answer(output.result()[0, inputs["input_ids"].shape[1] :].tolist())
 
 
 def answer(
-    model: Llava | PeftModel,
-    processor: Processor,
-    turns: list[Turn],
-    stop: Event,
-    lock: Lock,
-    **options: Any,
+    model: Llava | PeftModel, processor: Processor, turns: list[Turn], stop: Event, lock: Lock, **options: Any
 ) -> Iterator[None]:
-    """Answers the last turn in one chat after the other; yields whenever there is more to read.
+    """Answers the last turn, in one chat after the other; yields whenever an answer has grown.
 
     Raises:
-        OSError, ValueError: a picture or the question cannot be read.
+        OSError, ValueError: a picture cannot be read, or the question cannot be answered.
     """
-    turn, images, min_side = turns[-1], [], Chat(processor).min_side
-    if not turn.text:
+    if not turns[-1].text:
         raise ValueError("there is no question yet")
-    for file in [file for turn in turns for file in turn.files]:
-        try:
-            images.append(open_image(file, min_side=min_side))
-        except (OSError, ValueError) as error:  # named as the user knows it, without the folder of uploads
-            raise ValueError(str(error).replace(file, Path(file).name)) from error
+
+    # every picture of the conversation, in order
+    images, min_side = [], Chat(processor).min_side
+    for turn in turns:
+        for file in turn.files:
+            try:
+                images.append(open_image(file, min_side=min_side))
+            except (OSError, ValueError) as error:  # named without the folder of uploads
+                raise ValueError(str(error).replace(file, Path(file).name)) from error
+
+    # the first chat is the one with the adapter
+    answers = turns[-1].answers
     try:
-        for column in range(len(turn.answers)):
+        for column in range(len(answers)):
             if stop.is_set():
                 break
-            asked = prompt(turns, column)
-            for answered in stream(model, processor, asked, images, stop, lock, with_adapter=column == 0, **options):
-                turn.answers[column] = answered
+            messages, with_adapter = prompt(turns, column), column == 0
+            for text in stream(model, processor, messages, images, stop, lock, with_adapter, **options):
+                answers[column] = text
                 yield
     finally:
-        stop.set()  # who has closed the page needs no answer
-
-
-def example_pictures(folder: str) -> list[str]:
-    """The first pictures of a folder, by name.
-
-    Raises:
-        OSError, ValueError: there is no such folder, or no picture in it.
-    """
-    kinds = Image.registered_extensions()
-    paths = sorted(str(path) for path in Path(folder).absolute().iterdir() if path.suffix.lower() in kinds)
-    if not paths:
-        raise ValueError(f"--examples {folder} has no picture in it")
-    return paths[:MOST_EXAMPLES]
+        stop.set()  # also when the page was closed meanwhile
 
 
 def make_page(
     model: Llava | PeftModel,
     processor: Processor,
     title: str,
+    words: "gr.I18n",
     max_new_tokens: int,
     examples: list[str],
-    made_of: list[str] | None = None,
-) -> tuple["gr.Blocks", "gr.I18n"]:
-    """The page, and its texts in the languages it speaks, which `launch` takes.
-
-    A conversation lives in its session's state; the sessions share the model, one answer at a time.
-    """
-    lock, queue = Lock(), []  # of the questions that wait for the model, the first is being answered
-    heads = {language: {"model_header": header(model, title, made_of or [], language)} for language in TEXTS}
-    words = gr.I18n(**{language: texts | heads[language] for language, texts in TEXTS.items()})
-    labels = ["with_adapter", "without_adapter"] if isinstance(model, PeftModel) else ["chat"]
+) -> "gr.Blocks":
+    """The page. Each session has its own conversation; all share the model, which gives one answer at a time."""
+    lock, queue = Lock(), []  # of questions, each by the event that stops it; the first one is being answered
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         turns, running = gr.State([]), gr.State(None)
-        gr.HTML(words("model_header"), elem_id="model", padding=False)
-        with gr.Row(elem_id="chats"):
-            look = {"height": f"calc(100dvh - {400 if examples else 300}px)", "min_height": 240, "buttons": ["copy"]}
-            plain = {"render_markdown": False, "latex_delimiters": [], "placeholder": words("nothing_yet")}
-            plain["show_label"] = len(labels) > 1
-            chats = [gr.Chatbot(label=words(label), **plain, **look) for label in labels]
-        status = gr.HTML(elem_id="waiting", padding=False)
-        box = gr.MultimodalTextbox(
-            placeholder=words("ask_here"),
-            file_count="multiple",
-            file_types=["image"],
-            max_plain_text_length=1 << 20,  # what is pasted beyond it would become a file, and be refused
-            show_label=False,
-            autofocus=True,
-            elem_id="box",
-        )
-        with gr.Row(elem_id="controls"):
-            stop = gr.Button(words("stop"), interactive=False)
-            retry, clear = gr.Button(words("retry")), gr.Button(words("clear"))
-            temperature = gr.Slider(0, 2, 0, step=0.1, label=words("temperature"), elem_id="temperature")
-        with gr.Row(elem_id="examples", visible=bool(examples)):
-            pictures = [gr.Button(Path(path).stem.replace("_", " "), icon=path) for path in examples]
-
-        def switch(idle: bool) -> list[Any]:
-            return [gr.update(interactive=idle)] * 3 + [gr.update(interactive=False)]
+        two_chats = isinstance(model, PeftModel)
+        chats, status, box, stop, retry, clear, temperature, pictures = lay_out(words, two_chats, examples)
 
         def show(history: list[Turn], waiting: bool = False) -> dict[Any, Any]:
             return {status: ""} | {chat: shown(history, column, waiting) for column, chat in enumerate(chats)}
 
-        def ask(history: list[Turn], asked: dict[str, Any], heat: float, again: bool = False) -> Iterator[dict]:
-            """Answers what is in the box, or the last question, if any, again; a failure leaves all as it was."""
+        def ask(history: list[Turn], message: dict, heat: float, again: bool = False) -> Iterator[dict]:
+            """Answers the question in the box, or the last one `again`. An error leaves everything as it was."""
             again = again and bool(history)
-            before, turn = (history[:-1], history[-1]) if again else (history, Turn(asked["text"], asked["files"], []))
-            grown, event = [*before, Turn(turn.text.strip(), turn.files, [""] * len(chats))], Event()
-            # the slider gives whole numbers as such, which generation refuses
+            earlier = history[:-1] if again else history
+            question = history[-1] if again else Turn(message["text"].strip(), message["files"], [])
+            grown, stopped = [*earlier, Turn(question.text, question.files, [""] * len(chats))], Event()
+            begun = {running: stopped, stop: gr.update(interactive=True)} | ({} if again else {box: None})
+            # generation refuses an int, which the slider gives for a whole number
             options = sampling(float(heat), 1.0) | {"max_new_tokens": max_new_tokens}
-            taken = {running: event, stop: gr.update(interactive=True)} | ({} if again else {box: None})
-            queue.append(event)
+            queue.append(stopped)
             try:
-                while (ahead := queue.index(event)) and not event.is_set():
-                    yield show(grown, True) | taken | {status: f"<p>{words('waiting')}{ahead}</p>"}
-                    sleep(POLL)
-                for _ in answer(model, processor, grown, event, lock, **options):
-                    yield show(grown, True) | taken
+                # wait until this question is the first in the queue
+                while (ahead := queue.index(stopped)) and not stopped.is_set():
+                    yield show(grown, waiting=True) | begun | {status: f"<p>{words('waiting')}{ahead}</p>"}
+                    sleep(0.3)
+                for _ in answer(model, processor, grown, stopped, lock, **options):
+                    yield show(grown, waiting=True) | begun
                 yield show(grown) | {turns: grown}
             except (OSError, ValueError, RuntimeError) as error:
                 gr.Warning(escape(str(error), quote=False))
-                yield show(history) | ({} if again else {box: asked})
+                yield show(history) | ({} if again else {box: message})
             finally:
-                queue.remove(event)
+                queue.remove(stopped)
 
+        def enable(idle: bool) -> list[Any]:
+            return [gr.update(interactive=idle)] * 3 + [gr.update(interactive=False)]
+
+        def add_example(path: str, message: dict[str, Any]) -> dict[str, Any]:
+            return message | {"files": [*message["files"], path]}
+
+        # what each control does; while a question is answered, only `stop` is enabled
         everything = [turns, running, box, stop, status, *chats]
-        quick = {"outputs": [box, retry, clear, stop], "queue": False, "show_progress": "hidden"}
-        queued = {"concurrency_limit": None, "show_progress": "hidden"}
-        for trigger, name, function in ((box.submit, "ask", ask), (retry.click, "retry", partial(ask, again=True))):
-            asked = trigger(partial(switch, False), **quick, api_visibility="private").then(
-                function, [turns, box, temperature], everything, **queued, api_name=name
-            )
-            asked.then(partial(switch, True), **quick, api_visibility="private")
-        stop.click(lambda event: event and event.set(), running, queue=False, api_name="stop")
+        at_once = {"queue": False, "show_progress": "hidden"}
+        enabling = {"outputs": [box, retry, clear, stop], "api_visibility": "private"} | at_once
+        asking = {"inputs": [turns, box, temperature], "outputs": everything, "concurrency_limit": None}
+        for event, name, function in ((box.submit, "ask", ask), (retry.click, "retry", partial(ask, again=True))):
+            disabled = event(partial(enable, False), **enabling)
+            answered = disabled.then(function, **asking, show_progress="hidden", api_name=name)
+            answered.then(partial(enable, True), **enabling)
+        stop.click(lambda stopped: stopped and stopped.set(), running, queue=False, api_name="stop")
         clear.click(lambda: {turns: [], box: None} | show([]), None, everything, queue=False, api_name="clear")
         for path, picture in zip(examples, pictures, strict=True):
-            picture.click(
-                lambda asked, path=path: asked | {"files": [*asked["files"], path]},
-                box,
-                box,
-                queue=False,
-                show_progress="hidden",
-                api_visibility="private",
-            )
-    return page, words
+            picture.click(partial(add_example, path), box, box, api_visibility="private", **at_once)
+    return page
 
 
 def main() -> None:
     (arguments,) = parse_arguments(WebDemoArguments)
     if find_spec("gradio") is None:
         raise ValueError("the page needs a package that is not installed: pip install gradio")
-    # a port in use is told before a large model has been opened for nothing
+
+    # a port in use is reported before the model is loaded
     socket.create_server((arguments.host, arguments.port)).close()
-    examples = example_pictures(arguments.examples) if arguments.examples is not None else []
+    examples = [] if arguments.examples is None else example_pictures(arguments.examples)[:MAX_EXAMPLES]
     model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
+
+    # an adapter without a card has at least its base model
     name = arguments.adapter_name_or_path or arguments.model_name_or_path
     base = [short_name(arguments.model_name_or_path)] if arguments.adapter_name_or_path else []
-    made_of = ancestors(name)[:-1] or base  # an adapter without a card has at least its base
-    page, words = make_page(model, processor, short_name(name), arguments.max_new_tokens, examples, made_of)
-    for name in ("no_proxy", "NO_PROXY"):  # gradio asks its own page for an answer, which no proxy can give
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1", arguments.host]))
+    words = translations(model, short_name(name), ancestors(name)[:-1] or base)
+    page = make_page(model, processor, short_name(name), words, arguments.max_new_tokens, examples)
+
+    # Gradio asks its own page for an answer, which no proxy can give
+    for variable in ("no_proxy", "NO_PROXY"):
+        hosts = [os.environ.get(variable), "localhost", "127.0.0.1", arguments.host]
+        os.environ[variable] = ",".join(filter(None, hosts))
     print(f"http://{arguments.host}:{arguments.port}", flush=True)
     page.launch(
         server_name=arguments.host,
@@ -318,19 +252,11 @@ def main() -> None:
         quiet=True,
         ssr_mode=False,
         enable_monitoring=False,
-        max_file_size=MOST_BYTES,
+        max_file_size=20 << 20,  # bytes of an uploaded picture
         allowed_paths=examples,
         footer_links=[],
-        css=CSS,
-        js=COPY,
         i18n=words,
-        theme=gr.themes.Base(
-            primary_hue="indigo",
-            neutral_hue="slate",
-            radius_size="lg",
-            font=[gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")],
-            font_mono=[gr.themes.Font("monospace")],
-        ),
+        **style(),
     )
 
 
