@@ -7,7 +7,6 @@ import sys
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, Field, fields
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -60,29 +59,23 @@ def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
     Raises:
         ValueError: an argument is wrong, or names something that does not exist.
     """
-    arguments = given_arguments(dataclasses)
-
-    # Each argument by itself; a default is never refused
-    missing = []
-    for name, field in _fields(dataclasses).items():
-        if name in arguments and arguments[name] != field.default:
-            check_number(name, arguments[name])
-        elif name not in arguments and field.default is MISSING and field.default_factory is MISSING:
-            missing.append(f"--{name}")
+    arguments, parser = given_arguments(dataclasses), HfArgumentParser(dataclasses)
+    missing = [f"--{action.dest}" for action in parser._actions if action.required and action.dest not in arguments]
     if missing:
         raise ValueError(f"the following arguments are required: {', '.join(missing)}")
+    for action in parser._actions:
+        if action.dest in arguments and arguments[action.dest] != action.default:  # a default is never refused
+            check_number(action.dest, arguments[action.dest])
     for dataclass in dataclasses:
         for name in getattr(dataclass, "_VALID_DICT_FIELDS", ()):  # of `TrainingArguments`
             if name in arguments:
                 check_json(name, arguments[name])
-
-    # All of them together, which is the dataclasses' own matter
     try:
-        parsed = HfArgumentParser(dataclasses).parse_dict(arguments)
+        parsed = parser.parse_dict(arguments)
     except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:  # a library's
         raise ValueError(f"an argument cannot be used: {error}") from error
 
-    # Models, data and pictures that they name
+    # The models, data and pictures that the arguments name
     for part in parsed:
         for name, value in vars(part).items():
             if name.endswith("name_or_path") and value is not None:
@@ -107,8 +100,8 @@ def given_arguments(dataclasses: Iterable[type], words: list[str] | None = None)
         ValueError: a word is no argument, or a value has the wrong type; an error in a recipe names it and the key.
     """
     words = sys.argv[1:] if words is None else words
-    known = list(_fields(dataclasses))
     parser = HfArgumentParser(dataclasses)
+    known = [action.dest for action in parser._actions]
     if "-h" in words or "--help" in words:
         parser.parse_args(["--help"])
     for action in parser._actions:
@@ -135,14 +128,6 @@ def given_arguments(dataclasses: Iterable[type], words: list[str] | None = None)
     if settings is not None and not os.path.exists(settings) and (ROOT / settings).exists():
         arguments["deepspeed"] = str(ROOT / settings)
     return arguments
-
-
-def _fields(dataclasses: Iterable[type]) -> dict[str, Field]:
-    """The fields that are arguments, by name."""
-    known = {}
-    for dataclass in dataclasses:
-        known |= {field.name: field for field in fields(dataclass) if field.init}
-    return known
 
 
 def _refuse(message: str) -> NoReturn:

@@ -7,7 +7,7 @@
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from train_llava.cli import parse_arguments, parse_first, run_command
 from train_llava.common.files import written_whole
@@ -35,13 +35,13 @@ from train_llava.model import load_checkpoint
 from train_llava.modeling.adapter import load_adapter
 from train_llava.training.cards import copy_card
 
-MUCH = 0.1  # of an adapter's change, if so much is lost to rounding
+MUCH = 0.1  # of an adapter's change: above it, rounding is worth a remedy
 
 
 def merge_layers(model: PeftModel, dtype: torch.dtype) -> str:
-    """Puts each layer's update into its weights, added in float32 and rounded once to `dtype`.
+    """Adds each layer's update to its weights in float32, and rounds once to `dtype`.
 
-    Returns how much of the updates is rounded away, by their norms, and where most of it.
+    Returns a line with the share of the updates that rounding took, by their norms, and the layer it took most from.
 
     Raises:
         ValueError: a weight is not finite, or not in `dtype`.
@@ -50,47 +50,50 @@ def merge_layers(model: PeftModel, dtype: torch.dtype) -> str:
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
+        # PEFT merges a copy in float32, whatever kind of layer it is (DoRA, …)
         exact, error, change = deepcopy(layer).float(), 0.0, 0.0
-        exact.merge()  # as PEFT does it, for DoRA and whatever else a layer may be
-        for held, sum_ in zip(layer.get_base_layer().parameters(), exact.get_base_layer().parameters(), strict=True):
-            written = sum_.data.to(dtype)
-            if not written.isfinite().all():
-                remedy = ": take --dtype float32" * bool(sum_.isfinite().all())
+        exact.merge()
+        weights = zip(layer.get_base_layer().parameters(), exact.get_base_layer().parameters(), strict=True)
+        for weight, merged in weights:
+            rounded = merged.data.to(dtype)
+            if not rounded.isfinite().all():
+                remedy = ": take --dtype float32" * bool(merged.isfinite().all())
                 raise ValueError(f"{name} is not finite in {dtype}{remedy}")
-            error += (written.float() - sum_).square().sum().item()
-            change += (sum_ - held.float()).square().sum().item()
-            held.data = written
+            error += (rounded.float() - merged).square().sum().item()
+            change += (merged - weight.float()).square().sum().item()
+            weight.data = rounded
         lost, changed = lost + error, changed + change
         worst = max(worst, ((error / change) ** 0.5 if change else 0.0, name.removeprefix("base_model.model.")))
-    part = (lost / changed) ** 0.5 if changed else 0.0
-    remedy = "; --dtype float32 loses nothing" if part > MUCH else ""
-    return f"rounding to {dtype} took {part:.1%} of the adapter's change, {worst[0]:.1%} in {worst[1]}{remedy}"
+    share = (lost / changed) ** 0.5 if changed else 0.0
+    remedy = "; --dtype float32 loses nothing" if share > MUCH else ""
+    return f"rounding to {dtype} took {share:.1%} of the adapter's change, {worst[0]:.1%} in {worst[1]}{remedy}"
 
 
-def merge_lora(*arguments: Any, **named: Any) -> None:
+def merge_lora(model_name_or_path: str, adapter_name_or_path: str, output_dir: str, dtype: str = "auto") -> None:
     """Adds the adapter's low-rank updates to the weights, puts its projector in place, and saves the outcome.
 
-    Takes what `MergeArguments` takes.
+    The arguments are those of `MergeArguments`.
 
     Raises:
         OSError, ValueError: an input cannot be opened or the saved checkpoint differs; nothing is left behind.
     """
-    given = MergeArguments(*arguments, **named)
-    with written_whole(given.output_dir) as folder:
-        exact = {"dtype": torch.float32} if given.dtype == "float32" else {}
-        model, processor = load_checkpoint(given.model_name_or_path, **exact)
-        model = load_adapter(model, given.adapter_name_or_path, given.model_name_or_path).to(device())
-        dtype = model.dtype if given.dtype == "auto" else getattr(torch, given.dtype)
-        outcome = merge_layers(model, dtype)
+    with written_whole(output_dir) as folder:
+        exact = {"dtype": torch.float32} if dtype == "float32" else {}
+        model, processor = load_checkpoint(model_name_or_path, **exact)
+        model = load_adapter(model, adapter_name_or_path, model_name_or_path).to(device())
+        precision = model.dtype if dtype == "auto" else getattr(torch, dtype)
+        outcome = merge_layers(model, precision)
         merged = model.unload()
         merged.save_pretrained(folder)
         processor.save_pretrained(folder)
-        if merged.dtype != dtype:  # opened in it, all has the precision that its model wants
-            load_checkpoint(str(folder), dtype)[0].save_pretrained(folder)
-        copy_card(given.adapter_name_or_path, given.model_name_or_path, folder, Path(given.output_dir).name)
+        if merged.dtype != precision:  # opening it in that precision gives each module the one that its model wants
+            load_checkpoint(str(folder), precision)[0].save_pretrained(folder)
+        copy_card(adapter_name_or_path, model_name_or_path, folder, Path(output_dir).name)
+
+        # Read the folder back before it takes its name
         saved, _ = load_checkpoint(str(folder))
-        for (name, ours), theirs in zip(saved.named_parameters(), merged.parameters(), strict=True):
-            if not torch.equal(ours, theirs.to("cpu", ours.dtype)):
+        for (name, read), written in zip(saved.named_parameters(), merged.parameters(), strict=True):
+            if not torch.equal(read, written.to("cpu", read.dtype)):
                 raise ValueError(f"the merged checkpoint was not saved right: {name} differs")
         print(outcome)
 

@@ -1,8 +1,8 @@
-"""The model card, README.md in a model's folder: what it was made of, how it was trained, and what it is worth.
+"""Adds an evaluation to the model card, README.md in the model's folder.
 
     python -m train_llava.model_card --model_name_or_path output/run --evaluation_dir output/evaluation
 
-`build_model` and `train` write the card; this command adds what `evaluate` found, its sheet of answers included. With
+`build_model` and `train` write the card; this command adds the metrics of `evaluate` and its sheet of answers. With
 `--push_to_hub true`, training uploads the card with the model; afterwards, `hf upload NAME output/run` does.
 """
 
@@ -27,62 +27,66 @@ if __name__ == "__main__":
 from huggingface_hub import EvalResult
 
 from train_llava.evaluation.metrics import METRICS, read_metrics
-from train_llava.training.cards import FILE, LICENCE, cell, markdown, read_card
+from train_llava.training.cards import FILE, cell, markdown, read_card
 
-# How what this command writes begins: the section, and in it the table and two lines
+LICENCE = "## Licence\n"  # the last section of a card
+# This command's section of a card, and how the table and the two lines in it begin
 HELD_OUT = "## Held-out answers"
 TABLE = "|  | all |"
 INTERVAL = "The exact match of all"
 SHEET = "![Held-out pictures, references and answers]"
+DATASET = "held-out"  # of the results in the card's head
 
 
 def add_evaluation(folder: Path, evaluation_dir: Path) -> None:
     """Puts the metrics and the sheet of answers of an evaluation into a model's card, in place of earlier ones.
 
     Raises:
-        OSError, ValueError: one of the folders does not hold what it should.
+        OSError, ValueError: one of the folders does not hold the files that it should.
     """
     if not (folder / FILE).exists():
         raise ValueError(f"--model_name_or_path {folder} holds no {FILE}: name a folder that training wrote")
     card, metrics = read_card(folder / FILE), read_metrics(evaluation_dir)
+
+    # A table of the metrics by language, and results for the hub
     columns = {"all": metrics} | metrics.get("by_language", {})  # as `TABLE` begins
     rows = [["", *columns]]
+    results = [result for result in card.data.eval_results or [] if result.dataset_type != DATASET]
     for metric, name in METRICS.items():
         if metric in metrics:
             rows.append([name, *(cell(scores, metric) for scores in columns.values())])
-    low, high = metrics["intervals"]["exact_match"]
+            value = round(metrics[metric], 4)
+            results.append(
+                EvalResult("image-text-to-text", DATASET, "held-out pictures", metric, value, metric_name=name)
+            )
     rows.append(["questions", *(f"{scores['n']:,}" for scores in columns.values())])
+    low, high = metrics["intervals"]["exact_match"]
     section = [HELD_OUT, markdown(rows), f"{INTERVAL} lies between {low:.1%} and {high:.1%} (95 %)."]
     if (evaluation_dir / "captions.png").exists():
         section.append(f"{SHEET}(captions.png)")
         shutil.copy(evaluation_dir / "captions.png", folder / "captions.png")
+
     card.text = put_section(card.text, "\n\n".join(section))
-    ours = {"task_type": "image-text-to-text", "dataset_type": "held-out", "dataset_name": "held-out pictures"}
-    results = [result for result in card.data.eval_results or [] if result.dataset_type != ours["dataset_type"]]
     card.data.model_name = card.data.model_name or folder.absolute().name
-    card.data.eval_results = results + [
-        EvalResult(**ours, metric_type=metric, metric_name=name, metric_value=round(metrics[metric], 4))
-        for metric, name in METRICS.items()
-        if metric in metrics
-    ]
+    card.data.eval_results = results
     with replacing(folder / FILE) as file:
         card.save(file)
 
 
 def put_section(text: str, section: str) -> str:
-    """Puts the section into a card's text, in place of an earlier one; without one, in front of the licence.
+    """Puts this command's section into a card's text, in place of an earlier one or in front of the licence.
 
-    Of an earlier section what this command writes is replaced; what people have written, there or elsewhere, stays.
+    Only the table and the lines that this command writes are replaced. Notes that people added to them stay.
     """
-    if heading := re.search(rf"^{re.escape(HELD_OUT)}[ \t\r]*$", text, re.MULTILINE):
-        theirs, later = re.split(r"^(?=##? )|\Z", text[heading.end() :], maxsplit=1, flags=re.MULTILINE)
-        for ours in (rf"{re.escape(TABLE)}.*\n(\|.*\n?)*", rf"({re.escape(INTERVAL)}|{re.escape(SHEET)}).*\n?"):
-            theirs = re.sub(rf"^{ours}", "", theirs, flags=re.MULTILINE)
-        theirs = re.sub(r"\n{3,}", "\n\n", theirs).strip()
-        return text[: heading.start()] + "\n\n".join([section, *[theirs] * bool(theirs), later])
-    licence = LICENCE.splitlines()[0]
-    before, rest, after = text.partition(f"{licence}\n")
-    return f"{before.rstrip()}\n\n{section}\n\n{rest}{after}"
+    heading = re.search(rf"^{re.escape(HELD_OUT)}[ \t\r]*$", text, re.MULTILINE)
+    if heading is None:
+        before, licence, after = text.partition(LICENCE)
+        return f"{before.rstrip()}\n\n{section}\n\n{licence}{after}"
+    earlier, later = re.split(r"^(?=##? )|\Z", text[heading.end() :], maxsplit=1, flags=re.MULTILINE)
+    for ours in (rf"{re.escape(TABLE)}.*\n(\|.*\n?)*", rf"({re.escape(INTERVAL)}|{re.escape(SHEET)}).*\n?"):
+        earlier = re.sub(rf"^{ours}", "", earlier, flags=re.MULTILINE)
+    notes = re.sub(r"\n{3,}", "\n\n", earlier).strip()
+    return text[: heading.start()] + "\n\n".join([section, notes, later] if notes else [section, later])
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     python -m train_llava.prepare_picture --model_name_or_path output/run --image cat.jpg a.png --output_dir prepared
 
-Training turns a picture as its EXIF says, puts transparency on white and scales 16 bits to 8 (see `upright_rgb`);
-`pipeline`, llama.cpp and others do some of this, or none. Each picture becomes a PNG that leaves nothing of it to do.
+Training rotates a picture by its EXIF, puts transparency on white and scales 16 bits to 8 (see `upright_rgb`).
+`pipeline`, llama.cpp and others do some of this, or none. Each picture becomes a PNG that needs none of it.
 """
 
 from dataclasses import dataclass, field
@@ -33,13 +33,13 @@ from train_llava.model import load_processor
 
 
 def levels(image_processor: BaseImageProcessor, image: Image.Image) -> np.ndarray:
-    """What the image processor makes of an RGB picture, before it is normalised: `(H, W, 3)`, levels from 0 to 255."""
+    """An RGB picture as the image processor resizes and crops it: `(H, W, 3)`, levels from 0 to 255."""
     pixels = prepare_pictures(image_processor, [image])["pixel_values"][0].permute(1, 2, 0).numpy()
     return (pixels * image_processor.image_std + image_processor.image_mean) / image_processor.rescale_factor
 
 
 def as_seen(image_processor: BaseImageProcessor, image: Image.Image) -> Image.Image:
-    """An RGB picture cropped, padded and resized as the image processor does it, where that leaves it as it is then.
+    """An RGB picture cropped, padded and resized by the image processor, if a second pass leaves that unchanged.
 
     Otherwise (tiles, or a resizing that would crop once more) the picture itself.
     """

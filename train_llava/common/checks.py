@@ -27,11 +27,7 @@ INTERVALS = {
 
 
 def check_number(name: str, value: Any) -> None:
-    """Refuses a number, or one of a list, outside its argument's interval. Other values pass.
-
-    Raises:
-        ValueError: the message names the argument and the interval.
-    """
+    """Raises a ValueError if a number, or one of a list, lies outside its argument's interval; other values pass."""
     interval = next((key for key, names in INTERVALS.items() if name in names.split()), "[0, inf)")
     low, high = map(float, interval[1:-1].split(","))
     for number in value if isinstance(value, list) else [value]:
@@ -44,11 +40,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_json(name: str, value: str) -> None:
-    """Refuses a text that is neither a file nor a JSON object.
-
-    Raises:
-        ValueError: the message names the argument.
-    """
+    """Raises a ValueError if a text is neither a file nor a JSON object."""
     parsed = None
     with suppress(ValueError):
         parsed = json.loads(value)
@@ -57,11 +49,7 @@ def check_json(name: str, value: str) -> None:
 
 
 def check_name(option: str, name_or_path: str) -> None:
-    """Refuses a model name that is neither a folder nor, as far as can be seen at once, a name on the hub.
-
-    Raises:
-        ValueError: the message begins with `option`.
-    """
+    """Raises a ValueError if a model is neither a folder nor, as far as can be seen at once, a name on the hub."""
     if os.path.isdir(name_or_path):
         return
     try:
@@ -77,11 +65,7 @@ def check_name(option: str, name_or_path: str) -> None:
 
 
 def check_picture(name: str) -> None:
-    """Refuses an `--image` that is a folder or does not exist. Its content is checked when it is opened.
-
-    Raises:
-        ValueError: the message names it.
-    """
+    """Raises a ValueError if an `--image` is a folder or does not exist; its content is checked when it is opened."""
     if name == "-" or name.startswith(ADDRESSES):
         return
     if os.path.isdir(name):
@@ -93,9 +77,9 @@ def check_picture(name: str) -> None:
 
 
 def hub_answers() -> bool:
-    """Whether the hub can be reached. If not, this process and those that it starts do not ask again.
+    """Whether the hub can be reached. If not, this process goes offline, and so do those that it starts.
 
-    Offline, cached files open at once and others are refused. Otherwise each file would be asked for six times.
+    Offline, a file that is not cached is refused at once. Otherwise the hub would be asked for it six times.
     """
     try:
         if not constants.HF_HUB_OFFLINE:
