@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftModel
-from torch import nn
 from transformers import TrainerState, TrainingArguments
 from yaml import YAMLError
 
 from train_llava.evaluation.metrics import METRICS
 from train_llava.evaluation.plots import plot_loss
-from train_llava.model import LoraArguments, count_parameters, find_file
+from train_llava.model import LoraArguments, find_file
 from train_llava.training.resume import changes_of
 
 FILE = "README.md"
@@ -193,19 +191,3 @@ def copy_card(adapter: str, base: str, merged: Path, name: str) -> None:
     for picture in ("loss.png", "captions.png"):
         if path := find_file(adapter, picture):
             shutil.copy(path, merged)
-
-
-def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> str:
-    """A table of each part's trainable parameters, all its parameters, and its learning rate."""
-    lines = [f"{'':<16}{'trainable':>16}{'of':>16}{'learning rate':>16}"]
-    for part, (trainable, total) in count_parameters(model).items():
-        rate = f"{learning_rates[part]:g}" if trainable else ""
-        lines.append(f"{part:<16}{trainable:>16,}{total:>16,}{rate:>16}".rstrip())
-    if isinstance(model, PeftModel):
-        layers = model.base_model.model.model.language_model.layers
-        bare = {name.partition(".")[2] for name, p in layers.named_parameters() if p.ndim > 2 and "lora_" not in name}
-        if bare:
-            lines.append(f"no adapter on {', '.join(sorted(bare))}: no linear layers")
-        if any(name.endswith("image_newline") for name, _ in model.named_parameters()):
-            lines.append("image_newline stays as it is: PEFT saves modules, and this is none")
-    return "\n".join(lines)
