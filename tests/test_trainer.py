@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from test_data import ITEMS, gradients
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2Config, Qwen2ForCausalLM, Trainer
 
-from train_llava import records as records_module
 from train_llava.build_model import build_model
 from train_llava.data import LlavaCollator, LlavaDataset
+from train_llava.dataset import table as table_module
 from train_llava.merge_lora import merge_lora
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.train import TrainArguments
@@ -334,8 +334,8 @@ def test_a_full_disk_is_named_where_a_table_or_a_model_is_written(llava, adapter
     with open(tmp_path / "chat.jsonl", "w") as file:
         file.writelines(json.dumps(part) + "\n" for part in records[:50])
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = records_module.table_rows
-    monkeypatch.setattr(records_module, "table_rows", lambda *given: (row for _ in range(9) for row in rows(*given)))
+    rows = table_module.table_rows
+    monkeypatch.setattr(table_module, "table_rows", lambda *given: (row for _ in range(9) for row in rows(*given)))
     with pytest.raises(
         OSError, match=rf"^{tmp_path}/cache/\S+ could not be written: file too .* set HF_DATASETS_CACHE"
     ):

@@ -2,56 +2,52 @@
 
 A record holds its conversation under the first of these keys that it has; null counts as absent:
 
-- `conversations`: `[{"from": "human" | "gpt" | "system", "value": "<image>\\nWhat is this?"}, …]`, as in LLaVA, with
-  one tag for each image. Or the same as JSON in a text, or with `role` and `content`, as in minimind-v.
+- `conversations`: `[{"from": "human" | "gpt" | "system", "value": "<image>\\nWhat is this?"}, …]` with one tag for
+  each image, as in LLaVA. Or the same as JSON in a text, or with `role` and `content`, as in minimind-v.
 - `messages`: `[{"role": "user" | "assistant" | "system", "content": …}, …]`, as in OpenAI and TRL. `content` is a text
   or a list of `{"type": "image"}`, `{"type": "image_url", "image_url": …}` and `{"type": "text", "text": …}`.
 - `texts`: `[{"user": …, "assistant": …}, …]`, as in FineVision and the Cauldron.
 - `completion` with `prompt`: two texts, or two lists of messages, as in TRL.
-- `question` and `answer`: two texts. With `choices`, which follow the question, the answer is a text of them, its
-  number from 0, or its letter, as in ScienceQA. Without `answer` it is the most frequent of `answers`, as in VQAv2,
-  TextVQA and DocVQA.
+- `question` and `answer`: two texts. With `choices` the answer is one of them, its number from 0, or its letter, as in
+  ScienceQA. Without `answer` it is the most frequent of `answers`, as in VQAv2, TextVQA and DocVQA.
 - `caption` or `text`: a text for one image, or a list of them; the first is trained on.
 
-Its images are under `images`, `image`, `image_bytes` or `file_name`, one or a list in the order of their tags, or
-inside the messages: file names, bytes or data URIs. Where no tag is, except in `conversations`, images come before the
-first question. A record may name its `language`, and for evaluation `answers` (those of several people to its last
-question, texts or VQA's objects) and `references` (texts that are correct). Its id is the first of `id`,
-`question_id`, `questionId` and `image_id` that it has, or its number.
+Its images are under `images`, `image`, `image_bytes` or `file_name`, in the order of their tags, or inside the
+messages: file names, bytes or data URIs. Without tags, images come before the first question, except in
+`conversations`. A record may have a `language` and, for evaluation, `answers` (of several people to the last question)
+and `references` (texts that are correct). Its id is the first of `id`, `question_id`, `questionId` and `image_id`.
 """
 
 import base64
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path, PurePath
+from collections.abc import Callable
+from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 import datasets
 import msgspec
 
-from train_llava.dataset import readers
-from train_llava.dataset.archives import ArchiveMember, is_archive, locate_image, zip_members
-from train_llava.dataset.readers import BadRecordError, Record, answers_of, id_of, pictures_of, texts_of
+from train_llava.dataset.archives import Members, locate_image
+from train_llava.dataset.readers import BadRecordError, Record, answers_of, id_of, parse_json, pictures_of, texts_of
 
 IMAGE_TOKEN = "<image>"
 CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 CACHE_VERSION = 9  # of the rules below: raise it to have every data set read again
 
+TEXT, TEXTS = datasets.Value("string"), datasets.List(datasets.Value("string"))
 FEATURES = datasets.Features(
-    {
-        "id": datasets.Value("string"),
-        "messages": datasets.Value("string"),  # JSON
-        "images": datasets.List(datasets.Value("string")),  # where each image is: see `read_image`
-        "image_bytes": datasets.List(datasets.Value("binary")),  # or the images themselves, if none is named
-        "language": datasets.Value("string"),
-        "answers": datasets.List(datasets.Value("string")),
-        "references": datasets.List(datasets.Value("string")),
-        "error": datasets.Value("string"),  # why the record cannot be used
-    }
+    id=TEXT,
+    messages=TEXT,  # JSON
+    images=TEXTS,  # where each image is: see `read_image`
+    image_bytes=datasets.List(datasets.Value("binary")),  # or the images themselves, if none is named
+    language=TEXT,
+    answers=TEXTS,
+    references=TEXTS,
+    error=TEXT,  # why the record cannot be used
 )
 EMPTY_ROW = dict.fromkeys(FEATURES) | {"messages": "[]", "images": [], "image_bytes": []}
 
@@ -60,7 +56,7 @@ def _turns(record: Record, key: str) -> list[dict[str, Any]]:
     """A field that holds a list of objects, or such a list as JSON."""
     turns = record.get(key)
     if isinstance(turns, str):
-        turns = readers.parse_json(turns.encode(), f"the text of {key}")
+        turns = parse_json(turns.encode(), f"the text of {key}")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"it has no {key}")
     return turns
@@ -185,17 +181,10 @@ def text_of(message: dict[str, Any]) -> str:
     return "\n".join(part.get("text", IMAGE_TOKEN) for part in message["content"])
 
 
-def table_rows(data_path: str, files: list[PurePath], image_dir: PurePath | None) -> Iterator[dict[str, Any]]:
-    """Every record of a data set as a row of the table."""
-    members = zip_members(image_dir) if is_archive(image_dir) else None
-    for number, record in enumerate(readers.raw_records(data_path, files)):
-        yield table_row(record, number, image_dir, members)
-
-
 def table_row(
-    record: Any, number: int, image_dir: Path | None = None, members: dict[str, ArchiveMember | None] | None = None
+    record: Any, number: int, image_dir: Path | None = None, members: Members | None = None
 ) -> dict[str, Any]:
-    """One record as a row of the table; `error` is the reason why it cannot be used."""
+    """A record as a row of the table, `number` being its id if it has none; `error`: why it cannot be used."""
     if isinstance(record, BadRecordError):
         return EMPTY_ROW | dict(zip(("id", "error"), map(_printable, record.args), strict=True))
     row = EMPTY_ROW | {"id": str(number)}

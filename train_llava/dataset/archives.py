@@ -41,6 +41,9 @@ class ArchiveMember(NamedTuple):
         return "\0".join(map(str, tuple(self)))
 
 
+Members = dict[str, ArchiveMember | None]  # by name; None where several files share it
+
+
 def is_archive(image_dir: PurePath | None) -> bool:
     """Whether images are read from a zip archive that is not extracted."""
     return image_dir is not None and image_dir.suffix.lower() == ".zip"
@@ -77,10 +80,8 @@ def candidate_names(name: str, top: str) -> list[str]:
     return [candidate for candidate in names if not LEADS_OUT.search(candidate)]
 
 
-def zip_members(archive: Path) -> dict[str, ArchiveMember | None]:
-    """The files of a zip archive by `normal_path`. The value is None where different files share a name.
-
-    Each file is also entered without its top folder, because records often leave that out.
+def zip_members(archive: Path) -> Members:
+    """The files of a zip archive by `normal_path`, with and without their top folder: records often leave it out.
 
     Raises:
         ValueError: the archive is damaged; the message names it.
@@ -91,8 +92,8 @@ def zip_members(archive: Path) -> dict[str, ArchiveMember | None]:
     except zipfile.BadZipFile as error:
         raise ValueError(f"{archive} is not a whole zip archive: {error}") from error
     path = str(archive.absolute())
-    full: dict[str, ArchiveMember | None] = {}
-    short: dict[str, ArchiveMember | None] = {}
+    full: Members = {}
+    short: Members = {}
     for info in infos:
         if info.filename.endswith(("/", "\\")):  # a folder
             continue
@@ -156,9 +157,7 @@ def _is_same_folder(folder: PurePath, other: Path) -> bool:
     return os.path.isdir(folder) and os.path.samefile(folder, other)
 
 
-def locate_image(
-    image: Any, image_dir: Path | None = None, members: dict[str, ArchiveMember | None] | None = None
-) -> str | bytes:
+def locate_image(image: Any, image_dir: Path | None = None, members: Members | None = None) -> str | bytes:
     """An image of a raw record as its bytes, or as the text that `read_image` takes.
 
     `members` are those of the archive `image_dir`. A name must not lead out of the image folder, or out of the folder
@@ -203,8 +202,8 @@ def locate_image(
 
 def label(name: str) -> str:
     """An image's name for messages, shortened. For a member of an archive the archive is named too."""
-    archive, _, fields = name.partition("\0")
-    name = f"{fields.partition(chr(0))[0]} in {archive}" if fields else archive
+    archive, *fields = name.split("\0")
+    name = f"{fields[0]} in {archive}" if fields else name
     return name if len(name) <= 200 else f"{name[:40]}…"
 
 

@@ -29,14 +29,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from train_llava.dataset.archives import (
-    ArchiveMember,
-    is_archive,
-    is_hidden,
-    is_image,
-    normal_path,
-    tar_members,
-)
+from train_llava.dataset import archives
 from train_llava.dataset.hub import HUB_ID, IMAGE_PLACES, METADATA, find_on_hub, opened, rows_on_hub
 
 BATCH_BYTES = 64 << 20  # of Parquet rows that are held at once, as they may hold images
@@ -184,7 +177,7 @@ def read_tar(path: PurePath) -> Iterator[Record | BadRecordError]:
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not an uncompressed tar archive: {error}") from error
     with archive.fileobj, archive:
-        for key, members in groupby(tar_members(archive), lambda member: _split(member.name)[0]):
+        for key, members in groupby(archives.tar_members(archive), lambda member: _split(member.name)[0]):
             try:
                 yield {"id": key} | _sample(path, archive, list(members))
             except (OSError, ValueError, tarfile.TarError) as error:
@@ -196,7 +189,7 @@ def _sample(path: PurePath, archive: tarfile.TarFile, members: list[tarfile.TarI
     if members[-1].size < 0:
         raise ValueError(f"the archive is broken in {members[-1].name}, and what follows is lost")
     record: Record = {}
-    files: dict[str, ArchiveMember | bytes] = {}  # by file name, and by extension
+    files: dict[str, archives.ArchiveMember | bytes] = {}  # by file name, and by extension
     images = []
     for member in sorted(members, key=lambda member: _by_number(member.name)):
         extension = _split(member.name)[1]
@@ -212,16 +205,16 @@ def _sample(path: PurePath, archive: tarfile.TarFile, members: list[tarfile.TarI
                 raise ValueError(f"{member.name} is not in UTF-8") from error
             record["caption"] = text.rstrip("\r\n")  # the file's own last line break
         else:
-            file = ArchiveMember(os.path.abspath(path), member.name, member.offset_data, member.size)
+            file = archives.ArchiveMember(os.path.abspath(path), member.name, member.offset_data, member.size)
             if member.issparse() or not isinstance(path, Path):  # not stored as it is, or not on this disk
                 file = archive.extractfile(member).read()
             files |= {os.path.basename(member.name).lower(): file, extension: file}
-            if is_image(member.name):
+            if archives.is_image(member.name):
                 images.append(file)
 
     # The names that the record gives decide, if any of them is a file of the sample
     names = pictures_of(record)
-    matches = [files.get(os.path.basename(normal_path(str(name))).lower()) for name in names]
+    matches = [files.get(os.path.basename(archives.normal_path(str(name))).lower()) for name in names]
     if any(matches):
         if None in matches:
             raise ValueError(f"{names[matches.index(None)]} is not in the sample")
@@ -262,7 +255,7 @@ def find_records(
         FileNotFoundError: one of them does not exist; the message says where it was looked for.
     """
     images = Path(image_dir) if image_dir else None
-    if images is not None and not (images.is_dir() or (images.is_file() and is_archive(images))):
+    if images is not None and not (images.is_dir() or (images.is_file() and archives.is_archive(images))):
         raise FileNotFoundError(f"--image_dir {image_dir} does not exist as a folder or a .zip file")
     path = Path(data_path)
     if not path.exists():
@@ -281,7 +274,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
     """The files of records in a folder: `chat.json`, else all Parquet files, else all shards, else the metadata."""
     if (folder / "chat.json").exists():
         return [folder / "chat.json"]
-    entries = sorted(entry for entry in folder.iterdir() if not is_hidden(entry.name))
+    entries = sorted(entry for entry in folder.iterdir() if not archives.is_hidden(entry.name))
     files = [entry for entry in entries if entry.suffix.lower() == ".parquet"]
     files = files or [entry for entry in entries if entry.suffix.lower() == ".tar"]
     files = files or [entry for entry in entries if entry.name in METADATA]

@@ -1,7 +1,7 @@
 """Writes the records of a data set into one table on disk, and opens it."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -11,9 +11,9 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from train_llava.common.files import written_whole
-from train_llava.dataset.archives import is_archive
-from train_llava.dataset.readers import find_records
-from train_llava.records import CACHE_VERSION, FEATURES, table_rows
+from train_llava.dataset.archives import is_archive, zip_members
+from train_llava.dataset.readers import find_records, raw_records
+from train_llava.records import CACHE_VERSION, FEATURES, table_row
 
 BATCH_BYTES = 64 << 20  # of images that are written at once: Arrow counts the bytes of a batch in 31 bits
 
@@ -45,6 +45,13 @@ def load_records(data_path: str, image_dir: str | None = None) -> tuple[datasets
             with written_whole(str(cache), remedy) as folder:
                 _write_table(rows, folder / "records.arrow")
     return datasets.Dataset.from_file(str(cache / "records.arrow")), images
+
+
+def table_rows(data_path: str, files: list[PurePath], image_dir: PurePath | None) -> Iterator[dict[str, Any]]:
+    """Every record of a data set as a row of the table."""
+    members = zip_members(image_dir) if is_archive(image_dir) else None
+    for number, record in enumerate(raw_records(data_path, files)):
+        yield table_row(record, number, image_dir, members)
 
 
 def _write_table(rows: Iterable[dict[str, Any]], path: Path) -> None:
