@@ -5,8 +5,8 @@
         --language_model_name_or_path Qwen/Qwen1.5-4B-Chat \
         --output_dir output/llava-qwen1.5-4b
 
-Both models keep their weights; only the projector between them is new. The folder is a standard checkpoint: weights,
-processor, chat template and generation config. Its class is `LlavaForConditionalGeneration` or, with
+Both models keep their weights; only the projector between them is new. The folder is a standard checkpoint:
+weights, processor, chat template and generation config. Its class is `LlavaForConditionalGeneration` or, with
 `--image_aspect_ratio anyres`, `LlavaNextForConditionalGeneration`.
 """
 
@@ -25,17 +25,17 @@ PINPOINTS = ["1x2", "2x1", "2x2", "3x1", "1x3"]  # LLaVA-NeXT's
 @dataclass
 class BuildArguments:
     vision_model_name_or_path: str = field(
-        metadata={"help": "A vision model over a grid of patches, such as CLIP, SigLIP, DINOv2: folder or hub id."}
+        metadata={"help": "A vision model over a grid of patches, such as CLIP or SigLIP: folder or hub id."}
     )
     language_model_name_or_path: str = field(metadata={"help": "A causal language model with a chat template."})
     output_dir: str = field(metadata={"help": "The LLaVA checkpoint to write; it must not exist yet."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "What the weights are written in; auto: the language model's own."}
     )
-    vision_feature_layer: int = field(default=-2, metadata={"help": "The hidden state that the projector reads."})
+    vision_feature_layer: int = field(default=-2, metadata={"help": "The hidden state for the projector."})
     vision_feature_select_strategy: Literal["auto", "default", "full"] = field(
         default="auto",
-        metadata={"help": "default drops the class token, full keeps all; auto: default if there is a class token."},
+        metadata={"help": "default drops the class token, full keeps all; auto: default if there is one."},
     )
     image_aspect_ratio: Literal["crop", "pad", "anyres"] = field(
         default="crop",
@@ -48,9 +48,9 @@ class BuildArguments:
         default=None, metadata={"help": f"With anyres, the grids of tiles; default: {' '.join(PINPOINTS)}."}
     )
     projector: str | None = field(
-        default=None, metadata={"help": "A trained projector.safetensors of a run, or LLaVA's mm_projector.bin."}
+        default=None, metadata={"help": "A trained projector.safetensors, or LLaVA's mm_projector.bin."}
     )
-    skip_checks: bool = field(default=False, metadata={"help": "Do not run the assembled model before naming it."})
+    skip_checks: bool = field(default=False, metadata={"help": "Do not run the assembled model."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a tokenizer."})
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ def check_grids(image_aspect_ratio: str, image_grid_pinpoints: list[str] | None)
         raise ValueError("--image_grid_pinpoints goes with --image_aspect_ratio anyres")
     for grid in image_grid_pinpoints or []:
         if not re.fullmatch("[1-9]x[1-9]", grid):
-            raise ValueError(f"--image_grid_pinpoints {grid}: rows x columns of tiles, 1 to 9 each, such as 2x3")
+            raise ValueError(f"--image_grid_pinpoints {grid}: rows x columns of tiles, 1 to 9 each, as in 2x3")
 
 
 if __name__ == "__main__":
@@ -131,24 +131,24 @@ def build_model(
         language_model = load_language_model(language_model_name_or_path, dtype)
         print(f"vision tower    {vision_model_name_or_path}")
         vision_tower = load_vision_tower(vision_model_name_or_path, language_model.dtype)
-        grids = image_grid_pinpoints or PINPOINTS
-        image_processor = load_image_processor(vision_tower, vision_model_name_or_path, image_aspect_ratio, grids)
+        image_processor = load_image_processor(
+            vision_tower, vision_model_name_or_path, image_aspect_ratio, image_grid_pinpoints or PINPOINTS
+        )
 
         # what the tower gives for a picture, and what of it the projector reads
-        tokens, num_prefix_tokens, states = probe_tower(vision_tower, image_processor, vision_model_name_or_path)
+        probe = probe_tower(vision_tower, image_processor, vision_model_name_or_path)
+        tokens, num_prefix_tokens, states = probe
         if not -states <= vision_feature_layer < states:
-            raise ValueError(
-                f"--vision_feature_layer {vision_feature_layer}: the tower has hidden states {-states} to {states - 1}"
-            )
+            layers = f"the tower has hidden states {-states} to {states - 1}"
+            raise ValueError(f"--vision_feature_layer {vision_feature_layer}: {layers}")
         strategy = vision_feature_select_strategy
         if strategy == "auto":
             strategy = "default" if num_prefix_tokens else "full"
         dropped = int(strategy == "default")
         if anyres and num_prefix_tokens != dropped:
-            raise ValueError(
-                f"anyres: {vision_model_name_or_path} gives {num_prefix_tokens} tokens beside its patches, and with "
-                f"--vision_feature_select_strategy {strategy} more than the patches would stand in the grid"
-            )
+            more = f"{vision_model_name_or_path} gives {num_prefix_tokens} tokens beside its patches"
+            with_strategy = f"with --vision_feature_select_strategy {strategy}"
+            raise ValueError(f"anyres: {more}, and {with_strategy} more than the patches would stand in the grid")
         processor = (LlavaNextProcessor if anyres else LlavaProcessor)(
             image_processor=image_processor,
             tokenizer=tokenizer,
@@ -169,7 +169,7 @@ def build_model(
             put_projector(model, trained_projector, projector)
             note = "Put together with a trained projector."
             if anyres and "image_newline" not in trained_projector:
-                untrained = "It has no image_newline, which ends a row of tiles: that is random, and wants training."
+                untrained = "It has no image_newline, which ends a row of tiles: it is random and needs training."
                 note += f" {untrained}"
                 print(f"--projector {projector}: {untrained}", file=sys.stderr)
 
@@ -198,8 +198,8 @@ def assemble(
 ) -> Llava:
     """Joins the two models by a new projector, without copying a weight.
 
-    The projector is LLaVA-1.5's (Liu et al., 2023): two linear layers with a GELU. The LLaVA is made on the meta
-    device, which takes no memory, and the two models' own modules are put into it.
+    The projector is LLaVA-1.5's (Liu et al., 2023): two linear layers with a GELU. The LLaVA is made on the
+    meta device, which takes no memory, and the two models' own modules are put into it.
     """
     tokenizer, anyres = processor.tokenizer, is_anyres(processor.image_processor)
     decoder = decoder_of(language_model)
@@ -238,7 +238,8 @@ def assemble(
     for part, kind in ((vision_tower, "vision tower"), (language_model, "language model")):
         for name, tensor in part.state_dict(keep_vars=True).items():
             if id(tensor) not in taken:
-                raise ValueError(f"a LLaVA has no place for {name} of this {kind}, a {part.config.model_type}")
+                kind = f"{kind}, a {part.config.model_type}"
+                raise ValueError(f"a LLaVA has no place for {name} of this {kind}")
     if missing := places - filled.keys():
         raise ValueError(f"the two models lack tensors that a LLaVA needs, for example {min(missing)}")
 
@@ -273,19 +274,20 @@ def load_projector(path: str) -> dict[str, torch.Tensor]:
             saved = load_torch_tensors(path)
         projector = {}
         for name, tensor in saved.items():
-            short = re.sub(r"^(model\.)?(mm_projector|multi_modal_projector)\.|^model\.(?=image_newline)", "", name)
+            name = re.sub(r"^(model\.)?((mm_projector|multi_modal_projector)\.)?", "", name)
             # LLaVA's authors number the layers: 0, an activation, 2
-            projector[re.sub(r"^0\.", "linear_1.", re.sub(r"^2\.", "linear_2.", short))] = tensor
+            projector[re.sub(r"^0\.", "linear_1.", re.sub(r"^2\.", "linear_2.", name))] = tensor
         layers = {"linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"}
         if projector.keys() - {"image_newline"} != layers:
-            raise ValueError(f"it holds {', '.join(sorted(saved)[:5])}, and no projector of two linear layers")
+            names = ", ".join(sorted(saved)[:5])
+            raise ValueError(f"it holds {names}, and no projector of two linear layers")
     return projector
 
 
 def load_torch_tensors(path: str) -> dict[str, torch.Tensor]:
     """Reads a dictionary of tensors that `torch.save` wrote."""
     try:
-        with open(path, "rb") as file:  # given the path, torch would take a name with .safetensors for such a file
+        with open(path, "rb") as file:  # given a path that ends with .safetensors, torch would believe it
             saved = torch.load(file, "cpu", weights_only=True)
     except Exception as error:  # of any type
         raise ValueError("it is neither safetensors nor torch's file of tensors") from error
@@ -310,13 +312,12 @@ def put_projector(model: Llava, projector: dict[str, torch.Tensor], path: str) -
 def published_names(model: Llava) -> dict[str, torch.Tensor]:
     """A LLaVA's weights, with the tower's named as in published checkpoints.
 
-    Other engines look for these names; the towers that they know in a LLaVA are CLIP and SigLIP. transformers renames
-    the other weights itself.
+    Other engines look for these names; the towers that they know in a LLaVA are CLIP and SigLIP. transformers
+    renames the other weights itself.
     """
-    weights = model.state_dict()
-    if model.config.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
-        return weights
-    return {name.replace(".vision_tower.", ".vision_tower.vision_model."): tensor for name, tensor in weights.items()}
+    known = model.config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
+    prefix = ".vision_tower.vision_model." if known else ".vision_tower."
+    return {name.replace(".vision_tower.", prefix): tensor for name, tensor in model.state_dict().items()}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Opens a LLaVA checkpoint, also one from older versions, names its parts, and decides which parameters train."""
+"""Opens a LLaVA checkpoint, also from older versions, names its parts, and decides which parameters train."""
 
 import json
 import os
@@ -30,12 +30,12 @@ from train_llava.modeling.templates import complete_generation_config, context_l
 from train_llava.modeling.towers import skip_unused_layers, tower_states
 
 if device().type == "cpu":
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without it DeepSpeed prints a complaint when it is imported
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed prints a complaint when imported
 
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
-# For each type: a learning rate that works, from the LLaVA-1.5 recipe (Liu et al., 2023), and the parts that train in
-# full. `lora` also trains low-rank adapters (Hu et al., 2021) of the language model.
+# For each type: a learning rate that works, from the LLaVA-1.5 recipe (Liu et al., 2023), and the parts that
+# train in full. `lora` also trains low-rank adapters (Hu et al., 2021) of the language model.
 TRAIN_TYPES = {
     "projector": (1e-3, ["projector"]),
     "lora": (2e-4, ["projector"]),
@@ -54,13 +54,13 @@ class LoraArguments:
 
 
 def find_file(model_name_or_path: str, name: str) -> Path | None:
-    """Finds one file of a model, in its folder or on the hub. None: it has no such file, or the hub is out of reach.
+    """Finds a file of a model, in its folder or on the hub. None: there is none, or the hub is out of reach.
 
     Raises:
         OSError: there is no such model.
     """
-    settings = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    path = cached_file(model_name_or_path, name, **settings)
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(model_name_or_path, name, **quiet)
     return path and Path(path)
 
 
@@ -76,7 +76,8 @@ def refuse_adapter(name_or_path: str) -> None:
             with opening(str(path)):
                 base = json.loads(path.read_text())["base_model_name_or_path"]
             use = f"name it with --adapter_name_or_path {name_or_path} behind --model_name_or_path {base}"
-            raise ValueError(f"{name_or_path} is a LoRA adapter of {base}: {use}, or merge them by merge_lora first")
+            use += ", or merge them by merge_lora first"
+            raise ValueError(f"{name_or_path} is a LoRA adapter of {base}: {use}")
 
 
 def load_config(model_name_or_path: str) -> LlavaConfig | LlavaNextConfig:
@@ -92,7 +93,8 @@ def load_config(model_name_or_path: str) -> LlavaConfig | LlavaNextConfig:
         refuse_adapter(model_name_or_path)
         if Path(model_name_or_path).is_dir():
             raise
-        raise ValueError(f"{model_name_or_path} is no model folder, and no model that the hub would give") from error
+        nothing = "is no model folder, and no model that the hub would give"
+        raise ValueError(f"{model_name_or_path} {nothing}") from error
     if config.model_type not in ("llava", "llava_next"):
         raise ValueError(f"{model_name_or_path} is a {config.model_type} model, not a LLaVA: see build_model")
     return config
@@ -101,16 +103,15 @@ def load_config(model_name_or_path: str) -> LlavaConfig | LlavaNextConfig:
 def load_processor(model_name_or_path: str) -> tuple[LlavaConfig | LlavaNextConfig, Processor]:
     """Reads the configuration and the processor of a LLaVA checkpoint, a folder or a hub id.
 
-    Settings that processors from older versions of transformers lack are derived, with a line on standard error.
-
-    Raises:
-        ValueError: see `load_config`.
+    Settings that older versions of transformers did not save are derived, with a line on standard error. See
+    `load_config` for what it raises.
     """
     config = load_config(model_name_or_path)
     with opening(model_name_or_path):
         processor = AutoProcessor.from_pretrained(model_name_or_path)
         if not isinstance(processor, Processor):
-            raise ValueError(f"its processor is a {type(processor).__name__} and no LLaVA's: see the README's FAQ")
+            kind = type(processor).__name__
+            raise ValueError(f"its processor is a {kind} and no LLaVA's: see the README's FAQ")
     tokenizer, derived = processor.tokenizer, []
     tokenizer.model_max_length = context_length(config.text_config)
 
@@ -150,10 +151,10 @@ def load_checkpoint(
     settings |= {"dtype": dtype, "attn_implementation": attn_implementation, "output_loading_info": True}
     with opening(model_name_or_path):
         model, loading_info = AutoModelForImageTextToText.from_pretrained(model_name_or_path, **settings)
-        if Path(model_name_or_path, "generation_config.json").exists():  # transformers skips a broken one silently
+        if Path(model_name_or_path, "generation_config.json").exists():  # a broken one is skipped silently
             GenerationConfig.from_pretrained(model_name_or_path)
     for module in model.modules():
-        # or bitsandbytes, on CPUs with AVX512-BF16, repacks a layer at its first answer, and it passes no gradient
+        # on CPUs with AVX512-BF16, bitsandbytes would repack a layer, and no gradient passes it then
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if missing := loading_info["missing_keys"]:
@@ -207,10 +208,11 @@ def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> st
 def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConfig:
     """Configures low-rank adapters on every linear layer of the language model; the projector trains in full.
 
-    The experts of a mixture are one tensor a layer in transformers. They are no linear layers and get no adapter, as
-    `describe_trainable` reports. PEFT cannot save `image_newline`, so it stays frozen.
+    The experts of a mixture are one tensor a layer in transformers. They are no linear layers and get no
+    adapter, as `describe_trainable` reports. PEFT cannot save `image_newline`, so it stays frozen.
     """
-    linear = {name.rsplit(".", 1)[-1] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)}
+    modules = language_model.named_modules()
+    linear = {name.rsplit(".", 1)[-1] for name, module in modules if isinstance(module, nn.Linear)}
     return LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
@@ -227,8 +229,8 @@ def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConf
 def set_trainable(model: Llava, train_type: str, arguments: LoraArguments) -> Llava | PeftModel:
     """Decides which parameters train, by `TRAIN_TYPES`; all others are frozen.
 
-    Two kinds never train: parameters of the tower that the projector never uses, and parameters that the language
-    model's own class excludes, such as the expert score correction of ERNIE 4.5 MoE.
+    Two kinds never train: parameters of the tower that the projector never uses, and parameters that the
+    language model's own class excludes, such as the expert score correction of ERNIE 4.5 MoE.
     """
     frozen = {f"model.vision_tower.{name}" for name in skip_unused_layers(model)}
     language_model = model.model.language_model

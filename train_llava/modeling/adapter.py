@@ -40,7 +40,7 @@ def load_model(
 
 @contextmanager
 def reading_adapter(adapter_name_or_path: str, file_name: str) -> Iterator[None]:
-    """Turns whatever a library raises that reads one file of an adapter into a ValueError that names the file."""
+    """Turns any error of a library that reads a file of an adapter into a ValueError that names the file."""
     try:
         yield
     except Exception as error:  # a broken file raises errors of any type
@@ -66,11 +66,12 @@ def continued(adapter_name_or_path: str, arguments: dict[str, Any]) -> LoraArgum
         arguments: the command line's arguments by name.
 
     Raises:
-        ValueError: an argument differs from the adapter's setting, or the adapter does not train the projector.
+        ValueError: an argument differs from the adapter's setting, or the adapter trains no projector.
     """
     config = read_adapter_config(adapter_name_or_path)
     if "multi_modal_projector" not in (config.modules_to_save or []):
-        raise ValueError(f"{adapter_name_or_path} holds no projector: merge it by merge_lora, and train a new adapter")
+        remedy = "merge it by merge_lora, and train a new adapter"
+        raise ValueError(f"{adapter_name_or_path} holds no projector: {remedy}")
     settings = {name: getattr(config, name.replace("lora_r", "r")) for name in vars(LoraArguments())}
     for name, value in settings.items():
         if arguments.get(name, value) != value:
@@ -83,8 +84,8 @@ def continued(adapter_name_or_path: str, arguments: dict[str, Any]) -> LoraArgum
 def load_adapter(model: Llava, adapter_name_or_path: str, model_name: str, trains: bool = False) -> PeftModel:
     """Puts a LoRA adapter on a model, and makes sure that every tensor of it found its place there.
 
-    With `trains` it goes on training, its projector with it. An adapter from transformers before 4.52, with other
-    names for a LLaVA's parts, is read, too.
+    With `trains` it goes on training, its projector with it. An adapter from transformers before 4.52, with
+    other names for a LLaVA's parts, is read, too.
 
     Raises:
         ValueError: it cannot be opened, or was trained on another model; the message says which.

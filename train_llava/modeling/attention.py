@@ -1,4 +1,4 @@
-"""Attention in a packed row, conversation by conversation: its cost is that of each alone, not the row's squared."""
+"""Attention in a packed row, one conversation at a time: the cost is not that of the whole row squared."""
 
 from typing import Any
 

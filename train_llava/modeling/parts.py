@@ -1,7 +1,7 @@
-"""Opens the parts of a LLaVA from folders or the hub: vision tower, language model, image processor, tokenizer.
+"""Opens the parts of a LLaVA: vision tower, language model, image processor and tokenizer.
 
-Each function raises a ValueError where it cannot open a part, or where no LLaVA can hold it. The message names the
-part and the reason.
+Each function raises a ValueError where it cannot open a part, or where no LLaVA can hold it. The message
+names the part and the reason.
 """
 
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def part_config(name_or_path: str) -> PreTrainedConfig:
 
 
 def load_part(auto_class: Any, name_or_path: str, dtype: Any) -> tuple[PreTrainedModel, set[str]]:
-    """Opens one of the two models. Returns it, and the names of those of its weights that its folder lacks."""
+    """Opens one of the two models. Returns it, and the names of the weights that its folder lacks."""
     config = part_config(name_or_path)
     model = f"{name_or_path} is a {config.model_type}"
     if auto_class is AutoModelForCausalLM and type(config) not in auto_class._model_mapping:
@@ -81,24 +81,28 @@ def load_vision_tower(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
     # the tower takes pictures, and nothing else
     parameters = signature(tower.forward).parameters
     if "pixel_values" not in parameters or "input_ids" in parameters:
-        raise ValueError(
-            f"{name_or_path} is a {kind} model, not a vision tower, nor does transformers find one in it that takes "
-            "plain pictures"
-        )
+        none = "nor does transformers find one in it that takes plain pictures"
+        raise ValueError(f"{name_or_path} is a {kind} model, not a vision tower, {none}")
     required = [name for name, parameter in parameters.items() if parameter.default is Parameter.empty]
     if others := [name for name in required if name not in ("pixel_values", "args", "kwargs")]:
         takes = f"takes {' and '.join(others)} with a picture"
         raise ValueError(f"{name_or_path} is a {kind}, whose vision tower {takes}, which no LLaVA gives it")
     if not isinstance(tower, PreTrainedModel):
-        raise ValueError(f"{name_or_path} is a {kind}, whose vision tower is no model by itself in transformers")
+        alone = "is no model by itself in transformers"
+        raise ValueError(f"{name_or_path} is a {kind}, whose vision tower {alone}")
 
-    # its class, and the weights that its folder lacks
+    # missing weights that no hidden state uses are zero, such as the pooler of a ViT classifier
     prefix = next(name for name, module in model.named_modules() if module is tower)
     missing = {name.removeprefix(prefix).lstrip(".") for name in missing if name.startswith(prefix)}
     if type(tower.config) not in AutoModel._model_mapping:
         tower = as_clip(tower, name_or_path)
     if missing:
-        fill_unused(tower, missing, name_or_path)
+        with running_as_one():
+            unused = unused_parameters(tower.config, -1)
+        if used := missing - unused:
+            raise ValueError(f"{name_or_path} lacks weights of its vision tower, for example {min(used)}")
+        for name in missing:
+            torch.nn.init.zeros_(tower.get_parameter(name))
     return tower
 
 
@@ -121,18 +125,8 @@ def as_clip(tower: PreTrainedModel, name: str) -> PreTrainedModel:
     return clip
 
 
-def fill_unused(tower: PreTrainedModel, missing: set[str], name: str) -> None:
-    """Zeroes a tower's missing weights that no hidden state uses, such as the pooler of a ViT classifier."""
-    with running_as_one():
-        unused = unused_parameters(tower.config, -1)
-    if used := sorted(missing - unused):
-        raise ValueError(f"{name} lacks weights of its vision tower, for example {used[0]}")
-    for weight in missing:
-        torch.nn.init.zeros_(tower.get_parameter(weight))
-
-
 def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
-    """Opens a causal language model; of a model with a vision tower of its own, such as Gemma 3, the text half."""
+    """Opens a causal language model; of a model with its own vision tower, such as Gemma 3, the text half."""
     model, missing = load_part(AutoModelForCausalLM, name_or_path, dtype)
     decoder, output_layer = decoder_of(model), model.get_output_embeddings()
     needed = [*decoder.state_dict(keep_vars=True).values(), *output_layer.state_dict(keep_vars=True).values()]
@@ -163,13 +157,14 @@ def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
     for module in language_model.modules():
         if type(module) is decoder_class:
             return module
-    raise ValueError(f"a {config.model_type} without its output layer is no model of transformers: no LLaVA holds it")
+    alone = f"a {config.model_type} without its output layer"
+    raise ValueError(f"{alone} is no model of transformers: no LLaVA holds it")
 
 
 def load_image_processor(
     vision_tower: PreTrainedModel, name_or_path: str, image_aspect_ratio: str, grids: list[str]
 ) -> BaseImageProcessor:
-    """Opens the vision tower's image processor. For `pad` or `anyres`, LLaVA-1.5's or LLaVA-NeXT's takes its place.
+    """Opens the tower's image processor. For `pad` or `anyres`, LLaVA-1.5's or LLaVA-NeXT's takes its place.
 
     Args:
         grids: the grids of tiles of `anyres`, such as "2x3".
@@ -180,13 +175,15 @@ def load_image_processor(
         wide = image_processor(Image.new("RGB", (128, 64)), return_tensors="pt")
         pixel_values = square["pixel_values"]
         if pixel_values.ndim not in (4, 5) or pixel_values.shape[-1] != pixel_values.shape[-2]:
-            raise ValueError("it cuts pictures of any size (as NaFlex does): take a tower of one square picture size")
+            any_size = "it cuts pictures of any size (as NaFlex does)"
+            raise ValueError(f"{any_size}: take a tower of one square picture size")
 
     if image_aspect_ratio == "crop":
+        take = "take --image_aspect_ratio pad"
         if pixel_values.ndim == 5:
-            raise ValueError(f"{name_or_path} cuts pictures into tiles: take --image_aspect_ratio pad or anyres")
+            raise ValueError(f"{name_or_path} cuts pictures into tiles: {take} or anyres")
         if pixel_values.shape != wide["pixel_values"].shape:
-            raise ValueError(f"{name_or_path} makes no square of a wide picture: take --image_aspect_ratio pad")
+            raise ValueError(f"{name_or_path} makes no square of a wide picture: {take}")
         if others := square.keys() - {"pixel_values"}:
             raise ValueError(
                 f"{name_or_path} gives {min(others)} with a picture, and no LLaVA takes it: have it padded"
@@ -203,7 +200,8 @@ def load_image_processor(
         return LlavaImageProcessor(do_pad=True, do_center_crop=False, size=size, crop_size=size, **settings)
     side = getattr(vision_tower.config, "image_size", None)
     if not isinstance(side, int):
-        raise ValueError(f"anyres: {name_or_path} takes pictures of {side} pixels, and tiles are squares of one size")
+        pictures = f"{name_or_path} takes pictures of {side} pixels"
+        raise ValueError(f"anyres: {pictures}, and tiles are squares of one size")
     pinpoints = []
     for grid in grids:
         rows, columns = grid.split("x")
@@ -217,8 +215,8 @@ def probe_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, nam
     """Runs a tower on two pictures from its image processor.
 
     Returns:
-        How many tokens it gives a picture, how many of these are no patches (class token, registers), and how many
-        hidden states it has.
+        How many tokens it gives a picture, how many of these are no patches (class token, registers), and how
+        many hidden states it has.
     """
     picture = Image.new("RGB", (64, 64))
     pixel_values = image_processor([picture, picture], return_tensors="pt")["pixel_values"].to(tower.dtype)
@@ -249,8 +247,8 @@ def probe_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, nam
     return tokens, tokens - patches, len(states)
 
 
-def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Opens the language model's tokenizer, and adds `<image>`, a pad token and a template fit for a LLaVA."""
+def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Opens the language model's tokenizer, and adds `<image>`, a pad token and a patched chat template."""
     with opening(language_model_name_or_path):
         # Mistral's own format, which is read where its package is installed, has no chat template
         settings = {"trust_remote_code": trust_remote_code, "mistral_format": False}
@@ -259,10 +257,9 @@ def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool = F
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if words := [word for word, i in tokenizer.get_vocab().items() if i == image_id and word != IMAGE_TOKEN]:
-        raise ValueError(
-            f"{language_model_name_or_path}: the ids of its vocabulary have a hole, and {IMAGE_TOKEN} would get "
-            f"{image_id}, which is {words[0]!r}: give the missing ids a token each"
-        )
+        taken = f"{IMAGE_TOKEN} would get {image_id}, which is {words[0]!r}"
+        hole = f"the ids of its vocabulary have a hole, and {taken}: give the missing ids a token each"
+        raise ValueError(f"{language_model_name_or_path}: {hole}")
     if hasattr(tokenizer, "image_token"):  # a family with vision has its own, which the processor would take
         tokenizer.image_token = IMAGE_TOKEN
     if tokenizer.pad_token is None:

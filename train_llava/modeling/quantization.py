@@ -10,12 +10,13 @@ from train_llava.cli import device
 
 
 def quantization(bits: int, dtype: torch.dtype) -> dict[str, Any]:
-    """How `from_pretrained` puts the language model's weights in 8 bits (Dettmers et al., 2022) or 4 (QLoRA, 2023).
+    """The arguments with which `from_pretrained` holds the language model in 8 bits or in 4.
 
-    What is small, or reads pictures, stays as it is: the vision tower, the projector and the output embedding.
+    The methods are LLM.int8 (Dettmers et al., 2022) and QLoRA (2023). The vision tower, the projector and the
+    output layer keep their precision.
 
     Raises:
-        ValueError: bitsandbytes, which does it, is not installed.
+        ValueError: bitsandbytes is not installed.
     """
     if not is_bitsandbytes_available():
         raise ValueError(f"--bits {bits} needs a package that is not installed: pip install bitsandbytes")
@@ -27,6 +28,6 @@ def quantization(bits: int, dtype: torch.dtype) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    # such weights are made where they stay, a GPU that has to be named by its number
+    # such weights are made on the device where they stay; a GPU is named by its number
     place = "cpu" if device().type == "cpu" else torch.accelerator.current_device_index()
     return {"quantization_config": config, "device_map": {"": place}}

@@ -1,4 +1,4 @@
-"""Measures a vision tower by running it: its hidden states, and the layers whose output the projector never uses."""
+"""Measures a vision tower by running it: its hidden states, and the layers that the projector never uses."""
 
 from copy import deepcopy
 from typing import Any
@@ -14,8 +14,9 @@ def tower_states(
 ) -> tuple[PreTrainedModel, tuple[torch.Tensor, ...]]:
     """Makes a vision tower with unset weights, and runs it on a picture of `side` x `side` pixels.
 
-    `settings` replace values of its configuration, to make it small. It runs on the CPU and outside inference mode:
-    some architectures cache tensors for the whole process, and these have to be what they would cache anyway.
+    `settings` replace values of its configuration, to make it small. It runs on the CPU and outside inference
+    mode: some architectures cache tensors for the whole process, and these have to be what they would cache
+    anyway.
 
     Returns:
         The tower and its hidden states, `(1, tokens, width)` each.
@@ -61,7 +62,7 @@ def pass_through(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tenso
 
 
 def skip_unused_layers(model: nn.Module) -> set[str]:
-    """Skips the vision tower's layers whose output the projector never uses. They stay in the model and in its files.
+    """Skips the vision tower's layers whose output the projector never uses. They stay in its files.
 
     Returns the names of the tower's parameters that get no gradient.
     """

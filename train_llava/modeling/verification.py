@@ -1,15 +1,16 @@
-"""Verifies an assembled LLaVA by measuring it: against its two parts, and what training and generation rely on.
+"""Verifies a LLaVA by measuring it: against its two parts, and what training and generation rely on.
 
     python -m train_llava.modeling.verification FOLDER REFERENCES OUTCOME
 
-is how `build_model` verifies a folder in a fresh process (see `verify_in_fresh_process`). A check that fails raises a
-ValueError that names what is wrong.
+is how `build_model` verifies a folder in a fresh process (see `verify_in_fresh_process`). A check that fails
+raises a ValueError that names what is wrong.
 """
 
 import json
 import shutil
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +30,7 @@ from train_llava.modeling.parts import decoder_of, running_as_one
 from train_llava.modeling.weights import base_tensors, differing_tensor, save_weights
 from train_llava.records import IMAGE_TOKEN
 
+Rows = list[tuple[str, str]]  # of the table that `build_model` prints: (what was checked, the outcome)
 MILLION = 1_000_000  # tokens; no longer context is tried
 CONVERSATION = ("What is this?", "A red square.", "And this?", "It is blue.")
 PACKED = (("What is the capital of France?", "Paris."), ("Name a colour.", "Red, or blue."))
@@ -44,16 +46,17 @@ def reference_outputs(
     """Runs the two models alone: logits `(1, T, vocabulary)` and hidden states `(N, tokens, width)`."""
     input_ids, pixel_values = example_inputs(processor)
     logits = language_model(input_ids=input_ids).logits
-    features = vision_tower(pixel_values.to(vision_tower.dtype), output_hidden_states=True).hidden_states[layer]
-    return logits, features
+    hidden_states = vision_tower(pixel_values.to(vision_tower.dtype), output_hidden_states=True).hidden_states
+    return logits, hidden_states[layer]
 
 
-def verify_in_fresh_process(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> list[tuple[str, str]]:
+def verify_in_fresh_process(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> Rows:
     """Calls `verify_checkpoint` in a fresh process, which sees the model as every later command does."""
     with TemporaryDirectory() as scratch:
         references, outcome = Path(scratch, "references.safetensors"), Path(scratch, "outcome.json")
         save_file({"logits": logits.contiguous(), "features": features.contiguous()}, references)
-        command = [sys.executable, "-m", "train_llava.modeling.verification", folder.absolute(), references, outcome]
+        module = "train_llava.modeling.verification"
+        command = [sys.executable, "-m", module, folder.absolute(), references, outcome]
         exit_code = subprocess.run(command, cwd=ROOT, check=False).returncode
         if not outcome.exists():
             raise ValueError(f"the checks of {folder} did not end: exit code {exit_code}")
@@ -74,16 +77,16 @@ def main() -> None:
 
 @running_as_one()
 @torch.inference_mode()
-def verify_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> list[tuple[str, str]]:
-    """Opens a saved LLaVA and verifies it. `logits` and `features` are the two models' own: see `reference_outputs`.
+def verify_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> Rows:
+    """Opens a saved LLaVA and verifies it: one function for each row of the table.
 
-    Returns the rows of the table, (what was checked, the outcome); each comes from one function.
+    `logits` and `features` are the two models' own: see `reference_outputs`.
     """
     model, processor = load_checkpoint(str(folder))
     input_ids, pixel_values = example_inputs(processor)
     our_logits = model(input_ids=input_ids).logits[..., : logits.shape[-1]]
-    hidden_states = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True).hidden_states
-    our_features = hidden_states[model.config.vision_feature_layer]
+    outputs = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True)
+    our_features = outputs.hidden_states[model.config.vision_feature_layer]
     chat, length = Chat(processor), min(processor.tokenizer.model_max_length, MILLION)
     cached, longer = f"with a cache, in {length:,} tokens,", f"beside a text of {length:,} tokens"
     return [
@@ -108,19 +111,18 @@ def verify_for_training(model: nn.Module, processor: Processor, packing: bool) -
     if packing and not is_deepspeed_zero3_enabled():  # under ZeRO-3 no rank holds the whole model
         packed, equal = packing_difference(model, chat)
         if not equal:
-            raise ValueError(
-                f"--packing: a {model.config.text_config.model_type} does not keep the conversations of a row apart "
-                f"(logits differ by {packed:.0e} of the largest from those of each alone)"
-            )
+            mixes = f"a {model.config.text_config.model_type} does not keep the conversations of a row apart"
+            apart = f"logits differ by {packed:.0e} of the largest from those of each alone"
+            raise ValueError(f"--packing: {mixes} ({apart})")
 
 
 @torch.inference_mode()
 def verify_text_path(language_model: PreTrainedModel, processor: Processor) -> None:
     """Verifies that a language model does no more with a text than a LLaVA does.
 
-    A LLaVA puts its embedding's rows into its decoder, and the decoder's states into its output layer. In half
-    precision a scale or a cap of the logits can be smaller than their noise. So the check runs the output layer's
-    first rows on large states, in float32.
+    A LLaVA puts its embedding's rows into its decoder, and the decoder's states into its output layer. In
+    half precision a scale or a cap of the logits can be smaller than their noise. So the check runs the
+    output layer's first rows on large states, in float32.
     """
     input_ids, decoder = example_inputs(processor)[0], decoder_of(language_model)
     model_type = decoder.config.model_type
@@ -145,8 +147,10 @@ def verify_text_path(language_model: PreTrainedModel, processor: Processor) -> N
     def replace_states(module: nn.Module, inputs: Any, output: Any) -> Any:
         return output | {"last_hidden_state": states}
 
-    inner = [m for m in language_model.modules() if isinstance(m, PreTrainedModel) and m is not language_model]
-    hooks = [module.register_forward_hook(replace_states) for module in inner]
+    hooks = []
+    for module in language_model.modules():
+        if isinstance(module, PreTrainedModel) and module is not language_model:
+            hooks.append(module.register_forward_hook(replace_states))
     language_model.set_output_embeddings(head)
     try:
         logits = language_model(input_ids=input_ids, use_cache=False).logits
@@ -169,7 +173,8 @@ def verify_embedding(model: Llava, processor: Processor) -> str:
     tokenizer, image_id = processor.tokenizer, model.config.image_token_id
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != image_id or image_id >= rows:
-        raise ValueError(f"{IMAGE_TOKEN} has no row of its own: {len(tokenizer)} tokens, {rows} embedding rows")
+        sizes = f"{len(tokenizer)} tokens, {rows} embedding rows"
+        raise ValueError(f"{IMAGE_TOKEN} has no row of its own: {sizes}")
     return f"{len(tokenizer)} tokens, {rows} rows, {IMAGE_TOKEN} is {image_id}"
 
 
@@ -184,11 +189,11 @@ def verify_part(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> str:
     return f"equal to the part's own (difference {apart:.0e})"
 
 
-def verify_conversations(chat: Chat, generation_config: GenerationConfig) -> list[tuple[str, str]]:
+def verify_conversations(chat: Chat, generation_config: GenerationConfig) -> Rows:
     """Verifies, on conversations of one and of two turns, what is learnt and what generation begins from.
 
-    Supervised is each answer with the token that ends its turn, and nothing else. Generation stops at these tokens,
-    and begins from the same tokens as the answer had before it in training.
+    Supervised is each answer with the token that ends its turn, and nothing else. Generation stops at these
+    tokens, and begins from the same tokens as the answer had before it in training.
 
     Returns:
         Two rows of the table: "what is learnt" and "generation prompt".
@@ -203,30 +208,31 @@ def verify_conversations(chat: Chat, generation_config: GenerationConfig) -> lis
         stretches = np.split(supervised, np.flatnonzero(np.diff(supervised) > 1) + 1)
         answers = texts[1::2]
         if len(stretches) != len(answers):
-            raise ValueError(f"{len(stretches)} stretches are learnt of a conversation with {len(answers)} answers")
+            count = f"a conversation with {len(answers)} answers"
+            raise ValueError(f"{len(stretches)} stretches are learnt of {count}")
         for i, (stretch, answer) in enumerate(zip(stretches, answers, strict=True)):
             begin, last_id = stretch[0], int(input_ids[stretch[-1]])
             end = tokenizer.convert_ids_to_tokens(last_id)
             if tokenizer.decode(input_ids[stretch[:-1]]).strip() != answer:
-                raise ValueError(f"{tokenizer.decode(input_ids[stretch])!r} is learnt as the answer {answer!r}")
+                learnt = tokenizer.decode(input_ids[stretch])
+                raise ValueError(f"{learnt!r} is learnt as the answer {answer!r}")
             if last_id not in stops:
                 raise ValueError(f"answers are taught to end with {end}, and generation does not stop there")
             prompt = chat.prompts([messages[: 2 * i + 1]], [picture])["input_ids"][0].tolist()
             if prompt != input_ids[:begin].tolist():
-                raise ValueError(
-                    f"generation begins from {tokenizer.decode(prompt[-8:])!r}, and in training the answer followed "
-                    f"{tokenizer.decode(input_ids[max(0, begin - 8) : begin])!r}"
-                )
+                ours, theirs = (tokenizer.decode(ids[-8:]) for ids in (prompt, input_ids[:begin]))
+                raise ValueError(f"generation begins from {ours!r}, and in training the answer followed {theirs!r}")
             end_tokens.append(end)
     assistant_prefix = chat.segments(turn_structure(messages[:1]), answer_next=True)[-1]
+    ends = " or ".join(dict.fromkeys(end_tokens))
     return [
-        ("what is learnt", f"each answer with {' or '.join(dict.fromkeys(end_tokens))}, where generation stops"),
+        ("what is learnt", f"each answer with {ends}, where generation stops"),
         ("generation prompt", f"as in training, {assistant_prefix!r}"),
     ]
 
 
 def verify_packing(model: Llava, chat: Chat) -> str:
-    """Reports whether the model keeps packed conversations apart. Where it does not, training refuses --packing."""
+    """Reports whether the model keeps packed conversations apart."""
     packed, equal = packing_difference(model, chat)
     return f"{'equal' if equal else 'not equal: training refuses --packing'} (difference {packed:.0e})"
 
@@ -255,14 +261,16 @@ def verify_image_tokens(model: Llava, processor: Processor) -> str:
     pictures = {name: inputs[name] for name in processor.image_processor.model_input_names}
     features = len(model.get_image_features(**pictures).pooler_output[0])
     if tokens != features:
-        raise ValueError(f"the processor writes {tokens} {IMAGE_TOKEN} tokens a picture, the tower gives {features}")
+        written = f"the processor writes {tokens} {IMAGE_TOKEN} tokens a picture"
+        raise ValueError(f"{written}, the tower gives {features}")
     return f"{tokens} written, {features} features"
 
 
 def verify_generation(model: Llava, processor: Processor) -> str:
     """Verifies that the model answers a question about a picture. It keeps the first layer alone, in place.
 
-    The logits of all layers are verified already. On a CPU they would take minutes for a large picture's tokens.
+    The logits of all layers are verified already. On a CPU they would take minutes for a large picture's
+    tokens.
     """
     for layers in model.model.language_model.modules():
         if isinstance(layers, nn.ModuleList) and len(layers) == model.config.text_config.num_hidden_layers:
@@ -279,9 +287,9 @@ def verify_generation(model: Llava, processor: Processor) -> str:
 def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, bool]:
     """Compares the logits of two packed conversations with those of each alone.
 
-    Some architectures cannot tell conversations apart by `position_ids`: linear attention, convolutions, masks made
-    without them. The text behind a conversation cannot be seen, so its effect is noise. The text in front may have
-    three times that effect. Neither may exceed the precision.
+    Some architectures cannot tell conversations apart by `position_ids`: linear attention, convolutions,
+    masks made without them. The text behind a conversation cannot be seen, so its effect is noise. The text
+    in front may have three times that effect. Neither may exceed the precision.
 
     Returns:
         The largest difference, and whether it is noise.
@@ -310,14 +318,15 @@ def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, bool]:
 
 @torch.inference_mode()
 def batching_difference(model: nn.Module, processor: Processor) -> float:
-    """Compares the next token's logits of two questions in a batch, padded as plain transformers does, and alone."""
+    """Compares two questions' next-token logits alone and in a batch, padded by plain transformers."""
     texts = []
     for question in ("What is the capital of France?", "Hello"):
         message = {"role": "user", "content": question}
         texts.append(processor.apply_chat_template([message], add_generation_prompt=True))
 
     def last_logits(texts: list[str]) -> torch.Tensor:
-        inputs = processor(text=texts, padding=True, add_special_tokens=False, return_tensors="pt").to(model.device)
+        inputs = processor(text=texts, padding=True, add_special_tokens=False, return_tensors="pt")
+        inputs = inputs.to(model.device)
         # as generation counts positions, without the padding
         position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         return model(**inputs, position_ids=position_ids).logits[:, -1]
@@ -373,25 +382,28 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def example_inputs(processor: Processor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A text-only question `(1, T)`, and a square and a wide noise picture, or the tiles of both, `(N, 3, H, W)`."""
+    """A text-only question `(1, T)`, and a square and a wide noise picture (or tiles), `(N, 3, H, W)`."""
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     input_ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in ((64, 64, 3), (48, 160, 3))]
+    arrays = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((64, 64, 3), (48, 160, 3))]
+    pictures = [Image.fromarray(array) for array in arrays]
     return input_ids, processor.image_processor(pictures, return_tensors="pt")["pixel_values"].flatten(0, -4)
 
 
 def picture_and_question(model: Llava, processor: Processor) -> Any:
     """A wide picture and a question about it, as the processor's batch."""
     prompt = processor.apply_chat_template(conversation("What is this?"), add_generation_prompt=True)
-    return processor(images=Image.new("RGB", (160, 48), "red"), text=prompt, return_tensors="pt").to(model.dtype)
+    picture = Image.new("RGB", (160, 48), "red")
+    return processor(images=picture, text=prompt, return_tensors="pt").to(model.dtype)
 
 
 def conversation(*texts: str) -> list[dict[str, Any]]:
     """Messages of alternating questions and answers, a picture in front of the first."""
-    roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": [{"type": "text", "text": text}]} for i, text in enumerate(texts)]
+    messages = []
+    for text, role in zip(texts, cycle(("user", "assistant")), strict=False):
+        messages.append({"role": role, "content": [{"type": "text", "text": text}]})
     messages[0]["content"].insert(0, {"type": "image"})
     return messages
 

@@ -25,11 +25,8 @@ PROJECTOR = "projector.safetensors"  # in the folder of a run that trained it al
 
 
 def base_tensors(model_name_or_path: str) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint's files by their names there.
-
-    They are mapped from the disk: they take no memory, and stay when the folder is removed.
-    """
-    files, _ = _get_resolved_checkpoint_files(model_name_or_path, None, None, None, None, is_remote_code=False)
+    """The tensors of a checkpoint's files, mapped from disk: they take no memory, and outlive the folder."""
+    files, _ = _get_resolved_checkpoint_files(model_name_or_path, *[None] * 4, is_remote_code=False)
     tensors = {}
     for file in files:
         tensors |= load_state_dict(file)
@@ -40,9 +37,7 @@ def tensors_in_files(model: nn.Module, state_dict: dict[str, torch.Tensor] | Non
     """A model's tensors and persistent buffers, or an adapter's alone, as files hold them.
 
     Their names are those of the checkpoint that the model was read from. A tied weight appears once.
-
-    Args:
-        state_dict: what DeepSpeed gathered of the model; None: the model itself holds everything.
+    `state_dict` is what DeepSpeed gathered of it; None: the model itself holds everything.
 
     Raises:
         OSError: a tensor was not gathered, or not whole.
@@ -78,17 +73,19 @@ def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 def as_read(name: str, held: torch.Tensor, base: dict[str, torch.Tensor]) -> torch.Tensor:
     """The tensor of `base` that gives `held` when it is opened; `held` itself where training has changed it.
 
-    For example, a float16 tensor of `base` is held in float32: unchanged, it is written in float16 again. A name that
-    is not in `base` is found by its values: the other name of a tied weight, or any name under ZeRO-3.
+    For example, a float16 tensor of `base` is held in float32: unchanged, it is written in float16 again. A
+    name that is not in `base` is found by its values: the other name of a tied weight, or any name under
+    ZeRO-3.
     """
     if name in base:
         other_dtype = base[name].dtype != held.dtype
         return base[name] if other_dtype and same_bits(base[name].to(held.dtype), held) else held
     for tensor in base.values():
-        if tensor.shape != held.shape or not same_bits(tensor.flatten()[:64].to(held.dtype), held.flatten()[:64]):
-            continue  # the first numbers tell most tensors apart
-        if same_bits(tensor.to(held.dtype), held):
-            return tensor.clone()  # several may have these values, as norms do, and each needs its own storage
+        if tensor.shape != held.shape:
+            continue
+        beginning = tensor.flatten()[:64].to(held.dtype)  # tells most tensors apart
+        if same_bits(beginning, held.flatten()[:64]) and same_bits(tensor.to(held.dtype), held):
+            return tensor.clone()  # norms may have the same values, and each needs its own storage
     return held
 
 
@@ -100,18 +97,17 @@ def save_weights(
     dtype: torch.dtype | None = None,
     write_in: Literal["held", "base", "dtype"] = "held",
 ) -> dict[str, torch.Tensor]:
-    """Writes a model's weights and configuration, or an adapter's. Returns the tensors as written, for `read_back`.
+    """Writes a model's weights and configuration, or an adapter's. Returns the tensors for `read_back`.
 
     Tensors that training has not changed are written as they were read: see `as_read`.
 
     Args:
-        state_dict: see `tensors_in_files`.
+        state_dict: see `tensors_in_files`, which may raise an OSError.
         base: the tensors of the checkpoint that the model was read from: see `base_tensors`.
-        dtype: the precision in the configuration, in which the model is opened; float32 where a value is too large.
-        write_in: the precision of the changed tensors: the model's or that of `base`. "dtype" is for all tensors.
-
-    Raises:
-        OSError: see `tensors_in_files`.
+        dtype: the precision in the configuration, in which the model is opened; float32 where a value is too
+        large.
+        write_in: the precision of the changed tensors: the model's or that of `base`. "dtype" is for all
+        tensors.
     """
     tensors, base, dtype = tensors_in_files(model, state_dict), base or {}, dtype or model.dtype
     if isinstance(model, PeftModel):
@@ -146,21 +142,20 @@ def save_weights(
 
 
 def differing_tensor(folder: Path, tensors: dict[str, torch.Tensor]) -> str | None:
-    """The first name where a folder's files hold other tensors than these; None: they hold these, and no others.
-
-    A tensor differs by name, type, shape or a bit. The files' index is named where it does not fit the files.
-    """
+    """A name where a folder's files or index hold other tensors; None: they hold these tensors alone."""
     weight_map: dict[str, str] = {}
     for path in sorted(set(folder.glob("*.safetensors")) - {folder / PROJECTOR}):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                if name in weight_map or name not in tensors or not same_bits(file.get_tensor(name), tensors[name]):
+                expected = name in tensors and name not in weight_map
+                if not expected or not same_bits(file.get_tensor(name), tensors[name]):
                     return name
                 weight_map[name] = path.name
     if missing := tensors.keys() - weight_map.keys():
         return min(missing)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    return index.name if index.exists() and json.loads(index.read_text())["weight_map"] != weight_map else None
+    fits = not index.exists() or json.loads(index.read_text())["weight_map"] == weight_map
+    return None if fits else index.name
 
 
 def read_back(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -177,8 +172,8 @@ def read_back(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 def in_saved_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Gives a model in training, for a while, the precision that it will have when its files are opened.
 
-    Training without DeepSpeed holds trained weights in float32, training with it LoRA's in half precision. Opened,
-    LoRA's are float32 and all others `dtype`, or the model's own where it is not held in float32.
+    Training without DeepSpeed holds trained weights in float32, training with it LoRA's in half precision.
+    Opened, LoRA's are float32 and all others `dtype`, or the model's own where it is not held in float32.
     """
     opened_in = dtype if model.dtype == torch.float32 else model.dtype
     data_in_training = {}
@@ -195,7 +190,7 @@ def in_saved_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def save_projector(folder: Path) -> None:
-    """Also writes the projector of a model just saved into a file of its own, for `build_model --projector`."""
+    """Writes the projector of a model just saved into its own file, too, for `build_model --projector`."""
     tensors = base_tensors(str(folder)).items()
     projector = {name: tensor for name, tensor in tensors if part_of(name) == "projector"}
     with replacing(folder / PROJECTOR) as file:
@@ -203,10 +198,7 @@ def save_projector(folder: Path) -> None:
 
 
 def first_values(model: nn.Module) -> dict[str, list[float]]:
-    """The first 8 numbers of every parameter, which tell a model from another of the same shape.
-
-    Parameters in 4 or 8 bits are left out: the same model has none of them in more bits.
-    """
+    """The first 8 numbers of each parameter not in 4 or 8 bits. They tell models of one shape apart."""
     return {
         # under ZeRO-3, the first rank's share is the beginning
         name: getattr(parameter, "ds_tensor", parameter).detach().flatten()[:8].float().tolist()
@@ -231,12 +223,9 @@ def save_base_fingerprint(model: nn.Module, folder: Path) -> None:
 
 
 def check_base(adapter_name_or_path: str, model: nn.Module, model_name: str) -> None:
-    """Refuses a model other than the one that an adapter was trained on, where the adapter has its fingerprint.
+    """Raises a ValueError for a model other than the one that an adapter was trained on, by its fingerprint.
 
     Numbers may differ by the rounding of half precision.
-
-    Raises:
-        ValueError: it is another model, or the fingerprint cannot be read.
     """
     path = find_file(adapter_name_or_path, FINGERPRINT)
     if path is None:  # trained elsewhere
