@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from train_llava.model import LoraArguments, set_trainable
-from train_llava.train import LEARNING_RATES
+from train_llava.training.options import LEARNING_RATES
 
 PICTURE, PROMPT, ANSWER = 576, 32, 32
 

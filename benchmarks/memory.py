@@ -12,7 +12,6 @@ import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaNextConfig, Qwen2Config
 
 from train_llava.model import LoraArguments, count_parameters
-from train_llava.train import LEARNING_RATES
 from train_llava.training.memory import (
     ANSWER,
     TEXT,
@@ -22,6 +21,7 @@ from train_llava.training.memory import (
     optimizer_step_bytes,
     picture_features,
 )
+from train_llava.training.options import LEARNING_RATES
 
 # The published configurations of openai/clip-vit-large-patch14-336 and Qwen/Qwen1.5-4B-Chat
 CLIP = CLIPVisionConfig(

@@ -28,8 +28,9 @@ from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.dataset.lengths import count_tokens
 from train_llava.model import LoraArguments, count_parameters, load_checkpoint, set_trainable
 from train_llava.modeling.adapter import load_model
-from train_llava.train import LEARNING_RATES, TrainArguments
+from train_llava.train import TrainArguments
 from train_llava.training.checkpointing import starting_point
+from train_llava.training.options import LEARNING_RATES
 from train_llava.training.preflight import longest_samples
 
 ROOT = Path(__file__).parent.parent

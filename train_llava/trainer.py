@@ -1,19 +1,15 @@
-"""A Hugging Face `Trainer` for LLaVA: learning rates by module, and nothing lost when a run ends as it should not.
+"""A Hugging Face `Trainer` for LLaVA: learning rates by part, and nothing lost when a run ends early.
 
 What differs from `Trainer`:
 
-- the held-out loss is that of all answer tokens alike, whatever the batch size and the number of ranks
-- the log tells the pace, too
-- an evaluation also answers held-out questions, and logs the answers' scores
-- conversations are grouped by their lengths as stored, where `Trainer` would open every picture first
-- the vision tower and the projector may have learning rates of their own
-- a whole model is loaded from a checkpoint by `from_pretrained`: its parameters have other names in files than
-  in memory, and `Trainer`, which looks for the latter, would find none and resume from the model as it is
+- the held-out loss is the mean over all supervised tokens, and an evaluation also answers held-out questions
+- `group_by_length` reads stored lengths; `Trainer` would open every image first
+- each part of the model has its own learning rate, and the log holds the throughput
+- a whole model resumes by `from_pretrained`: its parameters have other names in files than in memory
 - a resumed run takes rates, decay, schedule and intervals from its arguments, and does no step beyond its last
-- a checkpoint that was being written when the run died is never resumed from, and never costs an older one
+- an incomplete checkpoint is never resumed from, and never costs an older one
 - SIGTERM ends the run at the next step, with a checkpoint
-- a loss that is not finite stops the run, and says at which records; so do gradients and weights, before any save
-- the model card, which `Trainer` writes before it pushes to the hub, is this repo's own
+- a loss, a gradient or a weight that is not finite stops the run before any save
 """
 
 import math
@@ -27,7 +23,6 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerState
 from transformers.modeling_utils import get_state_dict_dtype
@@ -38,20 +33,21 @@ from train_llava.chat import IGNORE
 from train_llava.data import LlavaCollator, Sample
 from train_llava.dataset.lengths import GroupedByLength, count_tokens, order_seed
 from train_llava.evaluation.answers import score_answers
-from train_llava.model import load_checkpoint, load_config, part_of
+from train_llava.model import load_checkpoint, load_config
 from train_llava.modeling.weights import base_tensors, check_base, read_back, save_base_fingerprint, save_weights
 from train_llava.training.checkpointing import RECIPE, number_of, rotate_checkpoints, unfinished
 from train_llava.training.memory import precision
+from train_llava.training.optimizer import check_finite, restore_settings, settings_of_groups, split_by_part
 from train_llava.training.resume import SETTINGS, is_run_complete
 from train_llava.training.stopping import StopOnSignal, outlive_sigterm
 from train_llava.training.throughput import Throughput
 
 
 def with_extras(samples: list[Sample], collator: LlavaCollator) -> dict[str, Any]:
-    """The collator's batch, and under `extras` what the trainer alone needs of its samples:
+    """The collator's batch, and under `extras` what `LlavaTrainer` alone needs of its samples:
 
-    their `ids`; how many `supervised` tokens each has, `(samples,)`; `is_replacement`, `(samples,)`; and
-    the batch's number of `tokens` and `images`.
+    `ids`; `supervised`, each sample's number of supervised tokens, `(samples,)`; `is_replacement`, `(samples,)`; and
+    the batch's numbers of `tokens` and `images`.
     """
     extras = {
         "ids": [sample.id for sample in samples],
@@ -63,23 +59,8 @@ def with_extras(samples: list[Sample], collator: LlavaCollator) -> dict[str, Any
     return collator(samples) | {"extras": extras}
 
 
-def check_finite(model: nn.Module, where: str) -> None:
-    """Makes sure that what trains is finite.
-
-    Raises:
-        ValueError: a tensor is not; the message begins with `where` and names it.
-    """
-    for name, parameter in model.named_parameters():
-        # where ZeRO-3 has shared a parameter out, a rank holds a piece of it
-        if parameter.requires_grad and not getattr(parameter, "ds_tensor", parameter).isfinite().all():
-            raise ValueError(f"{where}: {name} is not finite")
-
-
 class LlavaTrainer(Trainer):
-    """See the head of this file. `learning_rates`: one for each part of the model, as `part_of` names it.
-
-    `write_card` writes the model card, given the run's state. `eval_answers`: how many questions an evaluation asks.
-    """
+    """See the head of this file. `eval_answers`: how many questions an evaluation asks."""
 
     def __init__(
         self,
@@ -92,15 +73,17 @@ class LlavaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.data_collator = partial(with_extras, collator=self.data_collator)
         self.learning_rates, self.write_card, self.eval_answers = learning_rates, write_card, eval_answers
-        # Trainer would remove older checkpoints too early, and of a run that was stopped its last one
+        # Trainer would remove older checkpoints too early; `_save_checkpoint` removes them
         self.limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.throughput = Throughput(self.args.device, precision(self.args), self.args.world_size)
+        # The outcome is saved in the precision of the model that the run began with, or in --save_dtype
         name = self.model.config.name_or_path
         self.base = base_tensors(name)
-        # what the saved model is opened in
         dtype = load_config(name).dtype or get_state_dict_dtype(self.base)
         self.dtype = dtype if self.args.save_dtype == "auto" else getattr(torch, self.args.save_dtype)
         self.add_callback(StopOnSignal())
+
+    # Data
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -109,51 +92,40 @@ class LlavaTrainer(Trainer):
         lengths = count_tokens(self.train_dataset.records, self.train_dataset.chat)[:, 0]
         return GroupedByLength(batch, lengths, order_seed(self.args), epoch=lambda: int(self.state.epoch or 0))
 
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        return SequentialSampler(eval_dataset)
+
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        # --dataloader_drop_last is for training: every held-out record counts
         drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop_last and is_training  # held-out records count to the last
+        self.args.dataloader_drop_last = drop_last and is_training
         loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
         self.args.dataloader_drop_last = drop_last
         loader.base_dataloader.worker_init_fn = partial(outlive_sigterm, begin=loader.worker_init_fn)
         return loader
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        return SequentialSampler(eval_dataset)
+    def get_batch_samples(self, *args: Any) -> Any:
+        with self.throughput.waiting():
+            return super().get_batch_samples(*args)
+
+    # Learning rates and schedule
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the arguments, its two groups (with weight decay, and without) split by part of a model."""
         optimizer = super().create_optimizer(model)
-        names = {parameter: name for name, parameter in (model or self.model).named_parameters()}
-        groups = []  # what is logged as the learning rate is the first one's
-        for part in reversed(self.learning_rates):
-            for group in optimizer.param_groups:
-                parameters = [parameter for parameter in group["params"] if part_of(names[parameter]) == part]
-                if parameters:
-                    groups.append(group | {"params": parameters, "lr": self.learning_rates[part]})
-        optimizer.param_groups[:] = groups
+        split_by_part(optimizer, model or self.model, self.learning_rates)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        groups = (optimizer or self.optimizer).param_groups
-        self.given = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        self.group_settings = settings_of_groups(optimizer or self.optimizer)
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Loads their states, and puts the arguments' rates, decay and schedule in force in place of theirs."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        groups, scheduler = self.optimizer.param_groups, self.lr_scheduler
-        for group, given in zip(groups, self.given, strict=True):
-            group |= {name: given[name] for name in ("weight_decay", "betas", "eps") if name in given}
-        if isinstance(scheduler, LambdaLR):  # all but those whose rate comes of the scores so far
-            scheduler.base_lrs = [given["initial_lr"] for given in self.given]
-            for group, rate, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-                group |= {"initial_lr": rate, "lr": rate * factor(scheduler.last_epoch)}
-            scheduler._last_lr = [group["lr"] for group in groups]
+        restore_settings(self.optimizer, self.lr_scheduler, self.group_settings)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
-        """Takes the intervals of logging, saving and evaluating, and the folder of the best checkpoint, from the
-        arguments, where a checkpoint holds those of the start before."""
+        """Takes intervals and the best checkpoint's folder from the arguments, not from the checkpoint."""
         outcome = super()._init_training_state(max_steps, *args)
         self.state.max_steps = max(max_steps, self.state.global_step)
         self.state.compute_steps(self.args, max_steps)
@@ -162,8 +134,10 @@ class LlavaTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
         return outcome
 
+    # Steps and evaluation
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if is_run_complete(self.state, self.args):  # a resumed run of which the final model alone is missing
+        if is_run_complete(self.state, self.args):  # the final model alone is missing
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
@@ -174,48 +148,43 @@ class LlavaTrainer(Trainer):
         outcome = super().compute_loss(model, inputs, *args, **kwargs)
         loss = outcome[0] if isinstance(outcome, tuple) else outcome
         if model.training and not torch.isfinite(loss):
-            step = self.state.global_step + 1
-            raise ValueError(
-                f"step {step}: the loss is {loss.item()} at the records {', '.join(map(repr, extras['ids']))}"
-            )
+            step, names = self.state.global_step + 1, ", ".join(map(repr, extras["ids"]))
+            raise ValueError(f"step {step}: the loss is {loss.item()} at the records {names}")
         return outcome
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradients' norm; DeepSpeed may give -1 for NaN. In fp16 a step that overflows is left out."""
         norm = super()._get_grad_norm(model, grad_norm)
+        # DeepSpeed may give -1 for NaN. In fp16, a step that overflows is left out
         if norm is not None and not self.args.fp16 and not 0 <= norm < math.inf:
-            what = f"step {self.state.global_step + 1}: the gradients are not finite (norm {float(norm)})"
-            raise ValueError(f"{what}; checkpoints before it are whole, and a lower --learning_rate may help")
+            reason = f"step {self.state.global_step + 1}: the gradients are not finite (norm {float(norm)})"
+            raise ValueError(f"{reason}; checkpoints before it are whole, and a lower --learning_rate may help")
         return norm
-
-    def get_batch_samples(self, *args: Any) -> Any:
-        with self.throughput.waiting():
-            return super().get_batch_samples(*args)
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
         super().log(logs | self.throughput.read() if "loss" in logs else logs, *args)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
-        """Adds the losses of the records of a batch, and their tokens, to `held_out`; no record counts twice."""
+        """Adds each sample's loss and number of supervised tokens to `loss_sums`; no record counts twice."""
         inputs = self._prepare_inputs(inputs)
         extras, labels = inputs.pop("extras"), inputs.pop("shift_labels")
-        del inputs["labels"]  # no loss is needed but those below
-        counts = extras["supervised"]
+        del inputs["labels"]  # or the model would compute its own loss, too
         with torch.no_grad():
             losses = cross_entropy(model(**inputs).logits.float(), labels, reduction="none")
-        sums = torch.stack([part.sum() for part in losses.split(counts.tolist())])
-        sums_and_counts = torch.stack([sums, counts], dim=1) * ~extras["is_replacement"][:, None]
-        self.held_out += self.accelerator.gather_for_metrics(sums_and_counts).cpu().double().sum(0)
+        sums = torch.stack([losses.sum() for losses in losses.split(extras["supervised"].tolist())])
+        sums_and_counts = torch.stack([sums, extras["supervised"]], dim=1) * ~extras["is_replacement"][:, None]
+        self.loss_sums += self.accelerator.gather_for_metrics(sums_and_counts).cpu().double().sum(0)
         return None, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        self.held_out = torch.zeros(2, dtype=torch.float64)
+        self.loss_sums = torch.zeros(2, dtype=torch.float64)  # of losses and of tokens
         with self.throughput.pausing():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             scores = score_answers(self, self.eval_answers) if self.eval_answers else {}
-        scores["loss"] = (self.held_out[0] / self.held_out[1]).item()
+        scores["loss"] = (self.loss_sums[0] / self.loss_sums[1]).item()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
+
+    # Loading and saving
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, PeftModel):
@@ -244,21 +213,18 @@ class LlavaTrainer(Trainer):
             save_base_fingerprint(self.model, folder)
         try:
             super().save_model(output_dir, _internal_call)
-        except Exception:  # of a full disk any; what is written in part is not left behind
+        except Exception:  # a full disk raises any type; no part of a model is left behind
             for written in folder.glob("*.safetensors") if self.args.should_save else []:
                 written.unlink()
             raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Writes a model, which is read back. Checkpoints, from which a run goes on, hold what trains as memory does;
-        the outcome has the precision of the model that it began with, or that of --save_dtype."""
+        """Writes a model and reads it back. A checkpoint has the precision of memory, the outcome that of `dtype`."""
         if not self.args.should_save:
             return
         folder, output = Path(output_dir or self.args.output_dir), Path(self.args.output_dir)
-        if folder.parent == output and number_of(folder) is not None:
-            write_in = "held"
-        else:
-            write_in = "base" if self.args.save_dtype == "auto" else "dtype"
+        is_checkpoint = folder.parent == output and number_of(folder) is not None
+        write_in = "held" if is_checkpoint else "base" if self.args.save_dtype == "auto" else "dtype"
         tensors = save_weights(self.model, folder, state_dict, self.base, self.dtype, write_in)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)

@@ -1,0 +1,69 @@
+"""What trains: in which precision, at which learning rate, and whether it is finite."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from train_llava.model import TRAIN_TYPES, part_of
+
+
+def use_float32(model: nn.Module, train_type: str) -> None:
+    """Holds in float32 what trains: half-precision weights are too coarse for small updates.
+
+    If the vision tower trains, its unused norms follow, since they would not take float32 inputs.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad or "vision tower" in TRAIN_TYPES[train_type][1]:
+            parameter.data = parameter.data.float()
+
+
+def check_finite(model: nn.Module, where: str) -> None:
+    """Makes sure that the parameters that train are finite.
+
+    Raises:
+        ValueError: one is not; the message begins with `where` and names it.
+    """
+    for name, parameter in model.named_parameters():
+        # Under ZeRO-3, a rank holds a part of each parameter
+        if parameter.requires_grad and not getattr(parameter, "ds_tensor", parameter).isfinite().all():
+            raise ValueError(f"{where}: {name} is not finite")
+
+
+def split_by_part(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rates: dict[str, float]) -> None:
+    """Splits an optimizer's groups (with and without weight decay) by part of the model, each at its rate.
+
+    Args:
+        learning_rates: the rate of each part, by the names of `part_of`. The log shows that of the last part.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = []
+    for part in reversed(learning_rates):
+        for group in optimizer.param_groups:
+            parameters = [parameter for parameter in group["params"] if part_of(names[parameter]) == part]
+            if parameters:
+                groups.append(group | {"params": parameters, "lr": learning_rates[part]})
+    optimizer.param_groups[:] = groups
+
+
+def settings_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The rates, decay and other settings of each group."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def restore_settings(
+    optimizer: torch.optim.Optimizer, scheduler: LRScheduler, group_settings: list[dict[str, Any]]
+) -> None:
+    """Puts rates, decay and schedule of a run's arguments in force, where a checkpoint has loaded earlier ones.
+
+    A schedule that is no `LambdaLR` takes its rate from the scores so far, and keeps it.
+    """
+    groups = optimizer.param_groups
+    for group, settings in zip(groups, group_settings, strict=True):
+        group |= {name: settings[name] for name in ("weight_decay", "betas", "eps") if name in settings}
+    if isinstance(scheduler, LambdaLR):
+        scheduler.base_lrs = [settings["initial_lr"] for settings in group_settings]
+        for group, rate, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group |= {"initial_lr": rate, "lr": rate * factor(scheduler.last_epoch)}
+        scheduler._last_lr = [group["lr"] for group in groups]

@@ -1,0 +1,112 @@
+"""The arguments of `train`: their defaults, and the `help` that is their documentation."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
+
+from train_llava.cli import BITS_HELP, device
+from train_llava.model import TRAIN_TYPES
+
+LEARNING_RATES = {name: rate for name, (rate, _) in TRAIN_TYPES.items()}
+TUTORIAL_NAMES = {"use_lora": "lora", "none": "full"}
+TRAIN_TYPE_HELP = "; ".join(f"{name}: the {', the '.join(parts)}" for name, (_, parts) in TRAIN_TYPES.items())
+RATE_HELP = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = HfArg(help="The LLaVA checkpoint to start from: a folder or a hub id.")
+    adapter_name_or_path: str | None = HfArg(
+        default=None, help="A LoRA adapter of that model to train further; its LoRA settings stay."
+    )
+    bits: Literal[4, 8] | None = HfArg(default=None, help=f"With lora alone. {BITS_HELP}")
+    attn_implementation: str | None = HfArg(default=None, help="sdpa, eager, flash_attention_2 …")
+
+
+@dataclass
+class DataArguments:
+    data_path: list[str] = HfArg(
+        help="One or several: a folder with chat.json, a .json, .jsonl, .csv, .parquet or .tar file, a hub id."
+    )
+    data_weights: list[float] | None = HfArg(default=None, help="How often a pass takes each path.")
+    image_dir: str | None = HfArg(
+        default=None, help="Folder or .zip of pictures; default: images_dl/, images/, images.zip beside the records."
+    )
+    streaming: bool = HfArg(default=False, help="Read shards as they come; needs --max_steps.")
+    bad_samples: Literal["skip", "error"] = HfArg(
+        default="skip", help="skip: log a bad record in bad_samples.jsonl and replace it; error: stop at the first."
+    )
+    max_bad_fraction: float = HfArg(default=0.01, help="Stop if more of the records are bad.")
+    eval_data_path: str | None = HfArg(default=None, help="Held-out data, in the same form.")
+    eval_image_dir: str | None = HfArg(default=None, help="Its pictures' folder, found as image_dir is.")
+    eval_answers: int | None = HfArg(default=None, help="Held-out questions of each evaluation; default: 64.")
+    max_length: int = HfArg(default=2048, help="Longest conversation in tokens, pictures included.")
+    packing: bool = HfArg(default=False, help="Each batch is one row without padding; conversations stay apart.")
+
+    def __post_init__(self) -> None:
+        if self.eval_answers is None:
+            self.eval_answers = 0 if self.eval_data_path is None else 64
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """`TrainingArguments` with what trains, and with defaults that suit a LLaVA."""
+
+    train_type: Literal[*TRAIN_TYPES, *TUTORIAL_NAMES] = HfArg(
+        default="lora",
+        help=f"{TRAIN_TYPE_HELP}. lora also trains adapters in the language model; use_lora and none are the "
+        "tutorial's names.",
+    )
+    learning_rate: float | None = HfArg(default=None, help=f"Default by train_type: {RATE_HELP}.")
+    projector_learning_rate: float | None = HfArg(
+        default=None, help="The projector's; default: learning_rate, a tenth of it for lora."
+    )
+    vision_learning_rate: float | None = HfArg(
+        default=None, help="The vision tower's, if it trains; default: a tenth of learning_rate."
+    )
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="Stop after this many evaluations without a better --metric_for_best_model."
+    )
+    preflight: bool = HfArg(default=True, help="First try a step, saving and reading back on the longest records.")
+    warmup_steps: float = HfArg(default=0.03, help="Steps of warm-up; below 1, a share of all steps.")
+    lr_scheduler_type: str = HfArg(default="cosine", help="The learning rate's schedule.")
+    logging_steps: float = HfArg(default=10, help="Steps between two logged losses.")
+    report_to: str = HfArg(
+        default="tensorboard", help="Where losses are reported: tensorboard, wandb, swanlab, trackio …"
+    )
+    tokens_per_batch: int | None = HfArg(default=None, help="Packing: fill each batch up to this many tokens.")
+    bf16: bool | None = HfArg(default=None, help="Compute in bfloat16; default: if the GPU can.")
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
+        default="auto", help="The precision of the saved model; auto: that of the model it began with."
+    )
+    remove_unused_columns: bool = HfArg(default=False, help="Stays false: the collator needs all columns.")
+    prediction_loss_only: bool = HfArg(default=True, help="Stays true: only logits with labels are computed.")
+
+    def __post_init__(self) -> None:
+        """Fills in the defaults that depend on other arguments, under the names that `Trainer` and a resume read."""
+        if self.output_dir is None:
+            raise ValueError("--output_dir is missing: name the folder to write to")
+        self.train_type = TUTORIAL_NAMES.get(self.train_type, self.train_type)
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATES[self.train_type]
+        if self.projector_learning_rate is None:
+            self.projector_learning_rate = self.learning_rate * (0.1 if self.train_type == "lora" else 1)
+        if self.vision_learning_rate is None:
+            self.vision_learning_rate = self.learning_rate * 0.1
+        # With packed rows, a batch is one row
+        if self.tokens_per_batch is not None:
+            self.per_device_train_batch_size = 1
+        if self.bf16 is None:
+            on_gpu = device().type == "cuda" and not self.fp16
+            self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.use_cpu = self.use_cpu or device().type == "cpu"
+        self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
+        if self.fp16 and self.use_cpu:
+            raise ValueError("--fp16 takes a GPU: on a CPU take --bf16 true, or neither")
+        if self.early_stopping_patience is not None or self.save_strategy == "best":
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+        super().__post_init__()
+        self.accelerator_config.dispatch_batches = False  # each rank reads its own shards of a stream
