@@ -2,23 +2,22 @@
 
 A record holds its conversation under the first of these keys that it has; null counts as absent:
 
-- `conversations`: `[{"from": "human" | "gpt" | "system", "value": "<image>\\nWhat is this?"}, …]` with one tag for
-  each image, as in LLaVA. Or the same as JSON in a text, or with `role` and `content`, as in minimind-v.
-- `messages`: `[{"role": "user" | "assistant" | "system", "content": …}, …]`, as in OpenAI and TRL. `content` is a text
-  or a list of `{"type": "image"}`, `{"type": "image_url", "image_url": …}` and `{"type": "text", "text": …}`.
+- `conversations`: `[{"from": "human" | "gpt" | "system", "value": "<image>\\nWhat is this?"}, …]` as in LLaVA, with
+  one tag for each image. Or the same as JSON in a text, or with `role` and `content`, as in minimind-v.
+- `messages`: `[{"role": "user" | "assistant" | "system", "content": …}, …]` as in OpenAI and TRL. `content` is a
+  text, or a list of `{"type": "image"}`, `{"type": "image_url", "image_url": …}`, `{"type": "text", "text": …}`.
 - `texts`: `[{"user": …, "assistant": …}, …]`, as in FineVision and the Cauldron.
 - `completion` with `prompt`: two texts, or two lists of messages, as in TRL.
-- `question` and `answer`: two texts. With `choices` the answer is one of them, its number from 0, or its letter, as in
-  ScienceQA. Without `answer` it is the most frequent of `answers`, as in VQAv2, TextVQA and DocVQA.
+- `question` and `answer`: two texts. With `choices` the answer is one of them, its number from 0, or its letter,
+  as in ScienceQA. Without `answer` it is the most frequent of `answers`, as in VQAv2, TextVQA and DocVQA.
 - `caption` or `text`: a text for one image, or a list of them; the first is trained on.
 
 Its images are under `images`, `image`, `image_bytes` or `file_name`, in the order of their tags, or inside the
 messages: file names, bytes or data URIs. Without tags, images come before the first question, except in
-`conversations`. A record may have a `language` and, for evaluation, `answers` (of several people to the last question)
-and `references` (texts that are correct). Its id is the first of `id`, `question_id`, `questionId` and `image_id`.
+`conversations`. A record may have a `language` and, for evaluation, `answers` (of several people to the last
+question) and `references` (correct texts). Its id is the first of `id`, `question_id`, `questionId`, `image_id`.
 """
 
-import base64
 import re
 import reprlib
 from collections import Counter
@@ -30,14 +29,13 @@ from typing import Any
 import datasets
 import msgspec
 
-from train_llava.dataset.archives import Members, locate_image
+from train_llava.dataset.archives import Members, data_uri, locate_image
 from train_llava.dataset.readers import BadRecordError, Record, answers_of, id_of, parse_json, pictures_of, texts_of
 
 IMAGE_TOKEN = "<image>"
 CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 CACHE_VERSION = 9  # of the rules below: raise it to have every data set read again
-
 TEXT, TEXTS = datasets.Value("string"), datasets.List(datasets.Value("string"))
 FEATURES = datasets.Features(
     id=TEXT,
@@ -49,7 +47,8 @@ FEATURES = datasets.Features(
     references=TEXTS,
     error=TEXT,  # why the record cannot be used
 )
-EMPTY_ROW = dict.fromkeys(FEATURES) | {"messages": "[]", "images": [], "image_bytes": []}
+Row = dict[str, Any]  # a value for each of these
+EMPTY_ROW: Row = dict.fromkeys(FEATURES) | {"messages": "[]", "images": [], "image_bytes": []}
 
 
 def _turns(record: Record, key: str) -> list[dict[str, Any]]:
@@ -63,7 +62,7 @@ def _turns(record: Record, key: str) -> list[dict[str, Any]]:
 
 
 def _dialogue(*pairs: tuple[Any, Any]) -> list[dict[str, Any]]:
-    """Turns of pairs of a question and its answer."""
+    """The turns of pairs of a question and its answer."""
     turns = []
     for question, answer in pairs:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -84,8 +83,9 @@ def _visual_question(record: Record) -> list[dict[str, Any]]:
         choices = texts_of(choices)
         question = "\n".join([*texts_of(record.get("hint") or None), str(question), *choices])
         answer = str(answer).strip()
-        if answer not in choices:  # then its number or its letter
-            number = int(answer) if answer.isdecimal() else ascii_uppercase.find(answer if len(answer) == 1 else "?")
+        if answer not in choices:  # it is the number or the letter of a choice
+            letter = answer if len(answer) == 1 else "?"
+            number = int(answer) if answer.isdecimal() else ascii_uppercase.find(letter)
             if not 0 <= number < len(choices):
                 raise ValueError(f"its answer {reprlib.repr(answer)} is none of its {len(choices)} choices")
             answer = choices[number]
@@ -114,8 +114,8 @@ RECORD_FORMATS: dict[str, Callable[[Record], list[dict[str, Any]]]] = {
 def to_messages(record: Record) -> list[dict[str, Any]]:
     """A record's turns as chat messages, each a list of parts: images, and the texts around `<image>` tags.
 
-    Texts are unchanged, except that a line break next to a tag is dropped: the chat template writes one between parts.
-    White space alone between two tags is dropped too. Example: `"<image>\\nWhat?"` → an image and the text `"What?"`.
+    Texts stay as they are. Only a line break next to a tag is dropped, because the chat template writes one
+    between parts, and so is white space alone. Example: `"<image>\\nWhat?"` → an image and the text `"What?"`.
 
     Raises:
         ValueError: the conversation is malformed; the message is the reason.
@@ -153,6 +153,8 @@ def _message(turn: dict[str, Any]) -> dict[str, Any]:
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise ValueError(f"a turn of role {role} has no text")
+
+    # Each part becomes one or more: an image stands between each two pieces of a text
     parts: list[dict[str, str]] = []
     for part in content:
         kind = part.get("type") or ("text" if part.keys() & {"text", "content"} else "image")
@@ -163,7 +165,6 @@ def _message(turn: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"a turn of role {role} has no text")
         if "<video>" in text or "<audio>" in text:
             raise ValueError("it has a <video> or <audio> tag, which the model cannot take in")
-        # An image stands between each two pieces of the text
         for i, piece in enumerate(re.split(rf"(?:\r?\n)?{IMAGE_TOKEN}(?:\r?\n)?", text)):
             if i > 0:
                 parts.append({"type": "image"})
@@ -181,12 +182,11 @@ def text_of(message: dict[str, Any]) -> str:
     return "\n".join(part.get("text", IMAGE_TOKEN) for part in message["content"])
 
 
-def table_row(
-    record: Any, number: int, image_dir: Path | None = None, members: Members | None = None
-) -> dict[str, Any]:
-    """A record as a row of the table, `number` being its id if it has none; `error`: why it cannot be used."""
+def table_row(record: Any, number: int, image_dir: Path | None = None, members: Members | None = None) -> Row:
+    """A record as a row of the table, with `number` as its id if it has none. `error` says why it is unusable."""
     if isinstance(record, BadRecordError):
-        return EMPTY_ROW | dict(zip(("id", "error"), map(_printable, record.args), strict=True))
+        record_id, reason = record.args
+        return EMPTY_ROW | {"id": _printable(record_id), "error": _printable(reason)}
     row = EMPTY_ROW | {"id": str(number)}
     try:
         if not isinstance(record, dict):
@@ -199,12 +199,13 @@ def table_row(
         answers, references = answers_of(record), texts_of(record.get("references"))
         if isinstance(record.get("caption"), list):
             references = references or texts_of(record["caption"])
-        # If one image has a name, all get one, to keep their order: bytes become a data URI
+        # If one image has a name, all get one, which keeps their order: bytes become data URIs
         names = [image for image in images if isinstance(image, str)]
         if names and len(names) < len(images):
-            names = [i if isinstance(i, str) else f"data:;base64,{base64.b64encode(i).decode()}" for i in images]
-        "".join([*names, *answers, *references, language or ""]).encode()  # half a surrogate pair is an error
-        row["messages"] = msgspec.json.encode(messages).decode()  # there too
+            names = [image if isinstance(image, str) else data_uri(image) for image in images]
+        # Half a surrogate pair in any text is an error
+        "".join([*names, *answers, *references, language or ""]).encode()
+        row["messages"] = msgspec.json.encode(messages).decode()
         row["images"], row["image_bytes"] = names, [] if names else images
         row["language"], row["answers"], row["references"] = language, answers, references
     except UnicodeEncodeError:
@@ -215,5 +216,5 @@ def table_row(
 
 
 def _printable(value: Any) -> str:
-    """As a text that a file can hold."""
+    """A value as a text that can be written in UTF-8."""
     return str(value).encode("utf-8", "backslashreplace").decode()

@@ -62,9 +62,9 @@ def is_hidden(name: str) -> bool:
 
 
 def normal_path(name: str) -> str:
-    """One spelling for a file's path in its folder: slashes, no empty parts, and Unicode's composed form (NFC).
+    """One spelling for a file's path in its folder: slashes, no empty parts, Unicode's composed form (NFC).
 
-    Windows writes backslashes. macOS separates accents from their letters (NFD). Example: `.\\\\a//b.png` → `a/b.png`.
+    Windows writes backslashes, and macOS separates accents from letters (NFD). `.\\\\a//b.png` → `a/b.png`.
     """
     parts = re.split(r"[/\\]+", unicodedata.normalize("NFC", name))
     return "/".join(part for part in parts if part not in ("", "."))
@@ -81,7 +81,7 @@ def candidate_names(name: str, top: str) -> list[str]:
 
 
 def zip_members(archive: Path) -> Members:
-    """The files of a zip archive by `normal_path`, with and without their top folder: records often leave it out.
+    """The files of a zip archive by `normal_path`, with and without the top folder: records may leave it out.
 
     Raises:
         ValueError: the archive is damaged; the message names it.
@@ -108,7 +108,7 @@ def zip_members(archive: Path) -> Members:
 
 
 def _decoded_names(info: zipfile.ZipInfo) -> list[str]:
-    """The name as `zipfile` reads it. A name of unknown encoding also as UTF-8 or in the code of Chinese Windows."""
+    """The name as `zipfile` reads it, and if its encoding is not stated, as UTF-8 or as Chinese Windows'."""
     if info.filename.isascii() or info.flag_bits & 0x800:  # marked as UTF-8
         return [info.filename]
     for encoding in ("utf-8", "gb18030"):
@@ -120,8 +120,8 @@ def _decoded_names(info: zipfile.ZipInfo) -> list[str]:
 def tar_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The files of a tar archive under their `normal_path`, without hidden files.
 
-    A link becomes the file that it leads to, under the link's name. If the archive is damaged, a last member of
-    size -1 comes after the whole ones; its name says where the damage is.
+    A link becomes the file that it leads to, under the link's name. If the archive is damaged, a last member
+    follows, of size -1; its name says where the damage is.
     """
     files: dict[str, tarfile.TarInfo] = {}  # those read so far, until a link needs all
     all_read, damage, member = False, None, None
@@ -160,8 +160,8 @@ def _is_same_folder(folder: PurePath, other: Path) -> bool:
 def locate_image(image: Any, image_dir: Path | None = None, members: Members | None = None) -> str | bytes:
     """An image of a raw record as its bytes, or as the text that `read_image` takes.
 
-    `members` are those of the archive `image_dir`. A name must not lead out of the image folder, or out of the folder
-    that the archive lies in. Links in the folder may lead anywhere.
+    `members` are those of the archive `image_dir`. A name must not lead out of the image folder, or of the
+    archive's folder. Links in the folder may lead anywhere.
 
     Raises:
         ValueError: it is not a name, or the name leads out or is not in the archive.
@@ -198,6 +198,11 @@ def locate_image(image: Any, image_dir: Path | None = None, members: Members | N
     if members[name] is None:
         raise ValueError(f"{label(image)} is the name of several members of the archive")
     return str(members[name])
+
+
+def data_uri(image: bytes) -> str:
+    """An image as a text for the table, which `read_image` takes."""
+    return f"data:;base64,{base64.b64encode(image).decode()}"
 
 
 def label(name: str) -> str:

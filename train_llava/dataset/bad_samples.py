@@ -6,14 +6,14 @@ from pathlib import Path
 
 from filelock import FileLock
 
-_logs: dict[Path, tuple[int, set[int | str]]] = {}  # for each log: the bytes read so far, and the records in them
+_logs: dict[Path, tuple[int, set[int | str]]] = {}  # for each log: bytes read, and records in them
 
 
 def log_bad_sample(log: Path, record: int | str, record_id: str, reason: str) -> int:
-    """Adds a bad record to a log that ranks and workers share, unless it is in there; returns the number of records.
+    """Adds a bad record to a log that ranks and workers share, once; returns the number of records in it.
 
-    `record` is the record's place in the data, because ids may be missing or repeat. There may be many bad records,
-    and each comes again in every epoch. So a process reads only the lines that were added since it last looked.
+    `record` is the record's place in the data, because ids may be missing or repeat. There may be many bad
+    records, and each comes again in every epoch. So a process reads only the lines added since it last looked.
     """
     position, records = _logs.get(log, (0, set()))
     size = log.stat().st_size if log.exists() else 0

@@ -1,6 +1,6 @@
 """Opens data sets of the hub: chooses their files, and fetches them into the hub's cache or streams them.
 
-A file that stays on the hub is a `PurePosixPath`, `datasets/OWNER/NAME@COMMIT/FILE`. A file on this disk is a `Path`.
+A file that stays on the hub is a `PurePosixPath`, `datasets/OWNER/NAME@COMMIT/FILE`; one on this disk a `Path`.
 """
 
 import glob
@@ -22,8 +22,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionResol
 from train_llava.common.files import replacing
 
 IMAGE_PLACES = ("images_dl", "images", "images.zip")  # beside a file of records
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the hub's `imagefolder`: records by file name
-NAMES_IMAGES = (".json", ".jsonl", ".csv", "metadata.parquet")  # files whose records name images, not contain them
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of the hub's `imagefolder`
+NAMES_IMAGES = (".json", ".jsonl", ".csv", "metadata.parquet")  # their records only name images
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:/]*){0,2}")
 NOT_RECORDS = re.compile(r"(^|[^a-z])(metadata|meta|dataset_infos?|config)\.jsonl?$")
 BLOCKS = {"block_size": 8 << 20, "cache_type": "mmap"}  # blocks that were read stay in a temporary file
@@ -55,9 +55,9 @@ def find_on_hub(
 ) -> tuple[list[PurePath], PurePath]:
     """The files of records of a data set on the hub, and the folder or archive of its images.
 
-    Files with one of the `extensions` are fetched, with `with_images` their images too. `streaming` leaves on the hub
-    what can be read piece by piece. If no file has such an extension, the data set's own path stands for its files:
-    `rows_on_hub` reads them.
+    Files with one of the `extensions` are fetched, with `with_images` their images too. `streaming` leaves on the
+    hub what can be read piece by piece. If no file has such an extension, the path of the data set itself stands
+    for them: `rows_on_hub` reads it.
 
     Raises:
         OSError, ValueError: the hub refuses it, or it has no such configuration or split.
@@ -71,10 +71,11 @@ def find_on_hub(
             return [on_hub], on_hub
         records, images = choice
 
-        # What stays on the hub. Images in an archive are fetched; those that a table names are read one by one
+        # What stays on the hub: images of an archive are fetched, those that a table names are read one by one
         remote = streaming and not constants.HF_HUB_OFFLINE
         streamed = [record for record in records if remote and not record.lower().endswith(".json")]
-        images_stay = not images.endswith(".zip") and (remote or not records[0].lower().endswith(NAMES_IMAGES))
+        one_by_one = remote or not records[0].lower().endswith(NAMES_IMAGES)
+        images_stay = one_by_one and not images.endswith(".zip")
 
         # Fetch the rest
         patterns = [glob.escape(record) for record in records if record not in streamed]
@@ -95,7 +96,8 @@ def find_on_hub(
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403, 404):
             raise
-        raise ValueError(f"--data_path {data_path} is no folder here, and no data set that the hub gives") from error
+        reason = "is no folder here, and no data set that the hub gives"
+        raise ValueError(f"--data_path {data_path} {reason}") from error
     except (FileNotFoundError, ValueError) as error:
         reason = str(error).partition("\nExample of usage")[0]
         raise ValueError(f"--data_path {data_path}: {reason} (owner/name:config:split names them)") from error
@@ -132,7 +134,7 @@ def _choose_files(data_path: str, on_hub: PurePath, extensions: Collection[str])
 
 
 def _choose_records(data_path: str, on_hub: PurePath, names: list[str], extensions: Collection[str]) -> list[str]:
-    """Among the `names` of a repository: LLaVA's chat.json, else what `datasets` finds by the card or the names."""
+    """The files of records among the `names` of a repository: chat.json, else those that `datasets` finds."""
     name, config, split = _split_id(data_path)
     if "chat.json" in names and config in ("", "default") and split == "train":
         return ["chat.json"]
@@ -142,8 +144,8 @@ def _choose_records(data_path: str, on_hub: PurePath, names: list[str], extensio
         raise ValueError(f"it has no split {split}, but {', '.join(map(str, splits))}")
     records = [file.removeprefix(f"hf://{on_hub}/") for file in splits[split]]
     if isinstance(builder, ImageFolder):
-        # Where images outnumber records, `datasets` sees only the images: take the metadata, if it is a single file,
-        # else the texts, of the split where names tell it
+        # Where images outnumber records, `datasets` sees only the images. Take the metadata if it is one file,
+        # and else the files of records, by their split where names tell it
         metadata = [record for record in records if PurePath(record).name in METADATA]
         texts = [name for name in names if PurePath(name).suffix.lower() in extensions]
         of_split = [text for text in texts if split in re.split("[^a-z]", text.lower())]
@@ -169,8 +171,8 @@ def rows_on_hub(data_path: str, on_hub: PurePath) -> Iterator[dict[str, Any]]:
         raise ValueError(f"--data_path {data_path} {reason}") from error
     if rows.features is not None:
         rows = rows.decode(False)
-    # In batches, because a data-loading worker that iterates over rows gets a share of them; as Arrow, because that
-    # has no demands on the features
+    # In batches, because `datasets` gives a data-loading worker only a share of single rows. As Arrow, because
+    # it takes any features
     for table in rows.with_format("arrow").iter(batch_size=1):
         yield from map(_with_bytes, table.to_pylist())
 

@@ -20,7 +20,7 @@ with suppress(ImportError):  # an optional package, for HEIC
     pillow_heif.register_heif_opener()
 
 PIXELS = 90_000_000  # the most that are decoded, so that no image takes more than 1.4 GB
-Image.MAX_IMAGE_PIXELS = 3 * PIXELS // 2  # Pillow refuses twice as many; such large JPEGs are decoded at half size
+Image.MAX_IMAGE_PIXELS = 3 * PIXELS // 2  # Pillow refuses twice as many; larger JPEGs are decoded at a half
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
@@ -36,9 +36,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(gray: np.ndarray) -> np.ndarray:
-    """Scales gray of 16 or 32 bits, integers or floats, to 8 bits. White is the end of the range of its values."""
+    """Scales gray of 16 or 32 bits, integers or floats, to 8 bits; white is the end of its range of values."""
     ends = (1, 255, 65535) if gray.dtype.kind == "f" else (65535,)
-    # Pillow reads unsigned 32 bits as signed. It shows where values exceed 16 bits, or are only black and white
+    # Pillow reads unsigned 32 bits as signed. It shows at values beyond 16 bits, or where all are black or white
     if gray.dtype == np.int32 and (gray.min() < -32768 or (gray.min(), gray.max()) == (-1, 0)):
         gray = gray.view(np.uint32)
     gray = np.nan_to_num(gray.astype(np.float64)).clip(0)
@@ -65,7 +65,7 @@ def _opened(source: Path | str | bytes, name: str, min_side: int | None = None) 
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{name} does not exist") from None
-    except Exception as error:  # decoders raise anything: RuntimeError, struct.error, EOFError, MemoryError, …
+    except Exception as error:  # decoders raise anything: struct.error, EOFError, MemoryError, …
         reason = str(error)
         if isinstance(error, UnidentifiedImageError):  # its text is only the name
             reason = "it is of no format that Pillow knows"
@@ -78,9 +78,9 @@ def _opened(source: Path | str | bytes, name: str, min_side: int | None = None) 
 def open_image(source: Path | str | bytes, name: str | None = None, min_side: int | None = None) -> Image.Image:
     """Decodes an image from a file or from its bytes, with `upright_rgb`.
 
-    `min_side` makes a large image smaller by a whole factor, as long as its shorter side keeps twice that many
-    pixels. A JPEG is decoded at a half, a quarter or an eighth, several times faster. A JPEG of more than `PIXELS`
-    pixels, up to three times as many, is decoded at a half in any case.
+    `min_side` makes a large image smaller by a whole factor, as long as its shorter side keeps twice as many
+    pixels. A JPEG is decoded at a half, a quarter or an eighth, several times faster. If it has more than `PIXELS`
+    pixels, at most three times as many, it is decoded at a half in any case.
 
     Raises:
         OSError, ValueError: it is not an image, it is truncated, or it has too many pixels; the message names it.
@@ -92,7 +92,7 @@ def open_image(source: Path | str | bytes, name: str | None = None, min_side: in
 
 
 def picture_size(source: Path | str | bytes, name: str) -> tuple[int, int]:
-    """Width and height of an image as `open_image` gives it, from its header alone; raises the same errors."""
+    """Width and height of an image as `open_image` gives it, from its header; raises the same errors."""
     with _opened(source, name) as image:
         if image.format == "TIFF":  # Pillow turns it by itself
             return image.size
@@ -108,7 +108,7 @@ def picture_size(source: Path | str | bytes, name: str) -> tuple[int, int]:
 
 
 def is_anyres(image_processor: BaseImageProcessor) -> bool:
-    """Whether images are cut into tiles by their sizes, as LLaVA-NeXT does (`--image_aspect_ratio anyres`)."""
+    """Whether images are cut into tiles by their sizes, as in LLaVA-NeXT (`--image_aspect_ratio anyres`)."""
     return hasattr(image_processor, "image_grid_pinpoints")
 
 
@@ -116,8 +116,8 @@ def prepare_pictures(image_processor: BaseImageProcessor, images: list[Image.Ima
     """RGB images as the model takes them, by `prepare_fast` where that gives the same.
 
     Returns:
-        `pixel_values` `(P, 3, H, W)`. With tiles (see `is_anyres`) `(P, N, 3, H, W)`: the whole image, its tiles, and
-        zeros where another image has more; and `image_sizes` `(P, 2)`, heights and widths.
+        `pixel_values` `(P, 3, H, W)`. With tiles (see `is_anyres`) `(P, N, 3, H, W)`: the whole image, its
+        tiles, and zeros where another image has more; and `image_sizes` `(P, 2)`, heights and widths.
     """
     if is_anyres(image_processor):
         return dict(image_processor(images, return_tensors="pt"))
@@ -130,9 +130,8 @@ def prepare_pictures(image_processor: BaseImageProcessor, images: list[Image.Ima
 def shortened_strip(image_processor: BaseImageProcessor, image: Image.Image) -> Image.Image:
     """Shortens an image whose sides differ by more than a factor of 4; returns any other unchanged.
 
-    Image processors need memory by the longer side. A line of 60,000 x 1 would be resized to 38 billion pixels and
-    then center-cropped, or padded to 3.6 billion. So the part that the crop keeps is resized alone, to the same
-    pixels. An image that will be padded is made smaller before.
+    A line of 60,000 x 1 pixels would be resized to 38 billion and then center-cropped, or padded to 3.6 billion.
+    So the part that the crop keeps is resized alone, to the same pixels. An image to be padded is made smaller.
     """
     long, short = max(image.size), min(image.size)
     size = image_processor.size
@@ -157,8 +156,8 @@ def shortened_strip(image_processor: BaseImageProcessor, image: Image.Image) -> 
 def prepare_fast(image_processor: BaseImageProcessor, images: list[Image.Image]) -> torch.Tensor:
     """`pixel_values` `(P, 3, H, W)` of RGB images as CLIP's image processor makes them, in a third of the time.
 
-    PyTorch resizes bytes like Pillow, but several times faster and straight into the model's order of channels. One
-    pixel in a hundred is rounded to another of the 256 levels. All images are normalised at once.
+    PyTorch resizes bytes like Pillow, but several times faster, and into the model's order of channels. One pixel
+    in a hundred is rounded to another of the 256 levels. All images are normalised at once.
     """
     height, width = image_processor.crop_size["height"], image_processor.crop_size["width"]
     shortest = image_processor.size["shortest_edge"]
@@ -171,17 +170,20 @@ def prepare_fast(image_processor: BaseImageProcessor, images: list[Image.Image])
         levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         resized = nn.functional.interpolate(levels, (h, w), mode="bicubic", antialias=True)[0]
         pixels[i] = resized[:, top : top + height, left : left + width]
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
+    mean = torch.tensor(image_processor.image_mean).view(3, 1, 1)
+    std = torch.tensor(image_processor.image_std).view(3, 1, 1)
     return pixels.float().mul_(image_processor.rescale_factor / std).sub_(mean / std)
 
 
 @lru_cache
 def matches_processor(image_processor: BaseImageProcessor) -> bool:
-    """Whether `prepare_fast` gives the pixels of this image processor, tried on a wide and a tall image of noise."""
-    if not (image_processor.crop_size and image_processor.size.shortest_edge and image_processor.do_center_crop):
+    """Whether `prepare_fast` gives the pixels of this image processor, tried on two images of noise."""
+    crops = image_processor.do_center_crop and image_processor.crop_size
+    if not (crops and image_processor.size.shortest_edge):
         return False
     rng = np.random.default_rng(0)
-    noise = [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in ((50, 161, 3), (133, 64, 3))]
+    shapes = ((50, 161, 3), (133, 64, 3))  # one is wide, one is tall
+    noise = [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
     ours = prepare_fast(image_processor, noise)
     theirs = image_processor(noise, return_tensors="pt")["pixel_values"]
     level = image_processor.rescale_factor / min(image_processor.image_std)

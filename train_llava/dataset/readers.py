@@ -4,14 +4,14 @@
 
 | data path | a record | its images |
 |---|---|---|
-| a folder with `chat.json`, or a `.json` file, such as LLaVA's | an object of the list | files in `image_dir` |
-| a `.jsonl` or `.csv` file, or a folder with `metadata.jsonl` or `metadata.csv` | a line | files in `image_dir` |
+| a folder with `chat.json`, or a `.json` file, as LLaVA's | an object of the list | files in `image_dir` |
+| a `.jsonl` or `.csv` file, or a folder with such a `metadata` file | a line | files in `image_dir` |
 | a `.parquet` file, or a folder of them | a row | bytes in `image`, `images` or `image_bytes` |
-| a `.tar` file, or a folder of them (WebDataset) | the files of one key, with `.json` or `.txt` | the other files |
+| a `.tar` file, or a folder of them (WebDataset) | the files of one key | its files beside `.json`, `.txt` |
 | `owner/name` or `owner/name:config:split` | a record of that data set on the hub, see `hub` | as above |
 
-Without `image_dir`, images are looked for in `images_dl/`, `images/` or `images.zip` beside the records, then in the
-records' own folder. A record that cannot be read comes as a `BadRecordError` in its place, and reading goes on.
+Without `image_dir`, images are looked for in `images_dl/`, `images/` or `images.zip` beside the records, then
+in the records' own folder. A record that cannot be read comes as a `BadRecordError`, and reading goes on.
 """
 
 import csv
@@ -52,9 +52,9 @@ def id_of(record: Record) -> Any:
 
 
 def pictures_of(record: Record) -> list[Any]:
-    """The images that a record names, in order: names, bytes, or `{"bytes", "path"}` as `datasets` stores them.
+    """The images of a record, in order: names, bytes, or `{"bytes", "path"}` as `datasets` stores them.
 
-    They are under `images`, `image` or `image_bytes`, under a key that ends in `file_name`, or inside the messages.
+    They are under `images`, `image`, `image_bytes` or a key that ends in `file_name`, or inside the messages.
     """
     name_keys = [key for key in record if str(key).endswith(("file_name", "file_names"))]
     for key in ("images", "image", "image_bytes", *name_keys):
@@ -70,7 +70,8 @@ def pictures_of(record: Record) -> list[Any]:
             for part in _dicts(turn.get("content")):
                 values = [part[key] for key in PART_KEYS if part.get(key)]
                 if values and part.get("type") != "text":
-                    images.append(values[0].get("url", values[0]) if isinstance(values[0], dict) else values[0])
+                    value = values[0]
+                    images.append(value.get("url", value) if isinstance(value, dict) else value)
     return images
 
 
@@ -157,7 +158,7 @@ def read_parquet(path: PurePath) -> Iterator[Record]:
     """The rows of a Parquet file, at most `BATCH_BYTES` at a time, because they may hold images."""
     try:
         source = path if isinstance(path, Path) else opened(path)
-        file = pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)  # or all that was read stays in memory
+        file = pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)  # pre-buffered bytes stay in memory
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
         for batch in file.iter_batches(min(1 + BATCH_BYTES // (row_bytes + 1), 32)):
@@ -169,8 +170,8 @@ def read_parquet(path: PurePath) -> Iterator[Record]:
 def read_tar(path: PurePath) -> Iterator[Record | BadRecordError]:
     """The samples of a WebDataset shard: files that follow each other and share a name up to its first dot.
 
-    Images come in the order in which the sample's `.json` names them, by file name or by extension. Without names
-    they come in the order of the numbers in their file names.
+    Images come in the order in which the sample's `.json` names them, by file name or by extension, or else in
+    the order of the numbers in their file names.
     """
     try:
         archive = tarfile.open(fileobj=opened(path), mode="r:")  # noqa: SIM115 - closed below
@@ -185,7 +186,7 @@ def read_tar(path: PurePath) -> Iterator[Record | BadRecordError]:
 
 
 def _sample(path: PurePath, archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> Record:
-    """A sample of a shard as a record. Its images are `ArchiveMember`s, or bytes if the shard stays on the hub."""
+    """A sample of a shard as a record. Its images are `ArchiveMember`s, or bytes where the shard is on the hub."""
     if members[-1].size < 0:
         raise ValueError(f"the archive is broken in {members[-1].name}, and what follows is lost")
     record: Record = {}
@@ -249,7 +250,7 @@ def raw_records(data_path: str, files: list[PurePath]) -> Iterator[Any]:
 def find_records(
     data_path: str, image_dir: str | None = None, streaming: bool = False
 ) -> tuple[list[PurePath], PurePath | None]:
-    """The files of records that `data_path` stands for, and the folder or archive of images; see `find_on_hub`.
+    """The files of records at `data_path`, and the folder or archive of their images; see also `find_on_hub`.
 
     Raises:
         FileNotFoundError: one of them does not exist; the message says where it was looked for.
@@ -260,8 +261,8 @@ def find_records(
     path = Path(data_path)
     if not path.exists():
         if HUB_ID.fullmatch(data_path) and path.suffix.lower() not in READERS:
-            files, found = find_on_hub(data_path, READERS, images is None, streaming)
-            return files, images or found
+            files, images_on_hub = find_on_hub(data_path, READERS, images is None, streaming)
+            return files, images or images_on_hub
         raise FileNotFoundError(f"--data_path {data_path} does not exist")
     files = _files_of_folder(path) if path.is_dir() else [path]
     if files[0].suffix.lower() not in READERS:
@@ -271,7 +272,7 @@ def find_records(
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
-    """The files of records in a folder: `chat.json`, else all Parquet files, else all shards, else the metadata."""
+    """The files of records in a folder: `chat.json`, else Parquet files, else shards, else the metadata."""
     if (folder / "chat.json").exists():
         return [folder / "chat.json"]
     entries = sorted(entry for entry in folder.iterdir() if not archives.is_hidden(entry.name))

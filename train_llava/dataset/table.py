@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -13,7 +12,7 @@ from tqdm import tqdm
 from train_llava.common.files import written_whole
 from train_llava.dataset.archives import is_archive, zip_members
 from train_llava.dataset.readers import find_records, raw_records
-from train_llava.records import CACHE_VERSION, FEATURES, table_row
+from train_llava.records import CACHE_VERSION, FEATURES, Row, table_row
 
 BATCH_BYTES = 64 << 20  # of images that are written at once: Arrow counts the bytes of a batch in 31 bits
 
@@ -21,14 +20,14 @@ BATCH_BYTES = 64 << 20  # of images that are written at once: Arrow counts the b
 def load_records(data_path: str, image_dir: str | None = None) -> tuple[datasets.Dataset, PurePath | None]:
     """The records of a data set as a table, and the folder or archive of its images.
 
-    The table is mapped from a file in the cache folder of `datasets`, written when the data set is opened for the
-    first time or has changed. A record that cannot be used has its reason under `error`.
+    The table is a file in the cache folder of `datasets`, mapped into memory. It is written when the data set is
+    opened for the first time, or has changed. A record that cannot be used has its reason under `error`.
 
     Raises:
         OSError, ValueError: the data does not exist, or is in no format; the message names it.
     """
     files, images = find_records(data_path, image_dir)
-    # The table depends on these files, and on the folder, inside which absolute names of images have to be
+    # The name of the table depends on the files, and on the folder in which absolute names of images must lie
     key = [CACHE_VERSION, str(images.absolute() if isinstance(images, Path) else images)]
     for file in [*files, images] if is_archive(images) else files:
         if isinstance(file, Path):
@@ -47,14 +46,14 @@ def load_records(data_path: str, image_dir: str | None = None) -> tuple[datasets
     return datasets.Dataset.from_file(str(cache / "records.arrow")), images
 
 
-def table_rows(data_path: str, files: list[PurePath], image_dir: PurePath | None) -> Iterator[dict[str, Any]]:
+def table_rows(data_path: str, files: list[PurePath], image_dir: PurePath | None) -> Iterator[Row]:
     """Every record of a data set as a row of the table."""
     members = zip_members(image_dir) if is_archive(image_dir) else None
     for number, record in enumerate(raw_records(data_path, files)):
         yield table_row(record, number, image_dir, members)
 
 
-def _write_table(rows: Iterable[dict[str, Any]], path: Path) -> None:
+def _write_table(rows: Iterable[Row], path: Path) -> None:
     """Writes rows in batches of at most 256, and of little more than `BATCH_BYTES`."""
     batch, size, schema = [], 0, FEATURES.arrow_schema
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
