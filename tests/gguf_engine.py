@@ -1,4 +1,4 @@
-"""What llama.cpp computes with a pair of GGUF files, in plain PyTorch, from what stands in the files alone.
+"""llama.cpp's computation with a pair of GGUF files, in plain PyTorch, from the contents of the files alone.
 
 Written from llama.cpp's src/models and tools/mtmd/models/llava.cpp, with the class token in front of the patches.
 """
@@ -12,7 +12,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import conv2d, gelu, layer_norm, linear, silu
 
-# by the name of the pre-tokenizer: what splits a text, and whether a word that is a token needs no merges
+# by the pre-tokenizer's name: the patterns that split a text, and whether a word that is a token skips the merges
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -33,7 +33,7 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def tokenizer_of(fields: dict) -> Tokenizer:
-    """Tokens of type 3 (control) and 4 (user-defined) are taken out of a text first, the rest is split and merged."""
+    """The tokenizer: control and user-defined tokens (types 3 and 4) come first, the rest is split and merged."""
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
     splits, ignore_merges = SPLITS[fields["tokenizer.ggml.pre"]]
@@ -43,8 +43,8 @@ def tokenizer_of(fields: dict) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     for kind, special in ((3, True), (4, False)):
-        found = [token for token, k in zip(tokens, kinds, strict=True) if k == kind]
-        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in found])
+        matching = [token for token, k in zip(tokens, kinds, strict=True) if k == kind]
+        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in matching])
     return tokenizer
 
 
@@ -66,7 +66,7 @@ def rotated(x: torch.Tensor, base: float, size: int, neighbours: bool) -> torch.
 
 
 def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Attention of `(tokens, heads, size)`, where a key is shared by as many neighbouring heads as there are more."""
+    """Attention of `(tokens, heads, size)`; neighbouring query heads share a key if there are fewer keys."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = torch.einsum("qhs,khs->hqk", q, k) / sqrt(q.shape[-1])
     if causal:
@@ -100,7 +100,7 @@ def logits(path: Path, x: torch.Tensor) -> torch.Tensor:
 
 
 def features(path: Path, picture: np.ndarray) -> torch.Tensor:
-    """What the language model gets of an RGB picture `(H, W, 3)` of the model's size: `(tokens, width)`."""
+    """The language model's input `(tokens, width)` for an RGB picture `(H, W, 3)` of the model's size."""
     fields, tensors = read(path)
 
     def field(name: str) -> float:

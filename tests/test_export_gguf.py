@@ -1,4 +1,4 @@
-"""The two GGUF files: what is in them, what is refused, and that llama.cpp answers with them as transformers does."""
+"""The two GGUF files: their contents, the refused models, and answers of llama.cpp equal to those of transformers."""
 
 import copy
 import io
@@ -76,13 +76,13 @@ def tensors(path):
     return {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
 
 
-def test_the_files_hold_every_weight_the_answers_depend_on(llava, exported):
+def test_the_files_hold_every_weight_that_answers_depend_on(llava, exported):
     model, _ = load_checkpoint(str(llava))
     text, pictures = tensors(exported / "model-f16.gguf"), tensors(exported / "mmproj-f16.gguf")
     assert len(text) == len(model.model.language_model.state_dict()) + (
         not model.config.text_config.tie_word_embeddings
     )
-    # but for the norm behind the tower's last layer, which LLaVA does not use
+    # without the norm after the tower's last layer, which LLaVA does not use
     assert len(pictures) == len(model.model.vision_tower.state_dict()) + 4 - 2
     ours = {
         "mm.0.weight": model.model.multi_modal_projector.linear_1.weight,
@@ -97,7 +97,7 @@ def test_the_files_hold_every_weight_the_answers_depend_on(llava, exported):
 
 @pytest.fixture(scope="module")
 def siglip_qwen3(tmp_path_factory) -> Path:
-    """A tiny SigLIP with a tiny Qwen3 whose heads are no equal parts of its width; every number is random."""
+    """A tiny SigLIP with a tiny Qwen3 whose heads are wider than its states; every number is random."""
     root = tmp_path_factory.mktemp("siglip")
     torch.manual_seed(0)
     vision = SiglipVisionConfig(**NARROW, num_hidden_layers=3, image_size=28, patch_size=7)
@@ -113,7 +113,7 @@ def siglip_qwen3(tmp_path_factory) -> Path:
     language_model.save_pretrained(root / "qwen3")
     build_model(str(root / "siglip"), str(root / "qwen3"), str(root / "llava"))
     model, processor = load_checkpoint(str(root / "llava"))
-    for parameter in model.parameters():  # norms are born as ones, and biases as zeros
+    for parameter in model.parameters():  # new norms are ones and new biases zeros
         torch.nn.init.normal_(parameter)
     model.save_pretrained(root / "random")
     processor.save_pretrained(root / "random")
@@ -134,7 +134,7 @@ TOWER_LAYER = {
 
 
 def test_every_tensor_and_field_of_a_siglip_with_a_qwen3(siglip_qwen3, tmp_path, capsys):
-    export_gguf(str(siglip_qwen3), str(tmp_path / "gguf"), "last")  # where there is no class token, nothing is moved
+    export_gguf(str(siglip_qwen3), str(tmp_path / "gguf"), "last")  # without a class token, no row is moved
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(
         "llama.cpp reads pictures that are not square, transparent pictures, JPEGs that EXIF turns, PN"
@@ -182,10 +182,10 @@ def test_every_tensor_and_field_of_a_siglip_with_a_qwen3(siglip_qwen3, tmp_path,
     for name, values in fields.items():
         reader = gguf.GGUFReader(tmp_path / "gguf" / f"{name}-f16.gguf")
         assert {field: reader.fields[field].contents() for field in values} == values
-    assert "clip.vision.feature_layer" not in reader.fields  # the last but one, as engines take it unsaid
+    assert "clip.vision.feature_layer" not in reader.fields  # the last but one is the default of engines
 
 
-# language models whose numbers are all unlike each other's, and unlike those that stand in for a missing one
+# language models with different numbers everywhere, none of them a default
 GROUPED = {"intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320}
 TEXTS = {
     "llama": LlamaConfig(
@@ -207,7 +207,7 @@ TEXTS = {
     ),
 }  # fmt: skip
 SIDE = {"image_size": 42, "patch_size": 14, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 3}
-# a tower, and the layer whose features a projector gets
+# a tower, and the layer that gives the features
 TOWERS = {
     "clip, last but one": (CLIPVisionConfig(**SIDE, num_hidden_layers=3, layer_norm_eps=1e-2), -2),
     "clip, the second": (CLIPVisionConfig(**SIDE, num_hidden_layers=4, hidden_act="gelu_pytorch_tanh"), 2),
@@ -218,7 +218,7 @@ TOWERS = {
 
 @pytest.mark.parametrize(("text", "tower"), zip(TEXTS, TOWERS, strict=True))
 def test_an_engine_computes_from_the_files_what_transformers_does(processor, tmp_path, text, tower):
-    """Every number is random, and one of float16: what stands in the files is all that the engine knows."""
+    """Every number is random and exact in float16. The engine knows the files alone."""
     vision, layer = TOWERS[tower]
     strategy = "default" if vision.model_type == "clip_vision_model" else "full"
     config = LlavaConfig(
@@ -301,7 +301,7 @@ PRE_TOKENIZERS = {
 
 
 def whole_words(model: dict) -> dict:
-    """A vocabulary with a word that no merges lead to, which is a token of its own all the same."""
+    """A vocabulary with a word that is a token, although no merges lead to it."""
     return model | {"vocab": model["vocab"] | {"Quux": len(model["vocab"])}, "ignore_merges": True}
 
 
@@ -368,13 +368,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
-def test_a_tokenizer_with_what_llama_cpp_lacks_is_refused(processor, changes, message):
+def test_a_tokenizer_with_parts_that_llama_cpp_lacks_is_refused(processor, changes, message):
     with pytest.raises(ValueError, match=message):
         check_tokenizer(with_steps(processor.tokenizer, **changes))
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_composing_characters_is_left_to_the_user_with_a_line(processor, nested):
+def test_a_tokenizer_that_composes_characters_is_reported(processor, nested):
     nfc = {"type": "NFC"}
     tokenizer = with_steps(
         processor.tokenizer, normalizer={"type": "Sequence", "normalizers": [nfc]} if nested else nfc
@@ -383,8 +383,8 @@ def test_composing_characters_is_left_to_the_user_with_a_line(processor, nested)
     assert not check_tokenizer(with_steps(processor.tokenizer))
 
 
-def test_pictures_that_the_engines_prepare_otherwise_are_found():
-    """They pad to a square with the mean of CLIP's, and resize bicubically; of the file they read the colors alone."""
+def test_kinds_of_pictures_with_other_pixels_are_found():
+    """llama.cpp pads to a square with CLIP's mean, resizes bicubically and reads the colors alone."""
     square = {"height": 28, "width": 28}
     clip = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=square)
     pad = LlavaImageProcessor(do_pad=True, do_center_crop=False, size=square, crop_size=square)
@@ -415,8 +415,8 @@ def test_files_are_read_as_stb_image_reads_them():
             assert np.array_equal(found, np.broadcast_to(expected.reshape(56, 56, -1), found.shape)), words
 
 
-def test_each_patch_meets_its_own_position_wherever_the_class_token_stands(llava, exported, tmp_path):
-    """llama.cpp adds row i of the table to row i of its patches and class token; a CLIP's begins with the latter."""
+def test_each_patch_gets_its_own_position_for_both_places_of_the_class_token(llava, exported, tmp_path):
+    """llama.cpp adds row i of the position table to row i of its tokens; in CLIP the class token is row 0."""
     model, processor = load_checkpoint(str(llava))
     class_row, *patch_rows = model.model.vision_tower.embeddings.position_embedding.weight.detach().numpy()
     export_pictures(model, processor, "first", tmp_path / "first.gguf")
@@ -424,8 +424,8 @@ def test_each_patch_meets_its_own_position_wherever_the_class_token_stands(llava
     assert np.array_equal(tensors(exported / "mmproj-f16.gguf")["v.position_embd.weight"], [*patch_rows, class_row])
 
 
-def test_interleaved_rows_turn_as_the_halves_did():
-    """Rotary embedding of neighbours equals that of halves once the rows are interleaved."""
+def test_rotating_interleaved_rows_equals_rotating_halves():
+    """The rotary embedding of interleaved neighbours equals that of halves."""
     heads, size, angle = 2, 8, torch.arange(4.0)
     x = torch.randn(heads * size)
     a, b = x.view(heads, 2, size // 2).unbind(1)
@@ -436,7 +436,7 @@ def test_interleaved_rows_turn_as_the_halves_did():
 
 
 def go(template: str, messages: list[dict[str, str]]) -> str:
-    """What a Go template of the few forms that `modelfile` writes gives."""
+    """Renders a Go template that has only the few actions that `modelfile` writes."""
     out, shown = [], [True]
     _, body, _ = re.split(r"\{\{ range \$i, \$m := \.Messages \}\}|\{\{ end \}\}$", template)
     for i, message in enumerate(messages):
@@ -501,7 +501,7 @@ def tokenizer_of(name: str, folder: Path) -> PreTrainedTokenizerBase:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_ollama_hands_over_what_the_chat_template_does(tmp_path, name):
+def test_ollama_writes_the_same_prompt_as_the_chat_template(tmp_path, name):
     tokenizer, ends = tokenizer_of(name, tmp_path), TEMPLATES[name][2]
     written = modelfile(tokenizer)
     _, template, tail = written.split('"""')
@@ -518,7 +518,7 @@ def test_ollama_hands_over_what_the_chat_template_does(tmp_path, name):
     assert writes_bos(tokenizer) == (tokenizer.bos_token is not None)
 
 
-def test_a_date_in_a_template_is_told(tmp_path):
+def test_a_date_in_a_chat_template_is_noticed(tmp_path):
     tokenizer = tokenizer_of("quotes and braces", tmp_path)
     assert not writes_date(tokenizer)
     tokenizer.chat_template = "{{ strftime_now('%d %B') }}" + tokenizer.chat_template
@@ -538,7 +538,7 @@ def test_a_template_that_ollama_cannot_write_leaves_nothing_behind(llava, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["counts"]
 
 
-def test_what_llama_cpp_would_compute_otherwise_is_refused(llava, tmp_path):
+def test_a_model_that_llama_cpp_would_compute_differently_is_refused(llava, tmp_path):
     model, processor = load_checkpoint(str(llava))
     check_exportable(model.config)
     for name, value, message in (
@@ -559,7 +559,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(llava, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_a_siglip_with_a_qwen3_that_llama_cpp_would_compute_otherwise_is_refused(siglip_qwen3):
+def test_a_siglip_with_a_qwen3_that_llama_cpp_would_compute_differently_is_refused(siglip_qwen3):
     config = load_checkpoint(str(siglip_qwen3))[0].config
     check_exportable(config)
     for part, name, value, message in (

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from html import unescape
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Lock
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from conftest import random_adapter
 
 from train_llava import web_demo
 from train_llava.chat import Chat
+from train_llava.cli import run_command
 from train_llava.dataset.images import open_image
 from train_llava.evaluation.generation import assistant_message, generate, prepare, user_message
 from train_llava.evaluation.web_look import DOTS, TEXTS, Turn, header, translations
@@ -32,6 +34,10 @@ pytest.importorskip("gradio", reason="the page needs gradio")
 from gradio_client import Client, handle_file
 
 ROOT = Path(__file__).parent.parent
+needs_browser = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver") and find_spec("selenium")),
+    reason="no browser here: apt-get install chromium chromium-driver, pip install selenium",
+)
 LONG = {"max_new_tokens": 300, "min_new_tokens": 300}  # long enough to be stopped
 
 
@@ -359,12 +365,14 @@ def test_a_number_outside_its_interval_is_refused(llava, monkeypatch, words, mes
         web_demo.main()
 
 
-def test_a_port_in_use_ends_the_command_in_one_line(llava):
+def test_a_port_in_use_ends_the_command_in_one_line(llava, monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        words = command("--model_name_or_path", llava, "--port", taken.getsockname()[1])
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert (done.returncode, done.stdout) == (1, "")
-    (line,) = done.stderr.splitlines()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(sys, "argv", ["web_demo", "--model_name_or_path", str(llava), "--port", str(port)])
+        with pytest.raises(SystemExit) as exit_info:
+            run_command(web_demo.main)
+    assert capsys.readouterr() == ("", "")
+    (line,) = exit_info.value.code.splitlines()  # Python prints it and exits with code 1
     assert line.startswith("error: [Errno 98] Address already in use")
 
 
@@ -398,9 +406,8 @@ def served(*arguments: str | Path, code: str | None = None) -> Iterator[str]:
 @contextmanager
 def browser(address: str, language: str = "en-US") -> Iterator[Any]:
     """A new browser with the page open."""
-    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
-        pytest.skip("there is no Chromium here: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="there is no Selenium here: pip install selenium")
+    from selenium import webdriver
+
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1100,900"):
         options.add_argument(argument)
@@ -472,6 +479,7 @@ def idle(driver: Any, answers: int) -> bool:
     return len(texts_of(driver, "bot")) == answers and button(driver, "retry").is_enabled()
 
 
+@needs_browser
 def test_a_browser_chats_and_shows_errors(llava, pictures, impostors):
     model, processor = load_model(str(llava))
     asked = [("What is this?", pictures[:1]), ("And these?", pictures[1:]), ("Where is Paris?", [])]
@@ -511,6 +519,7 @@ def test_a_browser_chats_and_shows_errors(llava, pictures, impostors):
         assert hosts(driver) == {"127.0.0.1"}
 
 
+@needs_browser
 def test_a_browser_shows_both_chats_and_stops_them(llava, adapter, pictures):
     adapted, processor = load_model(str(llava), str(adapter))
     base, _ = load_model(str(llava))
@@ -551,6 +560,7 @@ def test_a_browser_shows_both_chats_and_stops_them(llava, adapter, pictures):
         assert [texts_of(driver, "bot", column) for column in (0, 1)] == expected
 
 
+@needs_browser
 def test_leaving_the_page_leaves_the_queue(page, monkeypatch):
     def endless(model, processor, messages, *_, **__):
         while messages[-1]["content"][-1]["text"] == "endless":
@@ -577,6 +587,7 @@ def echo(llava) -> Iterator[str]:
         yield address
 
 
+@needs_browser
 @pytest.mark.parametrize("language", ["en-US", "zh-CN", "de", "ja"])
 def test_a_browser_shows_texts_unchanged_and_hides_harmful_buttons(echo, pictures, language):
     texts = [
