@@ -106,18 +106,18 @@ def test_mappings_arrive_as_the_library_reads_them(tmp_path, monkeypatch, llava)
         ("# nothing\n", "is empty"),
         ("- seed: 1", "does not hold lines `key: value`"),
         ("seed 1", "does not hold lines `key: value`"),
-        ("seed: 1\nsede: 2", ": sede is not known: the nearest that is known is seed"),
-        ("image_folder: a", ": image_folder is not known: the nearest that is known is image_dir"),
+        ("seed: 1\nsede: 2", ", line 2: sede is not known: the nearest that is known is seed"),
+        ("image_folder: a", ", line 1: image_folder is not known: the nearest that is known is image_dir"),
         (
             "--per-device-batch-size: 4",
             "--per-device-batch-size is not known: the nearest that is known is per_",
         ),
-        ("seed: 1\n\nseed: 2", ": seed is given twice"),
-        ("max-steps: 1\nmax_steps: 2", ": max-steps is given twice"),
-        ("packing: maybe", ": argument --packing: Truthy value expected: got maybe"),
-        ("seed: 1.5", ": argument --seed: invalid int value: '1.5'"),
+        ("seed: 1\n\nseed: 2", ", line 3: seed is given twice"),
+        ("max-steps: 1\nmax_steps: 2", ", line 2: max_steps is given twice"),
+        ("packing: maybe", ", line 1: argument --packing: Truthy value expected: got maybe"),
+        ("seed: 1.5", ", line 1: argument --seed: invalid int value: '1.5'"),
         ("train_type: fulll", "invalid choice: 'fulll'"),
-        ("seed: [1, 2]", ": seed takes one value, and here are 2"),
+        ("seed: [1, 2]", ", line 1: seed takes one value, and here are 2"),
         ("data_path: []", "expected at least one argument"),
         ("seed: 1\n\tmax_steps: 2", r" is no YAML: .*line 2"),
         ("data_path: [a", " is no YAML: "),
@@ -127,7 +127,7 @@ def test_mappings_arrive_as_the_library_reads_them(tmp_path, monkeypatch, llava)
         (bytes(range(256)), " is no YAML: "),
     ],
 )
-def test_an_error_in_a_recipe_names_the_file_and_the_key(tmp_path, text, message):
+def test_an_error_in_a_recipe_names_the_file_and_the_line(tmp_path, text, message):
     (tmp_path / "r.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=f"(?s)^{tmp_path}/r.yaml.*{message}"):
         given_arguments(TRAIN, [str(tmp_path / "r.yaml")])

@@ -97,7 +97,7 @@ def given_arguments(dataclasses: Iterable[type], words: list[str] | None = None)
         words: the command line; by default this process's.
 
     Raises:
-        ValueError: a word is no argument, or a value has the wrong type; an error in a recipe names it and the key.
+        ValueError: a word is no argument, or a value has the wrong type; an error in a recipe names it and the line.
     """
     words = sys.argv[1:] if words is None else words
     parser = HfArgumentParser(dataclasses)

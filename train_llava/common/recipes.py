@@ -39,7 +39,7 @@ def read_recipe(path: str, parser: ArgumentParser, known: Collection[str]) -> di
     give `{"learning_rate": 0.001, "data_path": ["a", "/home/me/b"]}`.
 
     Raises:
-        ValueError: the file is no YAML of lines `key: value`, or one of them is wrong; the message names both.
+        ValueError: the file is no YAML of lines `key: value`, or one of them is wrong; the message names the line.
     """
     try:
         content = Path(path).read_text(encoding="utf-8-sig")
@@ -47,31 +47,30 @@ def read_recipe(path: str, parser: ArgumentParser, known: Collection[str]) -> di
         texts = yaml.load(content, yaml.BaseLoader)  # the same lines, where each value is still a text
         if not isinstance(values, dict):
             raise ValueError(f"{path} " + ("is empty" if values is None else "does not hold lines `key: value`"))
-        keys = [node.value for node, _ in yaml.compose(content).value]  # `load` keeps the last of two equal keys
+        nodes = yaml.compose(content).value  # keys with their lines; `load` keeps the last of two equal keys
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
 
-    # Names first: a key may be written with dashes
-    names = [str(key).lstrip("-").replace("-", "_") for key in keys]
-    for key, name in zip(keys, names, strict=True):
+    arguments, seen = {}, set()
+    for node, _ in nodes:
+        key, where = node.value, f"{path}, line {node.start_mark.line + 1}"
+        name = key.lstrip("-").replace("-", "_")
         if name not in known:
-            raise ValueError(f"{path}: {unknown(str(key), known)}")
-        if names.count(name) > 1:
-            raise ValueError(f"{path}: {key} is given twice")
-
-    arguments = {}
-    for key, name, value in zip(keys, names, values.values(), strict=True):
-        if value is None:
+            raise ValueError(f"{where}: {unknown(key, known)}")
+        if name in seen:
+            raise ValueError(f"{where}: {key} is given twice")
+        seen.add(name)
+        if values[key] is None:
             continue
-        words = _words(texts[key], value)
+        words = _words(texts[key], values[key])
         # in one word with its option, a value may begin with a dash
         option = [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
         try:
             parsed, rest = parser.parse_known_args(option)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{where}: {error}") from error
         if rest:
-            raise ValueError(f"{path}: {key} takes one value, and here are {len(words)}")
+            raise ValueError(f"{where}: {key} takes one value, and here are {len(words)}")
         arguments |= vars(parsed)
     return arguments
 
