@@ -33,9 +33,9 @@ def test_too_many_bad_records_stop_a_run_and_one_stops_a_strict_run(bad_data, pr
         [checked[i] for i in (1, 3, 5)]
 
 
-@pytest.mark.parametrize("given", [{"id": "one"}, {}, {"id": "a\u2028b\u0085c"}])
-def test_bad_records_are_counted_whatever_their_ids(processor, tmp_path, given):
-    records = [given | {"conversations": turns("?", "!") if i % 10 == 0 else []} for i in range(300)]
+@pytest.mark.parametrize("name", [{"id": "one"}, {}, {"id": "a\u2028b\u0085c"}])
+def test_bad_records_are_counted_whatever_their_ids(processor, tmp_path, name):
+    records = [name | {"conversations": turns("?", "!") if i % 10 == 0 else []} for i in range(300)]
     (tmp_path / "chat.json").write_text(json.dumps(records))
     dataset, log = LlavaDataset(str(tmp_path)), tmp_path / "bad.jsonl"
     checked = CheckedDataset(dataset, Chat(processor), log, max_bad_fraction=0.9)
@@ -51,11 +51,11 @@ def test_bad_records_in_a_row_have_different_replacements(tmp_path, processor):
     (tmp_path / "chat.json").write_text(json.dumps(bad + good))
     log = tmp_path / "log.jsonl"
     checked = CheckedDataset(LlavaDataset(str(tmp_path)), Chat(processor), log, max_bad_fraction=1)
-    taken = [checked[i].id for i in range(30)]
-    assert len(set(taken)) > 10
+    replacements = [checked[i].id for i in range(30)]
+    assert len(set(replacements)) > 10
     written = log.read_bytes()
     again = CheckedDataset(LlavaDataset(str(tmp_path)), Chat(processor), log, max_bad_fraction=1)
-    assert [again[i].id for i in range(30)] == taken
+    assert [again[i].id for i in range(30)] == replacements
     assert log.read_bytes() == written
     assert len(written.splitlines()) == 30
     torn = tmp_path / "torn.jsonl"

@@ -79,7 +79,7 @@ def test_an_image_is_found_in_every_spelling_of_its_name(tmp_path, layout):
 
 
 def test_the_exact_name_goes_before_other_spellings(tmp_path):
-    """Where several files could be meant, or the name holds what else is another spelling."""
+    """Several files may fit a name, and a file's own name may look like another spelling."""
     (tmp_path / "images" / "images").mkdir(parents=True)
     names = ["a%20b.png", "a b.png", "c\\d.png", "images/a b.png"]
     for i, name in enumerate(names[:3]):
@@ -124,7 +124,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, layout, name, 
 
 
 def test_an_absolute_name_may_go_through_a_link_to_the_folder(tmp_path):
-    """And a table is of its picture folder: the same records beside another one are judged anew."""
+    """And a table belongs to its image folder: the same records with another folder are checked again."""
     folder(tmp_path / "real")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (tmp_path / "other").mkdir()
@@ -138,11 +138,11 @@ def test_an_absolute_name_may_go_through_a_link_to_the_folder(tmp_path):
 def test_an_archive_may_end_in_capitals_and_may_be_empty(tmp_path):
     (tmp_path / "chat.JSON").write_text(json.dumps([{"id": "x", "image": "a.png", "caption": "x"}]))
     for names, reason in ((["a.png"], None), ([], "a.png is not in the archive")):
-        with zipfile.ZipFile(tmp_path / "pictures.ZIP", "w") as file:
+        with zipfile.ZipFile(tmp_path / "images.ZIP", "w") as file:
             for name in names:
                 file.writestr(name, PNGS[0])
-        os.utime(tmp_path / "pictures.ZIP", (len(names), len(names)))
-        assert reasons_of(tmp_path / "chat.JSON", tmp_path / "pictures.ZIP") == {"x": reason}
+        os.utime(tmp_path / "images.ZIP", (len(names), len(names)))
+        assert reasons_of(tmp_path / "chat.JSON", tmp_path / "images.ZIP") == {"x": reason}
 
 
 def test_one_corrupt_member_of_an_archive_is_one_bad_record(tmp_path):
@@ -166,8 +166,8 @@ def test_one_corrupt_member_of_an_archive_is_one_bad_record(tmp_path):
 
 def test_different_members_of_the_same_name_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        for name, picture in (("x/a", 0), ("y/a", 1), ("x/b", 2), ("y/b", 2), ("c", 0), ("z/c", 1)):
-            archive.writestr(f"{name}.png", PNGS[picture])
+        for name, image in (("x/a", 0), ("y/a", 1), ("x/b", 2), ("y/b", 2), ("c", 0), ("z/c", 1)):
+            archive.writestr(f"{name}.png", PNGS[image])
     names = ["a.png", "y/a.png", "b.png", "c.png", "d.png"]
     records = [{"id": name, "image": name, "caption": "x"} for name in names]
     (tmp_path / "chat.json").write_text(json.dumps(records))
@@ -179,12 +179,12 @@ def test_different_members_of_the_same_name_are_refused(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["gb18030", "utf-8"])
 def test_names_of_unmarked_encoding_in_an_archive_are_found(tmp_path, encoding):
-    """As Windows' and macOS' own packers write them."""
+    """Windows and macOS write such archives."""
     name = "红色 方块.png"
     (tmp_path / "chat.json").write_text(json.dumps([{"image": name, "conversations": turns("<image>\n?", "!")}]))
     stored = "x" * len(name.encode(encoding))
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        archive.writestr(f"pictures/{stored}", PNGS[0])
+        archive.writestr(f"images/{stored}", PNGS[0])
     content = (tmp_path / "images.zip").read_bytes()
     assert content.count(stored.encode()) == 2
     (tmp_path / "images.zip").write_bytes(content.replace(stored.encode(), name.encode(encoding)))

@@ -1,6 +1,5 @@
 """An image is opened upright, whole and as small as it may be, and becomes the pixels of the image processor."""
 
-import io
 import json
 import struct
 import tracemalloc
@@ -58,24 +57,22 @@ def test_images_of_every_kind_become_rgb(name, tmp_path):
 
 
 def test_deep_gray_is_scaled_without_overflow():
-    file = io.BytesIO()
-    Image.fromarray(np.arange(0, 200000, 2000, dtype=np.int32).reshape(10, 10)).save(file, "TIFF")
-    gray = np.asarray(open_image(file.getvalue(), "x"))[..., 0].flatten()
+    content = encoded(Image.fromarray(np.arange(0, 200000, 2000, dtype=np.int32).reshape(10, 10)), "TIFF")
+    gray = np.asarray(open_image(content, "x"))[..., 0].flatten()
     assert (np.diff(gray.astype(int)) >= 0).all()
     assert (gray[0], gray[-1]) == (0, 255)
 
 
 def corners(orientation: int, ending: str) -> bytes:
-    """A picture of 48 x 32 pixels with a red corner on top on the left, turned so that its EXIF turns it back."""
+    """An image of 48 x 32 pixels with a red corner at the top left, turned so that its EXIF turns it back."""
     upright = Image.new("RGB", (48, 32), "white")
     upright.paste("red", (0, 0, 16, 16))
-    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of Pillow's ways to turn, the one that EXIF undoes
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the `Transpose` that EXIF undoes
     turned = upright.transpose(Image.Transpose(back[orientation])) if orientation > 1 else upright
-    exif, file = Image.Exif(), io.BytesIO()
+    exif = Image.Exif()
     exif[0x0112] = orientation
-    more = {"MPO": {"save_all": True, "append_images": [Image.new("RGB", turned.size)]}}
-    turned.save(file, ending, exif=exif, **more.get(ending, {}))
-    return file.getvalue()
+    options = {"save_all": True, "append_images": [Image.new("RGB", turned.size)]} if ending == "MPO" else {}
+    return encoded(turned, ending, exif=exif, **options)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -122,14 +119,11 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
     smooth = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).resize(
         (1800, 1200), Image.Resampling.BICUBIC
     )
-    file = io.BytesIO()
-    smooth.save(file, "JPEG", quality=95)
-    small = open_image(file.getvalue(), "x", min_side=56)
-    assert small.size == (225, 150)
-    whole = open_image(file.getvalue(), "x")
-    assert whole.size == (1800, 1200)
-    seen = [np.asarray(image.resize((84, 56), Image.Resampling.BICUBIC)).astype(float) for image in (small, whole)]
-    assert np.abs(seen[0] - seen[1]).mean() < 1.5
+    content = encoded(smooth, "JPEG", quality=95)
+    reduced, whole = open_image(content, "x", min_side=56), open_image(content, "x")
+    assert (reduced.size, whole.size) == ((225, 150), (1800, 1200))
+    resized = [np.asarray(image.resize((84, 56), Image.Resampling.BICUBIC)) for image in (reduced, whole)]
+    assert np.abs(np.subtract(*resized, dtype=float)).mean() < 1.5
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -203,14 +197,14 @@ IMAGE_PROCESSORS = {
 
 @pytest.mark.parametrize("name", IMAGE_PROCESSORS)
 def test_long_strips_need_little_memory_and_keep_their_pixels(name):
-    """Where the processor itself can take them, its pixels; where it would need gigabytes, little memory."""
+    """The pixels of the processor where it can take a strip, and little memory where it would need gigabytes."""
     image_processor, rng = IMAGE_PROCESSORS[name], np.random.default_rng(3)
     sizes = ((1, 1), (3, 400), (401, 3), (7, 100), (333, 40), (40, 301), (1, 5))
     images = [Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)) for size in sizes]
     ours = prepare_pictures(image_processor, images)["pixel_values"]
     theirs = image_processor(images, return_tensors="pt")["pixel_values"]
     assert ours.shape == (len(sizes), 3, 28, 28)
-    # what is padded is made small before, so a line is wider by a pixel; else the rounding to 256 levels differs
+    # A padded image is made small before, so a line is wider by a pixel. Otherwise the rounding to 256 levels differs
     difference = (ours - theirs).abs().flatten(1)
     assert difference.mean(1).max() < (0.3 if name == "pad" else 0.02)
     tracemalloc.start()
@@ -236,7 +230,7 @@ def test_the_fast_path_gives_the_pixels_of_the_processor(processor):
 
 
 class Shifted(CLIPImageProcessorPil):
-    """CLIP's, but some levels of 256 brighter."""
+    """CLIP's image processor, but some of 256 levels brighter."""
 
     levels = 0.0
 

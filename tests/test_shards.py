@@ -1,4 +1,4 @@
-"""WebDataset shards and folders as people pack them: what else lies in them, links, names, hidden files, damage."""
+"""WebDataset shards as people pack them: other files, links, names, hidden files, damage."""
 
 import io
 import json
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import turns
-from record_files import ANSWERS, PNGS, QUESTION, colors_of, messages, reasons_of, tar
+from PIL import Image
+from record_files import ANSWERS, PNGS, QUESTION, colors_of, encoded, messages, reasons_of, tar
 
 from train_llava.data import LlavaDataset
 from train_llava.dataset.archives import is_image
@@ -17,12 +18,12 @@ RECORD = {"conversations": turns(QUESTION, "x")}
 
 
 def colors(data_path: Path) -> dict[str, list[str] | str]:
-    """The pictures of each record by its id, or why it cannot be used."""
-    dataset, found = LlavaDataset(str(data_path)), {}
+    """The colors of the images of each record by its id, or why it cannot be used."""
+    dataset, colors = LlavaDataset(str(data_path)), {}
     for i in range(len(dataset)):
         row = dataset.tables[0][i]
-        found[row["id"]] = row["error"] or colors_of(dataset[i])
-    return found
+        colors[row["id"]] = row["error"] or colors_of(dataset[i])
+    return colors
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def colors(data_path: Path) -> dict[str, list[str] | str]:
         {"exr": b"", "md5": b"0", "xml": b"<a/>", "html": b"", "csv": b"a,b", "safetensors": b""},
     ],
 )
-def test_what_is_no_picture_by_its_ending_is_none(tmp_path, beside):
+def test_a_file_without_an_image_extension_is_no_image(tmp_path, beside):
     members = {f"0.{ending}": content for ending, content in beside.items()}
     tar(tmp_path / "a.tar", members | {"0.json": RECORD, "0.JPEG": PNGS[2]})
     assert colors(tmp_path) == {"0": ["blue"]}
@@ -49,29 +50,15 @@ def test_what_is_no_picture_by_its_ending_is_none(tmp_path, beside):
     assert "1 <image> tags for 0 pictures" in colors(tmp_path)["0"]
 
 
-def test_a_picture_is_known_by_its_ending_or_because_the_record_names_it():
-    pictures = ["a.jpg", "a.JPEG", "a/b.png", "a.webp", "a.avif", "a.heic", "a.tif", "a.bmp", "a.jp2", "a.left.png"]
-    assert [name for name in pictures if not is_image(name)] == []
-    others = [
-        "a",
-        "png",
-        "a.png.md5",
-        "a.mp4",
-        "a.wav",
-        "a.txt",
-        "a.json",
-        "a.npz",
-        "a.mpg",
-        ".png",
-        "a.",
-        "a.svg",
-        "a.exr",
-        "a.ps",
-    ]
+def test_an_image_is_recognised_by_its_extension():
+    images = ["a.jpg", "a.JPEG", "a/b.png", "a.webp", "a.avif", "a.heic", "a.tif", "a.bmp", "a.jp2", "a.left.png"]
+    assert [name for name in images if not is_image(name)] == []
+    others = ["a", "png", "a.png.md5", "a.mp4", "a.wav", "a.txt", "a.json", "a.npz", "a.mpg", ".png", "a."]
+    others += ["a.svg", "a.exr", "a.ps"]
     assert [name for name in others if is_image(name)] == []
 
 
-def test_a_record_may_name_a_picture_of_any_ending(tmp_path):
+def test_a_record_may_name_an_image_of_any_extension(tmp_path):
     record = RECORD | {"image": "images\\0.bin"}
     tar(tmp_path / "a.tar", {"0.png": PNGS[0], "0.bin": PNGS[1], "0.json": record})
     assert colors(tmp_path) == {"0": ["green"]}
@@ -79,9 +66,10 @@ def test_a_record_may_name_a_picture_of_any_ending(tmp_path):
 
 def test_hidden_files_are_not_data(tmp_path):
     """As macOS writes them beside every file, into archives and folders."""
+    apple_double = b"\0\5\x16\7"
     hidden = {
-        "._0.png": b"\0\5\x16\7",
-        "._0.json": b"\0\5\x16\7",
+        "._0.png": apple_double,
+        "._0.json": apple_double,
         "__MACOSX/0.png": b"",
         ".DS_Store": b"",
         "./.x.png": b"",
@@ -106,7 +94,7 @@ def linked(path: Path, *members: tuple[str, bytes | str, bytes]) -> None:
             archive.addfile(member, io.BytesIO(content))
 
 
-def test_links_in_a_shard_are_the_files_that_they_lead_to(tmp_path):
+def test_a_link_in_a_shard_is_the_file_that_it_leads_to(tmp_path):
     hard, soft, file = tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.REGTYPE
     record = json.dumps(RECORD).encode()
     linked(
@@ -116,7 +104,7 @@ def test_links_in_a_shard_are_the_files_that_they_lead_to(tmp_path):
         ("s/0.png", "pool/a.png", hard),
         ("s/0.json", record, file),
         ("s/1.json", "./pool/record.json", hard),
-        ("s/1.png", "../pool/b.png", soft),  # which comes behind it
+        ("s/1.png", "../pool/b.png", soft),  # which comes later
         ("s/2.json", record, file),
         ("s/2.png", "1.png", soft),
         ("s/3.json", record, file),
@@ -134,7 +122,7 @@ def test_links_in_a_shard_are_the_files_that_they_lead_to(tmp_path):
 
 
 def test_a_shard_as_gnu_tar_and_pax_write_it(tmp_path):
-    """Names longer than a header, and a file whose zeros are left out."""
+    """With names longer than a header, and a file whose zeros are not stored."""
     name = "ä" * 120
     folder = tmp_path / ("long" * 40)
     folder.mkdir()
@@ -158,15 +146,11 @@ def test_a_shard_as_gnu_tar_and_pax_write_it(tmp_path):
 
 
 def bmp_of_zeros() -> bytes:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.new("RGB", (600, 500)).save(file, "BMP")
-    return file.getvalue().rstrip(b"\0")
+    return encoded(Image.new("RGB", (600, 500)), "BMP").rstrip(b"\0")
 
 
 @pytest.mark.parametrize("damage", ["empty", "a byte", "cut in its first header", "cut in its end"])
-def test_a_shard_that_is_cut_at_an_end(tmp_path, damage):
+def test_a_shard_cut_at_its_begin_is_refused_and_one_cut_at_its_end_is_read(tmp_path, damage):
     tar(tmp_path / "a.tar", {"0.png": PNGS[0], "0.json": RECORD})
     content = (tmp_path / "a.tar").read_bytes()
     cut = {"empty": 0, "a byte": 1, "cut in its first header": 300, "cut in its end": 4 * 512 + 100}[damage]
@@ -213,8 +197,8 @@ def test_images_of_a_sample_follow_its_json_or_their_numbers(tmp_path, members, 
     record = {"conversations": turns("<image>" * len(members) + "?", "!")} | fields
     if "messages" in fields:
         record = {"messages": messages(0, fields["messages"])}
-    pictures = {f"0.{name}": PNGS[colors[name]] for name in members}
-    tar(tmp_path / "a.tar", pictures | {"0.json": record})
+    images = {f"0.{name}": PNGS[colors[name]] for name in members}
+    tar(tmp_path / "a.tar", images | {"0.json": record})
     assert colors_of(LlavaDataset(str(tmp_path))[0]) == [ANSWERS[i] for i in order]
 
 

@@ -124,10 +124,11 @@ def _choose_files(data_path: str, on_hub: PurePath, extensions: Collection[str])
             parent, places = PurePath(records[0]).parent, []
             if records[0].lower().endswith(NAMES_IMAGES) and PurePath(records[0]).name not in METADATA:
                 places = [str(parent / place) for place in IMAGE_PLACES] + list(IMAGE_PLACES)
-            existing = set(names)
-            for file in names:
-                existing.update(map(str, PurePath(file).parents))
-            choice = records, next((place for place in places if place in existing), str(parent))
+
+            def exists(place: str) -> bool:
+                return any(f"{name}/".startswith(f"{place}/") for name in names)
+
+            choice = records, next(filter(exists, places), str(parent))
         with replacing(stored) as file:
             file.write_text(json.dumps(choice))
         return choice
