@@ -33,9 +33,9 @@ def test_too_many_bad_records_stop_a_run_and_one_stops_a_strict_run(bad_data, pr
         [checked[i] for i in (1, 3, 5)]
 
 
-@pytest.mark.parametrize("name", [{"id": "one"}, {}, {"id": "a\u2028b\u0085c"}])
-def test_bad_records_are_counted_whatever_their_ids(processor, tmp_path, name):
-    records = [name | {"conversations": turns("?", "!") if i % 10 == 0 else []} for i in range(300)]
+@pytest.mark.parametrize("record_id", [{"id": "one"}, {}, {"id": "a\u2028b\u0085c"}])
+def test_bad_records_are_counted_whatever_their_ids(processor, tmp_path, record_id):
+    records = [record_id | {"conversations": turns("?", "!") if i % 10 == 0 else []} for i in range(300)]
     (tmp_path / "chat.json").write_text(json.dumps(records))
     dataset, log = LlavaDataset(str(tmp_path)), tmp_path / "bad.jsonl"
     checked = CheckedDataset(dataset, Chat(processor), log, max_bad_fraction=0.9)
