@@ -1,12 +1,12 @@
-# Sourced by run_zero2.sh and run_tests.sh: afterwards `python3` has the packages of a requirements file and, from any
-# folder, train_llava; `repo` is the folder of this file.
+# Sourced by run_zero2.sh and run_tests.sh. Afterwards `python3` has the packages of a requirements file and finds
+# train_llava from any folder. `repo` is the folder of this file.
 #   source env.sh requirements.txt
-# An active environment that has them all is used as it is; otherwise they go into .venv.
-#   TORCH_INDEX=URL   another source of torch's CPU build, which Linux gets without an NVIDIA GPU; empty: PyPI's build
+# It uses an active environment that has all packages. Otherwise it installs them into .venv.
+#   TORCH_INDEX=URL   the index for torch's CPU build, on Linux without an NVIDIA GPU; empty: take PyPI's build
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 
-has_packages() { # PYTHON FILE [NAME]: does it have every package (or that one) that the file and what it includes pin?
+has_packages() { # PYTHON FILE [NAME]: does it have every package (or the one named) that the file and its includes pin?
   "$1" - "$repo/$2" "${@:3}" 2>/dev/null <<'PYTHON'
 import os, sys
 from importlib.metadata import version
@@ -26,12 +26,12 @@ sys.exit(not all(line.specifier.contains(version(line.name), prereleases=True) f
 PYTHON
 }
 
-has_nvidia() { # the driver tells, also where torch, which would know, is not there yet; WSL has nvidia-smi alone
+has_nvidia() { # asks the driver, as torch may not be installed yet; WSL has nvidia-smi alone
   [ -e /dev/nvidiactl ] || [ -e /proc/driver/nvidia ] || command -v nvidia-smi >/dev/null
 }
 
-# PyPI's torch for Linux brings CUDA's libraries, which nothing uses without an NVIDIA GPU. There torch, and nothing
-# else, comes from PyTorch's own index; what torch needs is left to the installation from PyPI that follows.
+# PyPI's torch for Linux brings CUDA's libraries, useless without an NVIDIA GPU. This installs torch alone from
+# PyTorch's own index. The packages that torch needs follow from PyPI.
 install_cpu_torch() {
   local index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu} pin
   if [ "$(uname -s)" != Linux ] || [ -z "$index" ] || has_nvidia || has_packages python3 requirements.txt torch; then
@@ -39,8 +39,8 @@ install_cpu_torch() {
   fi
   pin=$(grep -o '^torch==[^ ]*' "$repo/requirements.txt")
   echo "no NVIDIA GPU here: asking $index for torch's CPU build, a tenth of PyPI's (TORCH_INDEX= takes that)"
-  trap 'exit 130' INT # pip told to stop ends like pip without an index
-  # pip alone would try each address of a silent index for as long as a slow download may pause
+  trap 'exit 130' INT # or a stopped pip would count as an index that fails
+  # ask first: pip waits long for each address of an index that does not answer
   if ! timeout --foreground 10 python3 -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' \
     "${index%/}/torch/" 2>/dev/null ||
     ! python3 -m pip install --disable-pip-version-check --retries 0 --no-deps --index-url "$index" "$pin+cpu"; then
@@ -69,13 +69,13 @@ if ! has_packages python3 "$1"; then
   fi
 fi
 
-# Once is enough: run.sh and the tests start run_zero2.sh, which sources this again
+# only once: run.sh and the tests start run_zero2.sh, which sources this file again
 if [ -z "${DEVICE_LOOKED_UP:-}" ] && ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   if has_nvidia && python3 -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
     echo "warning: this machine has an NVIDIA GPU, and torch is a CPU build: remove $repo/.venv to have it installed anew" >&2
   fi
-  export DS_ACCELERATOR=cpu # DeepSpeed runs on CPU ranks; it compiles a small extension the first time
-  # a step's tensors are kept for the next step, instead of asked of the system again: measured 6 % faster (glibc)
+  export DS_ACCELERATOR=cpu # DeepSpeed then runs on CPU ranks and compiles a small extension the first time
+  # glibc keeps freed memory for the next step instead of returning it: measured 6 % faster
   export MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=4294967296
   command -v g++ >/dev/null || { echo "error: DeepSpeed needs a C++ compiler on a machine without a GPU: install g++" >&2; return 1; }
   python3 -c 'from train_llava.training.extension import build_extension; build_extension("ShareMemCommBuilder")'

@@ -1,12 +1,12 @@
-# Sourced by the examples' run.sh: each stage is told with the time, and what an earlier start has finished is kept.
+# Sourced by the examples' run.sh. Prints each stage with the time and skips stages that an earlier start has finished.
 stage() { printf '\n== %s (%d:%02d)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 kept() { echo "$1 is there from an earlier start and is kept; to make it anew, remove it and what was made of it"; }
 missing() { [ ! -e "$1" ] || { kept "$1"; return 1; }; }
-trained() { # a run that was told to stop leaves a model, too
+trained() { # a stopped run leaves a model, too
   python3 -c 'import json, sys; s = json.load(open(sys.argv[1])); sys.exit(s["global_step"] < s["max_steps"])' \
     "$1/trainer_state.json" 2>/dev/null
 }
-train() { # FOLDER RECIPE [ARGUMENTS]: trains what the recipe writes to the folder, or goes on with it
+train() { # FOLDER RECIPE [ARGUMENTS]: starts or continues the recipe's run, which writes to the folder
   if trained "$1"; then
     kept "$1"
     return

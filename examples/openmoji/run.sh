@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The toy example from end to end: draw the data, assemble, train in two stages on two ranks, judge on held-out
-# pictures. `bash run_zero2.sh` without arguments runs this in the right environment. What an earlier start has finished
-# is kept; what it began goes on.
+# The toy example from end to end: draw the data, assemble, train in two stages on two ranks, evaluate on held-out
+# pictures. `bash run_zero2.sh` without arguments runs it in the right environment. A new start skips finished stages
+# and continues a stopped one.
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "$0")/../.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Asks SmolLM2 about a picture through the ready-made eyes, without any training: assembled in under a minute.
+# Asks SmolLM2 about a picture with the ready-made projector. Needs no training, and under a minute to assemble.
 #   bash examples/smollm2/ask.sh                                    about a held-out picture of this folder
 #   bash examples/smollm2/ask.sh cat.png "What is in this picture?"
 set -euo pipefail
@@ -17,15 +17,15 @@ case ${1--} in
 esac
 caller=$PWD
 cd "$(dirname "$0")/../.."
-DEVICE_LOOKED_UP=1 # nothing is trained: DeepSpeed, and the compiler that it wants, are not needed
+DEVICE_LOOKED_UP=1 # without training, neither DeepSpeed nor its compiler is needed
 source ./env.sh examples/smollm2/requirements.txt
-export PYTHONSAFEPATH=1 # a file of the caller's folder is no library
+export PYTHONSAFEPATH=1 # or Python would import files of the caller's folder instead of libraries
 example=examples/smollm2
 out=output/smollm2
 
 [ -e $out/lm ] || python3 $example/get_model.py --output_dir $out/lm
 projector=$example/eyes/projector.safetensors
-if [ ! $out/eyes -nt $projector ]; then # not there, or assembled with an older projector
+if [ ! $out/eyes -nt $projector ]; then # missing, or assembled with an older projector
   rm -rf $out/eyes
   python3 -m train_llava.build_model --output_dir $out/eyes --dtype float32 --projector $projector \
     --vision_model_name_or_path examples/openmoji/parts/clip --language_model_name_or_path $out/lm

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A real language model gets eyes: SmolLM2-135M-Instruct and the toy example's CLIP, trained on two ranks, judged on
-# held-out pictures, asked in a conversation. What an earlier start has finished is kept; what it began goes on.
+# A real language model gets eyes: SmolLM2-135M-Instruct with the toy example's CLIP. Trains on two ranks, evaluates on
+# held-out pictures and holds a conversation. A new start skips finished stages and continues a stopped one.
 #   bash examples/smollm2/run.sh
 set -euo pipefail
 caller=$PWD
@@ -12,7 +12,7 @@ example=examples/smollm2
 out=output/smollm2
 data=$out/data
 
-# a third less time where the processor multiplies bfloat16 numbers itself
+# saves a third of the time on a processor with bfloat16 instructions
 precision=()
 if [ "${DS_ACCELERATOR:-}" = cpu ] && grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then
   precision=(--bf16 true)
@@ -35,7 +35,7 @@ stage "4/8 stage 1: train the projector alone"
 train $out/stage1 recipes/smollm2-stage1.yaml ${precision[@]+"${precision[@]}"}
 stage "5/8 stage 2: train LoRA adapters and the projector"
 train $out/stage2 recipes/smollm2-stage2.yaml ${precision[@]+"${precision[@]}"}
-# English that every Python has, a little other in each version: does the model still predict it as before?
+# English text that comes with Python: does the model still predict it as before? Versions differ a little
 python3 -X utf8 -c 'from pydoc_data.topics import topics
 print(*(topics[name] for name in ("attribute-access", "naming", "objects", "strings")), sep="\n")' >$out/text.txt
 for run in stage1 stage2; do
