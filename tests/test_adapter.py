@@ -188,7 +188,9 @@ def test_an_adapter_goes_on_training(llava, corpus, trained_adapter, tmp_path, m
         (["--adapter_name_or_path", "{llava}"], "{llava} is no adapter folder"),
     ],
 )
-def test_what_does_not_fit_an_adapter_is_refused(llava, corpus, adapter, tmp_path, monkeypatch, arguments, message):
+def test_arguments_that_contradict_an_adapter_are_refused(
+    llava, corpus, adapter, tmp_path, monkeypatch, arguments, message
+):
     places = {"adapter": adapter, "llava": llava}
     arguments = ["--adapter_name_or_path", str(adapter), *(word.format(**places) for word in arguments)]
     with pytest.raises(ValueError, match=message.format(**places)):
@@ -272,7 +274,7 @@ def test_merging_says_how_much_of_the_change_is_rounded_away(llava, tmp_path, ca
 
 
 @pytest.mark.parametrize(("value", "remedy"), [(1e6, ": take --dtype float32"), (float("nan"), "$")])
-def test_merging_refuses_what_is_not_finite(llava, adapter, tmp_path, value, remedy):
+def test_merging_refuses_weights_that_are_not_finite(llava, adapter, tmp_path, value, remedy):
     shutil.copytree(adapter, tmp_path / "adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")
     name = next(name for name in tensors if "layers.1.mlp.up_proj.lora_B" in name)

@@ -14,7 +14,7 @@ KINDS = {4: Params4bit, 8: Int8Params}
 
 
 @pytest.mark.parametrize("bits", KINDS)
-def test_the_language_model_alone_is_held_in_few_bits(llava, processor, corpus, bits):
+def test_only_the_language_model_is_held_in_few_bits(llava, processor, corpus, bits):
     whole, _ = load_model(str(llava))
     model, _ = load_model(str(llava), bits=bits)
     for (name, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
@@ -45,7 +45,7 @@ def test_lora_trains_on_a_model_in_4_bits(llava, corpus, tmp_path, monkeypatch, 
         assert adapted(**batch).loss < base(**batch).loss - 0.1
 
 
-def test_what_few_bits_cannot_do_is_said_in_one_line(llava, corpus, tmp_path, monkeypatch):
+def test_unsupported_uses_of_few_bits_are_refused_in_one_line(llava, corpus, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--bits goes with --train_type lora"):
         run_train(monkeypatch, llava, corpus, tmp_path / "run", "--train_type", "full", "--bits", "4")
     monkeypatch.setattr("train_llava.modeling.quantization.is_bitsandbytes_available", lambda: False)

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from dataclasses import MISSING, fields
+from inspect import Parameter, signature
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ from transformers import (
     pipeline,
 )
 
-from train_llava.build_model import build_model, load_projector
+from train_llava.build_model import BuildArguments, build_model, load_projector
 from train_llava.chat import Chat
 from train_llava.data import LlavaCollator
 from train_llava.evaluation.generation import generate, sampling, user_message
@@ -47,6 +49,12 @@ from train_llava.modeling.verification import packing_difference, reference_outp
 from train_llava.records import to_messages
 
 PICTURE = Image.new("RGB", (50, 30), "red")
+
+
+def test_the_function_and_the_command_have_the_same_arguments_and_defaults():
+    parameters = signature(build_model).parameters.values()
+    function = [(p.name, MISSING if p.default is Parameter.empty else p.default) for p in parameters]
+    assert function == [(field.name, field.default) for field in fields(BuildArguments)]
 
 
 def test_weights_are_those_of_the_parts(parts, model):
@@ -112,13 +120,13 @@ def test_transformers_alone_opens_it_and_answers(llava):
     assert answer[0]["generated_text"] == processor.decode(output, skip_special_tokens=True)
 
 
-def test_dtype_sets_what_is_written(parts, tmp_path):
+def test_dtype_sets_the_precision_of_the_weights(parts, tmp_path):
     build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "model"), dtype="bfloat16")
     model, _ = load_checkpoint(str(tmp_path / "model"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-def test_a_full_vocabulary_gets_a_row_and_keeps_its_own(parts, tmp_path):
+def test_a_full_vocabulary_gets_one_more_row_and_keeps_the_others(parts, tmp_path):
     language_model = Qwen2ForCausalLM.from_pretrained(parts["qwen2"])
     language_model.resize_token_embeddings(300)
     language_model.save_pretrained(tmp_path / "full")
@@ -199,7 +207,7 @@ def rows_of(output: str) -> dict[str, str]:
     return {line[:26].strip(): line[26:] for line in output.splitlines() if len(line) > 26}
 
 
-def test_the_table_says_what_was_measured(parts, tmp_path, capsys):
+def test_the_printed_table_holds_the_measurements(parts, tmp_path, capsys):
     build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "llava"))
     rows = rows_of(capsys.readouterr().out)
     assert rows["what is learnt"] == "each answer with <|im_end|>, where generation stops"
@@ -235,7 +243,7 @@ def test_a_part_that_lacks_weights_is_refused(parts, tmp_path, part, lost, messa
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_clip_without_its_text_side_will_do(parts, llava, tmp_path):
+def test_a_clip_without_its_text_model_is_enough(parts, llava, tmp_path):
     clip = without(parts["clip"], tmp_path / "clip", "text_model.")
     build_model(str(clip), str(parts["qwen2"]), str(tmp_path / "llava"))
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "llava", llava))
@@ -268,7 +276,7 @@ def test_a_language_model_that_a_llava_cannot_hold_is_refused(parts, tmp_path, s
     assert not (tmp_path / "llava").exists()
 
 
-def test_a_quantization_of_null_is_none(parts, tmp_path):
+def test_a_quantization_config_of_null_counts_as_none(parts, tmp_path):
     folder = edited(parts["qwen2"], tmp_path / "lm", "config.json", quantization_config=None)
     assert part_config(str(folder)).model_type == "qwen2"
 
@@ -323,23 +331,21 @@ def test_settings_of_sampling_that_never_takes_place_can_be_saved(parts, tmp_pat
     greedy = edited(parts["qwen2"], tmp_path / "greedy", "generation_config.json", **sampling)
     drawn = edited(parts["qwen2"], tmp_path / "drawn", "generation_config.json", **sampling, do_sample=True)
     for folder in (greedy, drawn):
-        build_model(str(parts["clip"]), str(folder), str(tmp_path / "llava" / folder.name))
+        build_model(str(parts["clip"]), str(folder), str(tmp_path / "llava" / folder.name), skip_checks=True)
     assert GenerationConfig.from_pretrained(tmp_path / "llava" / "greedy").temperature is None
     assert GenerationConfig.from_pretrained(tmp_path / "llava" / "drawn").to_diff_dict().items() >= sampling.items()
 
 
-def test_the_likeliest_answer_is_that_of_the_logits_whatever_the_language_model_asks_for(parts, tmp_path):
-    """Qwen's chat models penalise words that stand in the conversation already; others have rules of their own."""
+def test_greedy_answers_ignore_the_language_models_own_generation_rules(parts, llava, tmp_path):
+    """Qwen's chat models penalise words that the conversation already has; others have rules of their own."""
     rules = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 7, "suppress_tokens": [40, 41]}
-    build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "plain"))
     with_rules = edited(parts["qwen2"], tmp_path / "lm", "generation_config.json", **rules, do_sample=True, min_p=0.9)
-    build_model(str(parts["clip"]), str(with_rules), str(tmp_path / "llava"))
+    build_model(str(parts["clip"]), str(with_rules), str(tmp_path / "llava"), skip_checks=True)
     saved = GenerationConfig.from_pretrained(tmp_path / "llava").to_diff_dict()
     assert not rules.keys() & saved.keys()
     asked = [user_message("red red red blue?", 0)]
-    (plain,), (llava,) = (generate(*load_model(str(tmp_path / name)), [asked], [], 12) for name in ("plain", "llava"))
-    assert llava == plain
     model, processor = load_model(str(tmp_path / "llava"))
+    assert generate(model, processor, [asked], [], 12) == generate(*load_model(str(llava)), [asked], [], 12)
     torch.manual_seed(0)
     drawn = {generate(model, processor, [asked], [], 12, **sampling(3.0, 1.0))[0] for _ in range(4)}
     assert len(drawn) > 2  # min_p 0.9 would leave the likeliest token alone
@@ -408,7 +414,7 @@ LINEAR_ATTENTION = {f"linear_{name}": n for name, n in (
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
-def test_packing_is_claimed_where_it_holds(parts, tmp_path, capsys, config, packs, dtype):
+def test_packing_is_reported_as_equal_only_where_it_is(parts, tmp_path, capsys, config, packs, dtype):
     save_language_model(tmp_path / "lm", config)
     build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"), dtype=dtype)
     row = rows_of(capsys.readouterr().out)["packed against alone"]
@@ -424,7 +430,7 @@ def test_packing_is_claimed_where_it_holds(parts, tmp_path, capsys, config, pack
     assert (abs(packed - alone) < 1e-6) == packs
 
 
-def test_what_is_taken_for_noise_has_a_ceiling(parts, tmp_path):
+def test_a_leak_between_packed_conversations_is_not_taken_for_noise(parts, tmp_path):
     """A model that chooses tokens by an index sees, in a text longer than it chooses, what follows: in front, too."""
     latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
     experts = {
@@ -449,7 +455,7 @@ def test_what_is_taken_for_noise_has_a_ceiling(parts, tmp_path):
         build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "checked"))
 
 
-def test_what_has_no_linear_layer_gets_no_adapter_and_the_table_says_so(parts, tmp_path):
+def test_experts_get_no_adapter_and_the_table_reports_it(parts, tmp_path):
     save_language_model(tmp_path / "lm", Qwen3MoeConfig(**LM, **SMALL_EXPERTS))
     build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
     model = set_trainable(load_checkpoint(str(tmp_path / "llava"))[0], "lora", LoraArguments(lora_r=2))
@@ -501,7 +507,7 @@ def test_training_refuses_packing_where_conversations_see_each_other(parts, corp
     assert not (tmp_path / "run").exists()
 
 
-def test_what_the_parts_say_alone_keeps_no_graph(parts, processor):
+def test_reference_outputs_keep_no_graph(parts, processor):
     tower = CLIPModel.from_pretrained(parts["clip"]).vision_model
     outputs = reference_outputs(tower, Qwen2ForCausalLM.from_pretrained(parts["qwen2"]), processor, -2)
     assert [output.requires_grad for output in outputs] == [False, False]  # a graph would hold both models in memory
@@ -539,7 +545,7 @@ def published_layout(projector: dict[str, torch.Tensor], path: Path) -> None:
 
 
 @pytest.mark.parametrize("ratio", ["crop", "anyres"])
-def test_a_trained_projector_is_put_in_in_either_layout(parts, corpus, tmp_path, monkeypatch, capsys, ratio):
+def test_a_trained_projector_is_loaded_from_either_layout(parts, corpus, tmp_path, monkeypatch, capsys, ratio):
     """What stage 1 has trained, alone, and what it has written whole are one model once more."""
     options = {"image_aspect_ratio": ratio}
     build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "llava"), **options)
@@ -554,6 +560,7 @@ def test_a_trained_projector_is_put_in_in_either_layout(parts, corpus, tmp_path,
         str(parts["qwen2"]),
         str(tmp_path / "again"),
         projector=str(tmp_path / "run" / "projector.safetensors"),
+        skip_checks=True,
         **options,
     )
     whole, again, before = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "again", "llava"))
@@ -567,6 +574,7 @@ def test_a_trained_projector_is_put_in_in_either_layout(parts, corpus, tmp_path,
         str(parts["qwen2"]),
         str(tmp_path / "theirs"),
         projector=str(tmp_path / "mm_projector.bin"),
+        skip_checks=True,
         **options,
     )
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
@@ -576,7 +584,7 @@ def test_a_trained_projector_is_put_in_in_either_layout(parts, corpus, tmp_path,
     assert ("It has no image_newline" in (tmp_path / "theirs" / "README.md").read_text()) == (ratio == "anyres")
 
 
-def test_a_projector_is_known_by_what_it_holds(tmp_path):
+def test_a_projector_is_recognised_by_its_content(tmp_path):
     """Not by the ending of its name, nor by the prefix of its layers; a run's folder stands for its projector."""
     layers = {f"linear_{i}.{kind}": torch.rand(2) for i in (1, 2) for kind in ("weight", "bias")}
     for prefix in ("", "multi_modal_projector.", "model.multi_modal_projector.", "mm_projector."):

@@ -141,7 +141,7 @@ def built(parts, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_text_alone_is_answered_word_for_word_as_before(built, name):
+def test_text_is_answered_word_for_word_as_by_the_language_model(built, name):
     folder, llava = built(name)
     alone, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     model, processor = load_checkpoint(str(llava))
@@ -158,7 +158,7 @@ def test_text_alone_is_answered_word_for_word_as_before(built, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_tokens_rows_stops_and_ties(built, name):
+def test_image_token_embedding_rows_stops_and_ties_are_right(built, name):
     config, *_, pad, tokens, rows, stops, end_of_turn = FAMILIES[name]
     folder, llava = built(name)
     alone = AutoModelForCausalLM.from_pretrained(folder)
@@ -212,16 +212,15 @@ for folder in sys.argv[1:]:
 """
 
 
-@pytest.mark.parametrize("name", ["qwen2, tied, spare rows", "mistral, pad is eos, one stop"])
-def test_a_process_without_this_package_gives_the_same_answers(built, name, tmp_path):
-    llava = built(name)[1]
+def test_a_process_without_this_package_gives_the_same_answers(built, tmp_path):
+    folders = [built(name)[1] for name in ("qwen2, tied, spare rows", "mistral, pad is eos, one stop")]
     done = subprocess.run(
-        [sys.executable, "-c", OUTSIDE, llava], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-c", OUTSIDE, *folders], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    model, processor = load_checkpoint(str(llava))
-    parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
-    ours = generate(model, processor, [[{"role": "user", "content": parts}]], [Image.new("RGB", (50, 30), "red")], 8)
-    assert [answer.strip() for answer in json.loads(done.stdout)] == ours * 3
+    parts, picture = [{"type": "image"}, {"type": "text", "text": "What is this?"}], Image.new("RGB", (50, 30), "red")
+    for folder, line in zip(folders, done.stdout.splitlines(), strict=True):
+        ours = generate(*load_checkpoint(str(folder)), [[{"role": "user", "content": parts}]], [picture], 8)
+        assert [answer.strip() for answer in json.loads(line)] == ours * 3
 
 
 HEADS = {name: value for name, value in LM.items() if name != "head_dim"}
@@ -245,7 +244,7 @@ SCALE = "the logits of a {} are not those of its output layer alone"
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
-def test_what_a_llava_cannot_hold_is_refused(parts, tmp_path, config, reason, dtype):
+def test_language_models_that_a_llava_cannot_hold_are_refused(parts, tmp_path, config, reason, dtype):
     save_family(tmp_path / "lm", config, QWEN, CHATML, "<|im_end|>", "<|endoftext|>")
     with pytest.raises(ValueError, match=reason):
         build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "out" / "model"), dtype=dtype)
@@ -342,7 +341,9 @@ def make_tower(folder, kind: str, size: int, patch: int) -> None:
         ("siglip", 42, 14, {"vision_feature_layer": -1, "image_aspect_ratio": "pad"}, 9),
     ],
 )
-def test_towers(parts, tmp_path, kind, size, patch, options, tokens):
+def test_features_tokens_and_gradients_follow_the_options_of_the_tower(
+    parts, tmp_path, kind, size, patch, options, tokens
+):
     make_tower(tmp_path / "tower", kind, size, patch)
     build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "llava"), **options)
     model, processor = load_checkpoint(str(tmp_path / "llava"))

@@ -16,7 +16,7 @@ def cells(text: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
-def test_the_table_of_pairs_is_what_is_measured(tmp_path):
+def test_the_table_of_pairs_equals_the_measurements(tmp_path):
     families, towers = ["Qwen3", "LFM2"], ["CLIP", "DINOv2 with registers"]
     found, written = (
         cells(table(measure_all(families, towers, tmp_path), {}, measure_all(["arcee"], towers[:1], tmp_path))),

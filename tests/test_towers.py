@@ -191,7 +191,7 @@ SIZES = [(1, 1), (1, 2), (2, 1), (1, 50), (50, 1), (7, 7), (13, 29), (27, 28), (
 
 
 @towers
-def test_tokens_written_are_features_given(built, name):
+def test_image_tokens_equal_the_towers_features(built, name):
     model, processor = opened(built(name)[1])
     chat = LlavaCollator(processor).chat
     given = set()
@@ -265,7 +265,7 @@ def test_a_process_without_this_package_gives_the_same_answers(built, tmp_path):
         assert [answer.strip() for answer in json.loads(line)] == [answer.strip() for answer in ours] * 3
 
 
-def test_what_is_clip_but_for_its_name_is_written_as_clip(built):
+def test_a_clip_under_another_name_is_written_as_clip(built):
     folder, llava = built("MetaCLIP 2")
     tower = opened(llava)[0].model.vision_tower
     assert type(tower) is CLIPVisionModel
@@ -275,7 +275,7 @@ def test_what_is_clip_but_for_its_name_is_written_as_clip(built):
     assert any(name.startswith("vision_tower.vision_model.") for name in load_file(llava / "model.safetensors"))
 
 
-def test_a_pooler_that_is_lacking_is_zero_and_all_else_is_there(built):
+def test_a_missing_pooler_is_zero_and_all_else_is_kept(built):
     folder, llava = built("ViT classifier")
     tower = opened(llava)[0].model.vision_tower
     classifier = ViTForImageClassification.from_pretrained(folder).vit.state_dict()
@@ -290,7 +290,7 @@ def test_a_pooler_that_is_lacking_is_zero_and_all_else_is_there(built):
 RELATIVE = BeitConfig(**VISION | {"image_size": 42}, use_relative_position_bias=True)  # a size that no other test has
 
 
-def test_what_is_computed_from_shapes_alone_leaves_the_caches_of_transformers_right():
+def test_measuring_a_tower_leaves_the_caches_of_transformers_right():
     """Relative positions are kept by size for the whole process, and so on the device of the first who needs them."""
     text = Qwen2Config(**TEXT, num_key_value_heads=1)
     config = LlavaConfig(vision_config=RELATIVE, text_config=text, vision_feature_layer=-2)
@@ -303,7 +303,7 @@ def test_what_is_computed_from_shapes_alone_leaves_the_caches_of_transformers_ri
     assert {name.split(".")[1] for name in unread if name.startswith("layers.")} == {"2"}
 
 
-def test_what_was_measured_in_a_spoilt_process_does_not_hold_in_a_fresh_one(parts, tmp_path, monkeypatch):
+def test_a_fresh_process_finds_what_a_corrupted_one_hides(parts, tmp_path, monkeypatch):
     save_tower(tmp_path / "tower", BeitModel, RELATIVE, ViTImageProcessorPil(size={"height": 42, "width": 42}))
     wrong = torch.zeros(37, 37, dtype=torch.long)
     monkeypatch.setattr(BeitRelativePositionBias, "generate_relative_position_index", staticmethod(lambda _: wrong))
@@ -364,7 +364,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_tower_of_a_llava_is_refused_with_the_reason(parts, tmp_path, name):
+def test_a_tower_that_a_llava_cannot_hold_is_refused_with_the_reason(parts, tmp_path, name):
     *tower, reason = REFUSED[name]
     save_tower(tmp_path / "tower", *tower)
     with pytest.raises(ValueError, match=reason) as refusal:

@@ -13,7 +13,7 @@ from train_llava.model import load_checkpoint
 from train_llava.modeling import verification
 
 
-class Slipped:
+class FaultyChat:
     """A `Chat` whose labels or prompts go through a function first."""
 
     def __init__(
@@ -49,7 +49,7 @@ def first_answer_alone(ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return labels
 
 
-SLIPS = {
+MISTAKES = {
     "everything is supervised": ({"labels": lambda ids, labels: ids}, "is learnt as the answer 'A red square.'"),
     "an answer without its end": ({"labels": without_last}, "is learnt as the answer 'A red square.'"),
     "one answer of two": ({"labels": first_answer_alone}, "^1 stretches are learnt of a conversation with 2 answers"),
@@ -66,13 +66,13 @@ def opened(llava):
     return load_checkpoint(str(llava))
 
 
-@pytest.mark.parametrize("name", SLIPS)
-def test_a_slip_in_labels_or_prompts_is_found(opened, name):
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_labels_or_prompts_is_found(opened, name):
     model, processor = opened
-    slip, message = SLIPS[name]
-    verification.verify_conversations(Slipped(Chat(processor)), model.generation_config)
+    mistake, message = MISTAKES[name]
+    verification.verify_conversations(FaultyChat(Chat(processor)), model.generation_config)
     with pytest.raises(ValueError, match=message):
-        verification.verify_conversations(Slipped(Chat(processor), **slip), model.generation_config)
+        verification.verify_conversations(FaultyChat(Chat(processor), **mistake), model.generation_config)
 
 
 @pytest.mark.parametrize("stops", [0, [0, 1], None])
