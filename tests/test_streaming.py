@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from train_llava.chat import Chat
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.dataset.streaming import stream_items
-from train_llava.trainer import with_extras
+from train_llava.training.extras import with_extras
 
 
 def first(stream, number: int) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 from test_chat import CASES, PLAIN, chat_of, marked, parts_only, roles
 
 from train_llava.chat import IGNORE
+from train_llava.evaluation.decoding import answer_text
 from train_llava.evaluation.questions import read_question
 from train_llava.records import IMAGE_TOKEN, text_of, to_messages
 
@@ -73,7 +74,7 @@ def test_an_answer_is_learnt_with_its_white_space(tmp_path, name, answer):
     assert learnt(chat, answer) == f"{around[0]}{answer}{around[1]}"
     record = {"prompt": "What?", "completion": answer}
     input_ids, labels = chat.encode(to_messages(record))
-    assert chat.answer(input_ids[labels != IGNORE].tolist()) == answer.rstrip()
+    assert answer_text(chat, input_ids[labels != IGNORE].tolist()) == answer.rstrip()
     begin = int(np.flatnonzero(labels != IGNORE)[0])
     asked = chat.prompts([read_question({"prompt": "What?"}, 0, Path())["messages"]], [])["input_ids"][0]
     assert asked.tolist() == input_ids[:begin].tolist()

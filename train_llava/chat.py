@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 from datetime import date
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -47,7 +47,7 @@ def image_tokens(processor: Processor, side: int, size: tuple[int, int]) -> int:
 
 
 class Chat:
-    """Turns the conversations of one model into token ids, and its answers' token ids into text.
+    """Turns the conversations of one model into token ids.
 
     Raises:
         ValueError: the processor's chat template was not patched by `patch_chat_template`.
@@ -177,30 +177,6 @@ class Chat:
         starts[1:] = np.where(starts[1:] < stops[1:], starts[1:], stops[:-1])
         return token_ids, starts, stops
 
-    def answer(self, token_ids: list[int]) -> str:
-        """The text of an answer's tokens. Its own indentation stays; the template's white space does not."""
-        text = self._decode(token_ids).rstrip()
-        return text.lstrip() if self._answer_prefix is None else text.removeprefix(self._answer_prefix)
-
-    @cached_property
-    def _answer_prefix(self) -> str | None:
-        """The white space that the template or the tokenizer writes before an answer, measured on one.
-
-        None: no answer of this template can be supervised.
-        """
-        messages = [{"role": role, "content": [{"type": "text", "text": "red"}]} for role in ("user", "assistant")]
-        try:
-            token_ids, supervised = self.tokenize(messages)
-        except ValueError:
-            return None
-        return self._decode(token_ids[supervised].tolist()).partition("red")[0]
-
-    def _decode(self, token_ids: list[int]) -> str:
-        """Tokens as text without special tokens. They are decoded behind an "a": first in a text, a space is lost."""
-        before = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (before, [*before, *token_ids])]
-        return texts[1].removeprefix(texts[0])
-
     def prompts(
         self, conversations: Iterable[list[dict[str, Any]]], images: list[Image.Image], prepare: bool = True
     ) -> dict[str, torch.Tensor]:
@@ -217,3 +193,9 @@ class Chat:
         if images and prepare:
             batch.update(prepare_pictures(self.processor.image_processor, images))
         return batch
+
+
+@lru_cache(maxsize=8)
+def chat_of(processor: Processor, max_length: int | None = None) -> Chat:
+    """The `Chat` of a processor, made once: it renders templates and prepares an image."""
+    return Chat(processor, max_length)

@@ -45,7 +45,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from train_llava.chat import IGNORE, Chat
+from train_llava.chat import IGNORE, Chat, chat_of
 from train_llava.data import LlavaDataset, to_item, to_sample
 from train_llava.model import load_processor
 from train_llava.records import BadRecordError
@@ -62,7 +62,7 @@ def open_data(arguments: CheckArguments) -> None:
     chat = None
     if arguments.model_name_or_path is not None:
         _, processor = load_processor(arguments.model_name_or_path)
-        chat = Chat(processor, arguments.max_length)
+        chat = chat_of(processor, arguments.max_length)
     worker["dataset"] = LlavaDataset(arguments.data_path, arguments.image_dir, decode=arguments.decode_pictures)
     worker["chat"] = chat
 

@@ -1,6 +1,5 @@
 """From records to batches: a data set opens records and tokenises each once, a collator pads or packs them."""
 
-import json
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -11,11 +10,10 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from train_llava.chat import IGNORE, Chat, Processor
-from train_llava.dataset.archives import label, read_image
+from train_llava.chat import IGNORE, Chat, Processor, chat_of
 from train_llava.dataset.bad_samples import log_bad_sample
-from train_llava.dataset.images import open_image, picture_size, prepare_pictures
-from train_llava.dataset.table import load_records
+from train_llava.dataset.images import prepare_pictures
+from train_llava.dataset.table import load_records, to_item
 from train_llava.dataset.weights import weighted_rows, weights_of
 from train_llava.modeling.attention import use_conversation_lengths
 from train_llava.records import BadRecordError
@@ -32,29 +30,6 @@ class Sample:
     input_ids: np.ndarray
     labels: np.ndarray
     is_replacement: bool = False  # it takes the place of a bad record
-
-
-def to_item(
-    row: dict[str, Any], image_dir: Path | None, min_side: int | None = None, decode: bool = True, measure: bool = True
-) -> dict[str, Any]:
-    """A row of the table as an item of `LlavaDataset`. Without `decode`, `measure` reads the images' sizes alone.
-
-    Raises:
-        BadRecordError: the record or one of its images cannot be used.
-    """
-    images, sizes = [], []
-    try:
-        if row["error"] is not None:
-            raise ValueError(row["error"])
-        if decode or measure:
-            sources = [(read_image(image_dir, name), label(name)) for name in row["images"]]
-            sources += [(content, f"picture {i}") for i, content in enumerate(row["image_bytes"])]
-            images = [open_image(source, name, min_side) for source, name in sources if decode]
-            sizes = [image.size for image in images] or [picture_size(*source) for source in sources]
-    except (OSError, ValueError) as error:
-        raise BadRecordError(row["id"], str(error)) from error
-    fields = {key: row[key] for key in ("id", "language", "answers", "references")}
-    return fields | {"messages": json.loads(row["messages"]), "images": images, "image_sizes": sizes}
 
 
 def to_sample(item: dict[str, Any], chat: Chat) -> Sample:
@@ -173,7 +148,7 @@ class LlavaCollator:
     """
 
     def __init__(self, processor: Processor, max_length: int | None = None, packing: bool = False):
-        self.processor, self.packing, self.chat = processor, packing, Chat(processor, max_length)
+        self.processor, self.packing, self.chat = processor, packing, chat_of(processor, max_length)
         if packing:
             use_conversation_lengths()
 

@@ -73,7 +73,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 import train_llava
-from train_llava.chat import Chat
+from train_llava.chat import chat_of
 from train_llava.data import LlavaDataset
 from train_llava.evaluation.answers import predict, write_predictions
 from train_llava.evaluation.comparison import compare
@@ -200,7 +200,7 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
     dataset = LlavaDataset(arguments.data_path, arguments.image_dir)
     names = arguments.model_name_or_path, arguments.adapter_name_or_path
     model, processor = load_model(*names, arguments.bits)
-    dataset.min_side = Chat(processor).min_side  # as training opens pictures
+    dataset.min_side = chat_of(processor).min_side  # as training opens pictures
     # the text, the questions, and the controls
     text_scores = text and compare_text_loss(model, processor.tokenizer, text, arguments.base)
     settings, files = settings_of(arguments, model), previous_answers(arguments.output_dir)

@@ -62,7 +62,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import TextStreamer
 
-from train_llava.chat import Chat, Processor
+from train_llava.chat import Processor, chat_of
 from train_llava.dataset.images import open_image
 from train_llava.evaluation.generation import assistant_message, generate, sampling, this_process, user_message
 from train_llava.evaluation.questions import answer_questions, read_questions, settings_of
@@ -102,7 +102,7 @@ def chat(model: Llava | PeftModel, processor: Processor, images: list[Image.Imag
 
     "/image FILE" adds a picture to the next question. "/image" alone takes back the pictures added to it.
     """
-    messages, new, min_side = [], len(images), Chat(processor).min_side
+    messages, new, min_side = [], len(images), chat_of(processor).min_side
     while True:
         try:
             text = input("> ").strip()
@@ -144,7 +144,7 @@ def answer_file(
         OSError, ValueError: a file or a line cannot be read, and nothing was asked; or some questions cannot be asked,
             and all others are answered.
     """
-    records, chat = read_questions(questions), Chat(processor)
+    records, chat = read_questions(questions), chat_of(processor)
     if answers.exists() and answers.samefile(questions):
         raise ValueError(f"--answers {answers} is the file of the questions: choose another")
 
@@ -173,7 +173,7 @@ def main() -> None:
         Path(arguments.answers).absolute().parent.mkdir(parents=True, exist_ok=True)
     names = arguments.model_name_or_path, arguments.adapter_name_or_path
     model, processor = load_model(*names, arguments.bits)
-    images = [fetch_image(name, Chat(processor).min_side) for name in arguments.image]
+    images = [fetch_image(name, chat_of(processor).min_side) for name in arguments.image]
     options = sampling(arguments.temperature, arguments.top_p) | {"max_new_tokens": arguments.max_new_tokens}
     if arguments.interactive:
         chat(model, processor, images, **options)

@@ -22,41 +22,23 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerState
 from transformers.modeling_utils import get_state_dict_dtype
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
-from train_llava.chat import IGNORE
-from train_llava.data import LlavaCollator, Sample
 from train_llava.dataset.lengths import GroupedByLength, count_tokens, order_seed
 from train_llava.evaluation.answers import score_answers
 from train_llava.model import load_checkpoint, load_config
 from train_llava.modeling.weights import base_tensors, check_base, read_back, save_base_fingerprint, save_weights
 from train_llava.training.checkpointing import RECIPE, number_of, rotate_checkpoints, unfinished
+from train_llava.training.extras import loss_sums, with_extras
 from train_llava.training.memory import precision
 from train_llava.training.optimizer import check_finite, restore_settings, settings_of_groups, split_by_part
 from train_llava.training.resume import SETTINGS, is_run_complete
 from train_llava.training.stopping import StopOnSignal, outlive_sigterm
 from train_llava.training.throughput import Throughput
-
-
-def with_extras(samples: list[Sample], collator: LlavaCollator) -> dict[str, Any]:
-    """The collator's batch, and under `extras` what `LlavaTrainer` alone needs of its samples:
-
-    `ids`; `supervised`, each sample's number of supervised tokens, `(samples,)`; `is_replacement`, `(samples,)`; and
-    the batch's numbers of `tokens` and `images`.
-    """
-    extras = {
-        "ids": [sample.id for sample in samples],
-        "supervised": torch.tensor([int((sample.labels[1:] != IGNORE).sum()) for sample in samples]),
-        "is_replacement": torch.tensor([sample.is_replacement for sample in samples]),
-        "tokens": sum(len(sample.input_ids) for sample in samples),
-        "images": sum(len(sample.images) for sample in samples),
-    }
-    return collator(samples) | {"extras": extras}
 
 
 class LlavaTrainer(Trainer):
@@ -166,13 +148,8 @@ class LlavaTrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
         """Adds each sample's loss and number of supervised tokens to `loss_sums`; no record counts twice."""
         inputs = self._prepare_inputs(inputs)
-        extras, labels = inputs.pop("extras"), inputs.pop("shift_labels")
-        del inputs["labels"]  # or the model would compute its own loss, too
-        with torch.no_grad():
-            losses = cross_entropy(model(**inputs).logits.float(), labels, reduction="none")
-        sums = torch.stack([losses.sum() for losses in losses.split(extras["supervised"].tolist())])
-        sums_and_counts = torch.stack([sums, extras["supervised"]], dim=1) * ~extras["is_replacement"][:, None]
-        self.loss_sums += self.accelerator.gather_for_metrics(sums_and_counts).cpu().double().sum(0)
+        sums = loss_sums(model, inputs)
+        self.loss_sums += self.accelerator.gather_for_metrics(sums).cpu().double().sum(0)
         return None, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:

@@ -51,8 +51,9 @@ from peft import PeftModel
 from PIL import Image
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from train_llava.chat import Chat, Processor
+from train_llava.chat import Processor, chat_of
 from train_llava.dataset.images import open_image
+from train_llava.evaluation.decoding import answer_text
 from train_llava.evaluation.generation import assistant_message, prepare, sampling, user_message
 from train_llava.evaluation.web_look import Turn, example_pictures, lay_out, shown, style, translations
 from train_llava.model import Llava
@@ -94,7 +95,7 @@ def stream(
     Raises:
         ValueError: the conversation cannot be answered; see `prepare`.
     """
-    chat = Chat(processor)
+    chat = chat_of(processor)
     inputs, options["max_new_tokens"] = prepare(chat, messages, images, max_new_tokens)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -123,7 +124,7 @@ def stream(
         if words and streamer.text_queue.empty():
             yield text.strip()
     # decoded as a whole, an answer can differ in a space, or in a character of several tokens
-    yield chat.answer(output.result()[0, inputs["input_ids"].shape[1] :].tolist())
+    yield answer_text(chat, output.result()[0, inputs["input_ids"].shape[1] :].tolist())
 
 
 def answer(
@@ -138,7 +139,7 @@ def answer(
         raise ValueError("there is no question yet")
 
     # every picture of the conversation, in order
-    images, min_side = [], Chat(processor).min_side
+    images, min_side = [], chat_of(processor).min_side
     for turn in turns:
         for file in turn.files:
             try:

@@ -1,8 +1,10 @@
-"""Writes the records of a data set into one table on disk, and opens it."""
+"""Writes the records of a data set into one table on disk, opens it, and opens the images of a row."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -10,9 +12,10 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from train_llava.common.files import written_whole
-from train_llava.dataset.archives import is_archive, zip_members
+from train_llava.dataset.archives import is_archive, label, read_image, zip_members
+from train_llava.dataset.images import open_image, picture_size
 from train_llava.dataset.readers import find_records, raw_records
-from train_llava.records import CACHE_VERSION, FEATURES, Row, table_row
+from train_llava.records import CACHE_VERSION, FEATURES, BadRecordError, Row, table_row
 
 BATCH_BYTES = 64 << 20  # of images that are written at once: Arrow counts the bytes of a batch in 31 bits
 
@@ -64,3 +67,26 @@ def _write_table(rows: Iterable[Row], path: Path) -> None:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
                 batch, size = [], 0
         writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+
+
+def to_item(
+    row: Row, image_dir: Path | None, min_side: int | None = None, decode: bool = True, measure: bool = True
+) -> dict[str, Any]:
+    """A row of the table as an item of `LlavaDataset`. Without `decode`, `measure` reads the images' sizes alone.
+
+    Raises:
+        BadRecordError: the record or one of its images cannot be used.
+    """
+    images, sizes = [], []
+    try:
+        if row["error"] is not None:
+            raise ValueError(row["error"])
+        if decode or measure:
+            sources = [(read_image(image_dir, name), label(name)) for name in row["images"]]
+            sources += [(content, f"picture {i}") for i, content in enumerate(row["image_bytes"])]
+            images = [open_image(source, name, min_side) for source, name in sources if decode]
+            sizes = [image.size for image in images] or [picture_size(*source) for source in sources]
+    except (OSError, ValueError) as error:
+        raise BadRecordError(row["id"], str(error)) from error
+    fields = {key: row[key] for key in ("id", "language", "answers", "references")}
+    return fields | {"messages": json.loads(row["messages"]), "images": images, "image_sizes": sizes}

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 
-from train_llava.chat import Chat, Processor
+from train_llava.chat import Processor, chat_of
 from train_llava.cli import BATCH
 from train_llava.data import LlavaDataset
 from train_llava.dataset.images import open_image
@@ -104,7 +104,7 @@ def predict(
         messages, images = open_question(dataset, all_questions[index])
         return messages, [Image.new("RGB", image.size, "white") for image in images] if blank else images
 
-    chat = Chat(processor)
+    chat = chat_of(processor)
     lines, bad = answer_questions(model, chat, all_questions, open_by_index, path, settings, batch_size)
     predictions = []
     for question, line in zip(all_questions, lines, strict=True):
@@ -123,7 +123,7 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
         The scores of `LOGGED`, and `answers_runtime` in seconds.
     """
     started, state, dataset = perf_counter(), this_process(), trainer.eval_dataset.records
-    model, chat, step = trainer.model, Chat(trainer.processing_class), trainer.state.global_step
+    model, chat, step = trainer.model, chat_of(trainer.processing_class), trainer.state.global_step
     # the first questions that can be asked
     asked, prompts = [], []
     for question in list_questions(dataset):

@@ -9,8 +9,9 @@ from peft import PeftModel
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from train_llava.chat import Chat, Processor
+from train_llava.chat import Chat, Processor, chat_of
 from train_llava.cli import NEW_TOKENS, device
+from train_llava.evaluation.decoding import answer_text
 from train_llava.model import Llava
 from train_llava.modeling.templates import special_tokens
 from train_llava.records import IMAGE_TOKEN
@@ -102,7 +103,7 @@ def generate(
     if sum(tags) != len(images):
         raise ValueError(f"{sum(tags)} {IMAGE_TOKEN} tags, {len(images)} pictures")
     # each conversation takes as many of the images as it has tags
-    chat, remaining, prompts = Chat(processor), iter(images), []
+    chat, remaining, prompts = chat_of(processor), iter(images), []
     for messages, count in zip(conversations, tags, strict=True):
         prompts.append(prepare(chat, messages, list(islice(remaining, count)), max_new_tokens))
     return [answer for answer, _ in generate_all(model, chat, prompts, len(prompts), **options)]
@@ -131,7 +132,7 @@ def generate_all(
             # an answer ends with its first end token; padding follows
             ends = torch.isin(tokens, end_tokens).nonzero()
             tokens = tokens[: ends[0, 0] + 1] if len(ends) else tokens
-            answers[i] = chat.answer(tokens.tolist()), not len(ends)
+            answers[i] = answer_text(chat, tokens.tolist()), not len(ends)
             # it may be longer than the others of its batch: it is asked again, behind all others
             if not len(ends) and limit < prompts[i][1]:
                 order.append(i)

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from train_llava.chat import IGNORE, Chat, Processor, turn_structure
+from train_llava.chat import IGNORE, Chat, Processor, chat_of, turn_structure
 from train_llava.cli import ROOT
 from train_llava.model import Llava, load_checkpoint
 from train_llava.modeling.parts import decoder_of, running_as_one
@@ -87,7 +87,7 @@ def verify_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor
     our_logits = model(input_ids=input_ids).logits[..., : logits.shape[-1]]
     outputs = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True)
     our_features = outputs.hidden_states[model.config.vision_feature_layer]
-    chat, length = Chat(processor), min(processor.tokenizer.model_max_length, MILLION)
+    chat, length = chat_of(processor), min(processor.tokenizer.model_max_length, MILLION)
     cached, longer = f"with a cache, in {length:,} tokens,", f"beside a text of {length:,} tokens"
     return [
         ("tokenizer and embedding", verify_embedding(model, processor)),
@@ -106,7 +106,7 @@ def verify_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor
 
 def verify_for_training(model: nn.Module, processor: Processor, packing: bool) -> None:
     """Verifies what training relies on, on a model that may have been assembled elsewhere."""
-    chat = Chat(processor)
+    chat = chat_of(processor)
     verify_conversations(chat, model.generation_config)
     if packing and not is_deepspeed_zero3_enabled():  # under ZeRO-3 no rank holds the whole model
         packed, equal = packing_difference(model, chat)

@@ -1,0 +1,36 @@
+"""What the trainer needs of a batch besides the model's inputs: `extras`, added here and taken out here."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from train_llava.chat import IGNORE
+from train_llava.data import LlavaCollator, Sample
+
+
+def with_extras(samples: list[Sample], collator: LlavaCollator) -> dict[str, Any]:
+    """The collator's batch, and under `extras` what the trainer alone needs of its samples:
+
+    `ids`; `supervised`, each sample's number of supervised tokens, `(samples,)`; `is_replacement`, `(samples,)`; and
+    the batch's numbers of `tokens` and `images`.
+    """
+    extras = {
+        "ids": [sample.id for sample in samples],
+        "supervised": torch.tensor([int((sample.labels[1:] != IGNORE).sum()) for sample in samples]),
+        "is_replacement": torch.tensor([sample.is_replacement for sample in samples]),
+        "tokens": sum(len(sample.input_ids) for sample in samples),
+        "images": sum(len(sample.images) for sample in samples),
+    }
+    return collator(samples) | {"extras": extras}
+
+
+def loss_sums(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """The sum of each sample's losses and its number of supervised tokens, `(samples, 2)`; zeros of replacements."""
+    extras, labels = inputs.pop("extras"), inputs.pop("shift_labels")
+    del inputs["labels"]  # or the model would compute its own loss, too
+    with torch.no_grad():
+        losses = cross_entropy(model(**inputs).logits.float(), labels, reduction="none")
+    sums = torch.stack([part.sum() for part in losses.split(extras["supervised"].tolist())])
+    return torch.stack([sums, extras["supervised"]], dim=1) * ~extras["is_replacement"][:, None]
