@@ -1,4 +1,4 @@
-"""Each argument of each command changes what it should, seen where this package hands over to a library or to a file.
+"""Each argument of each command has its effect, seen where this package calls a library or writes a file.
 
 A case runs a command as people do, with options and without. Each field that it covers looks at what libraries were
 given and what was written. It must find the value of the option, and must not find it where the option is not given.
@@ -50,7 +50,7 @@ MODEL = "--model_name_or_path {llava}"
 
 @pytest.fixture(scope="module")
 def names(llava, parts, corpus, tmp_path_factory) -> dict[str, Path]:
-    """What stands in the braces of a case's words."""
+    """The names in the braces of a case's words."""
     root = tmp_path_factory.mktemp("arguments")
     records = [{"id": str(i), "image": f"{i}.png", "conversations": turns("<image>\nWhat?", "red")} for i in range(8)]
     (root / "data").mkdir()
@@ -82,7 +82,7 @@ def names(llava, parts, corpus, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def run(names, tmp_path, monkeypatch, capsys) -> Callable[[Any, str], SimpleNamespace]:
-    """Runs a command and gives back what went over its edges."""
+    """Runs a command and returns what it gave to libraries and wrote to files."""
 
     def run(command: Any, words: str) -> SimpleNamespace:
         out = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -103,11 +103,11 @@ def run(names, tmp_path, monkeypatch, capsys) -> Callable[[Any, str], SimpleName
 
 
 class HandedError(Exception):
-    """What is to be seen has been seen."""
+    """Ends a command once the test has seen enough."""
 
 
 def patch_edges(monkeypatch, seen: SimpleNamespace) -> None:
-    """Writes down what the libraries are given; a training ends where it would begin."""
+    """Records the arguments of library calls; a training ends where it would begin."""
     load, adapt = AutoModelForImageTextToText.from_pretrained, PeftModel.from_pretrained
     generate, open_picture, open_tokenizer = GenerationMixin.generate, Image.open, AutoTokenizer.from_pretrained
 
@@ -218,7 +218,7 @@ def refuses(seen: SimpleNamespace, kind: type[Exception] | None) -> bool:
 
 
 def page_asks(seen: SimpleNamespace) -> int:
-    """How many tokens an answer on the page may have."""
+    """The most tokens that an answer on the page may have."""
     ask = next(one.fn for one in seen.page.fns.values() if one.api_name == "ask")
     list(ask([], {"text": "What?", "files": []}, 0))
     return seen.generated[-1]["max_new_tokens"]
@@ -548,7 +548,7 @@ FIXED = {"remove_unused_columns", "prediction_loss_only"}  # which stay as they 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_argument_changes_what_it_should(run, name):
+def test_each_argument_has_its_effect(run, name):
     case = CASES[name]
     looks = [(field, look) for effects in case.effects.values() for field, look in effects.items()]
     seen = run(case.command, case.words)
@@ -579,8 +579,8 @@ DATACLASSES = {
 
 
 @pytest.mark.parametrize("dataclass", sorted(DATACLASSES, key=lambda one: one.__name__))
-def test_no_argument_is_left_out(dataclass):
-    """What a command adds to `TrainingArguments`, or gives another default, is looked at, too."""
+def test_every_argument_is_covered(dataclass):
+    """This includes the arguments that a command adds to `TrainingArguments`, or gives another default."""
     own = {field.name for field in fields(dataclass)} & set(dataclass.__annotations__)
     looked_at = {field for case in CASES.values() for field in case.effects.get(dataclass, {})}
     assert own - looked_at <= FIXED

@@ -1,4 +1,4 @@
-"""What every command shares: an error names its file, a folder appears whole, and any operating system will do."""
+"""What every command shares: an error names its file, a folder appears whole, any operating system will do."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ def test_a_broken_file_of_a_model_is_named(llava, tmp_path, name: str, damage: C
 
 
 @pytest.mark.parametrize("error", [KeyError("peft_type"), RuntimeError("x"), Exception("a bare one"), EOFError()])
-def test_whatever_is_raised_names_what_was_opened(error):
+def test_any_error_of_a_library_names_the_file_that_was_opened(error):
     with (
         pytest.raises(ValueError, match=f"^http://here/a cannot be opened: {type(error).__name__}: "),
         opening("http://here/a"),
@@ -59,13 +59,13 @@ def test_whatever_is_raised_names_what_was_opened(error):
 @pytest.mark.parametrize(
     "error", [FileNotFoundError("no file a.json"), torch.OutOfMemoryError("a.json"), KeyboardInterrupt()]
 )
-def test_what_says_enough_passes(error):
+def test_an_error_that_says_enough_passes_as_it_is(error):
     with pytest.raises(type(error)) as raised, opening("a.json"):
         raise error
     assert raised.value is error
 
 
-def test_a_folder_takes_the_place_of_an_empty_one_and_of_no_other(tmp_path):
+def test_a_new_folder_replaces_an_empty_one_and_no_other(tmp_path):
     (tmp_path / "out").mkdir()
     with written_whole(str(tmp_path / "out")) as folder:
         (folder / "file").write_text("first")
@@ -76,7 +76,7 @@ def test_a_folder_takes_the_place_of_an_empty_one_and_of_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
-def test_what_is_written_may_be_read_by_whom_the_umask_says(llava, tmp_path, umask):
+def test_written_files_have_the_modes_of_the_umask(llava, tmp_path, umask):
     before = os.umask(umask)
     try:
         with written_whole(str(tmp_path / "out")) as folder:
@@ -92,7 +92,7 @@ def test_what_is_written_may_be_read_by_whom_the_umask_says(llava, tmp_path, uma
     assert len(modes) >= 3
 
 
-def test_a_file_is_replaced_whole_or_stays_and_a_link_stays_one(tmp_path):
+def test_a_file_is_replaced_as_a_whole_or_not_at_all_and_a_link_stays_a_link(tmp_path):
     (tmp_path / "there").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "there")
     with pytest.raises(IsADirectoryError), replacing(tmp_path / "link") as file:
@@ -108,7 +108,7 @@ def test_a_file_is_replaced_whole_or_stays_and_a_link_stays_one(tmp_path):
 
 @pytest.mark.parametrize("name", ["spiece.model", "adapter_model.bin", "config.json", "data.parquet"])
 @pytest.mark.parametrize("alone", [True, False])
-def test_a_pointer_of_git_lfs_is_told_whatever_it_stands_for(tmp_path, name, alone):
+def test_a_git_lfs_pointer_is_named_whatever_file_it_stands_for(tmp_path, name, alone):
     (tmp_path / name).write_bytes(POINTER)
     (tmp_path / "vocab.json").write_text('{"a": 1}')
     opened = str(tmp_path / name if alone else tmp_path)
@@ -117,7 +117,7 @@ def test_a_pointer_of_git_lfs_is_told_whatever_it_stands_for(tmp_path, name, alo
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "line"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "error: CUDA out of memory: a smaller"),
         (KeyboardInterrupt(), "stopped"),
@@ -126,17 +126,17 @@ def test_a_pointer_of_git_lfs_is_told_whatever_it_stands_for(tmp_path, name, alo
         (ImportError("no  such\npackage"), "error: no such package"),
     ],
 )  # fmt: skip
-def test_what_the_user_can_mend_is_one_line(error, said):
+def test_an_error_that_the_user_can_mend_is_one_line(error, line):
     def main():
         raise error
 
     with pytest.raises(SystemExit) as ended:
         run_command(main)
-    assert ended.value.code.startswith(said)
+    assert ended.value.code.startswith(line)
     assert "\n" not in ended.value.code
 
 
-def test_a_fault_of_the_program_keeps_its_traceback():
+def test_an_error_of_the_program_keeps_its_traceback():
     def main():
         raise RuntimeError("inconsistent tensor size")
 
@@ -145,7 +145,7 @@ def test_a_fault_of_the_program_keeps_its_traceback():
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_folder_may_lie_behind_a_link_and_no_disk_is_replaced(tmp_path, there):
+def test_a_folder_may_lie_behind_a_link_and_a_mounted_disk_is_not_replaced(tmp_path, there):
     (tmp_path / "disk").mkdir()
     if there:
         (tmp_path / "disk" / "models").mkdir()
@@ -159,15 +159,15 @@ def test_a_folder_may_lie_behind_a_link_and_no_disk_is_replaced(tmp_path, there)
         pass
 
 
-# for this package alone: where other packages ask for these, they look at the system's name first
-ELSEWHERE = """
+# Unix modules are missing for this package only: other packages look at the system's name before they import them
+WITHOUT_UNIX = """
 import builtins, importlib, pkgutil
 import train_llava
 unix, real = {"fcntl", "resource", "termios", "pwd", "grp", "pty", "tty", "syslog"}, builtins.__import__
-def portable(name, globals=None, *rest, **named):
+def portable(name, globals=None, *args, **kwargs):
     if name in unix and globals["__name__"].startswith("train_llava"):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    return real(name, globals, *rest, **named)
+    return real(name, globals, *args, **kwargs)
 builtins.__import__ = portable
 for module in pkgutil.walk_packages(train_llava.__path__, "train_llava."):
     importlib.import_module(module.name)
@@ -175,37 +175,37 @@ for module in pkgutil.walk_packages(train_llava.__path__, "train_llava."):
 """
 
 
-def test_every_module_starts_where_there_is_no_unix():
+def test_every_module_can_be_imported_without_unix():
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_UNIX], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     files = [path.relative_to(root).with_suffix("") for path in (root / "train_llava").rglob("[!_]*.py")]
     rooms = {"common", "dataset", "evaluation", "modeling", "training"}
     assert set(done.stdout.split()) == {".".join(path.parts) for path in files} | {f"train_llava.{r}" for r in rooms}
 
 
-def test_reports_of_unused_weights_are_kept_for_a_llava_alone(llava, parts, tmp_path, monkeypatch):
-    told = []
+def test_unused_weights_are_reported_for_a_llava_and_not_for_its_parts(llava, parts, tmp_path, monkeypatch):
+    reported = []
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
+    handler.emit = lambda record: reported.append(record.getMessage())
     monkeypatch.setattr(logging.getLogger("transformers.modeling_utils"), "handlers", [handler])
     shutil.copytree(parts["clip"], tmp_path / "tower")
     config = json.loads((tmp_path / "tower" / "config.json").read_text())["vision_config"]
     (tmp_path / "tower" / "config.json").write_text(json.dumps(config | {"model_type": "clip_vision_model"}))
     _, loading = AutoModel.from_pretrained(tmp_path / "tower", output_loading_info=True)
     assert any("text_model" in name for name in loading["unexpected_keys"])
-    assert told == []
+    assert reported == []
     shutil.copytree(llava, tmp_path / "llava")
     weights = tmp_path / "llava" / "model.safetensors"
     save_file(load_file(weights) | {"image_newline": torch.zeros(4)}, weights, {"format": "pt"})
     load_checkpoint(str(tmp_path / "llava"))
-    (line,) = told
+    (line,) = reported
     assert "image_newline" in line
 
 
 @pytest.mark.parametrize(("end", "code", "error"), [("pass", 0, ""), ("raise ValueError('no')", 1, "error: no\n")])
-def test_a_rank_leaves_without_taking_the_interpreter_apart(tmp_path, end, code, error):
-    """What would abort there is played by an object whose end aborts; what libraries left to do is done before."""
+def test_a_rank_ends_without_the_interpreters_clean_up(tmp_path, end, code, error):
+    """An object that aborts when it is deleted stands for DeepSpeed's threads; libraries' exit functions run."""
     (tmp_path / "command.py").write_text(
         "import atexit, os\n"
         "from train_llava.cli import run_command\n"

@@ -1,4 +1,4 @@
-"""What all commands share: the device, the names they are given, errors in one line; and the two shell scripts."""
+"""All commands share a device, checks of names and errors in one line; also the two shell scripts and env.sh."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from train_llava.cli import device, run_command
 from train_llava.common import checks
 from train_llava.common.checks import check_name
 
-# as env.sh tells
+# as env.sh finds out
 WITHOUT_GPU = sys.platform == "linux" and not any(
     [os.path.exists("/dev/nvidiactl"), os.path.exists("/proc/driver/nvidia"), shutil.which("nvidia-smi")]
 )
@@ -33,8 +33,8 @@ WITHOUT_GPU = sys.platform == "linux" and not any(
 @pytest.fixture
 def cuda_build(monkeypatch):
     """A CUDA build of torch on a machine without a GPU, which PyPI gives to Linux: `cuda` is named, but not there."""
-    named = lambda check_available=False: None if check_available else torch.device("cuda")  # noqa: E731
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", named)
+    cuda = lambda check_available=False: None if check_available else torch.device("cuda")  # noqa: E731
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", cuda)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -49,10 +49,10 @@ def run(monkeypatch, command: str) -> None:
 def test_a_cuda_build_without_a_gpu_computes_on_the_cpu(cuda_build, llava, corpus, tmp_path, monkeypatch, capsys):
     assert device() == torch.device("cpu")
     adapter = random_adapter(llava, tmp_path / "adapter", seed=0)
-    asked = f"--model_name_or_path {llava} --max_new_tokens 4"
-    run(monkeypatch, f"infer {asked} --prompt hi --image {corpus}/images_dl/0.png")
-    run(monkeypatch, f"infer {asked} --prompt hi --bits 4 --adapter_name_or_path {adapter}")
-    run(monkeypatch, f"evaluate {asked} --data_path {corpus} --output_dir {tmp_path}/scores")
+    options = f"--model_name_or_path {llava} --max_new_tokens 4"
+    run(monkeypatch, f"infer {options} --prompt hi --image {corpus}/images_dl/0.png")
+    run(monkeypatch, f"infer {options} --prompt hi --bits 4 --adapter_name_or_path {adapter}")
+    run(monkeypatch, f"evaluate {options} --data_path {corpus} --output_dir {tmp_path}/scores")
     run(
         monkeypatch,
         f"merge_lora --model_name_or_path {llava} --adapter_name_or_path {adapter} --output_dir {tmp_path}/merged",
@@ -76,7 +76,7 @@ def test_a_cuda_build_without_a_gpu_computes_on_the_cpu(cuda_build, llava, corpu
         ("README.md", "is a file: name the folder"),
     ],
 )
-def test_what_cannot_be_on_the_hub_is_refused_without_asking_it(monkeypatch, name, message):
+def test_a_name_that_cannot_be_on_the_hub_is_refused_without_asking_it(monkeypatch, name, message):
     monkeypatch.setattr(checks, "hub_answers", lambda: pytest.fail("the hub was asked"))
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=f"^--model .*{message}"):
@@ -85,11 +85,11 @@ def test_what_cannot_be_on_the_hub_is_refused_without_asking_it(monkeypatch, nam
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path):
-    asked = []
+    requests = []
 
     class Unplugged:
         def head(self, address: str, timeout: float) -> None:
-            asked.append(address)
+            requests.append(address)
             raise RuntimeError("no route to host")
 
     monkeypatch.setattr(checks, "get_session", Unplugged)
@@ -98,7 +98,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with pytest.raises(ValueError, match=r"^--model owner/name is no folder here, and .* cannot be reached"):
         check_name("--model owner/name", "owner/name")
-    assert asked == [constants.ENDPOINT]
+    assert requests == [constants.ENDPOINT]
     assert constants.is_offline_mode()
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     cached = tmp_path / "models--owner--name"
@@ -123,7 +123,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path):
         "web_demo",
     ],
 )
-def test_a_wrong_argument_is_told_before_what_takes_seconds_is_imported(name):
+def test_a_wrong_argument_is_refused_before_the_slow_imports(name):
     command = [sys.executable, "-X", "importtime", "-m", f"train_llava.{name}", "--model_name_or_pth", "x"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     *imports, error = done.stderr.splitlines()
@@ -149,7 +149,7 @@ def test_an_error_is_printed_by_the_first_rank_that_meets_it(monkeypatch, tmp_pa
     assert [fail("no model"), fail("no model")] == ["error: no model"] * 2
 
 
-def test_what_every_rank_meets_is_one_line_behind_which_the_launcher_is_silent(corpus, tmp_path):
+def test_an_error_of_all_ranks_is_one_line_and_the_launcher_adds_none(corpus, tmp_path):
     done = run_zero2(Path("./nowhere"), corpus, tmp_path / "run", "--train_type", "fulll")
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1
@@ -174,11 +174,11 @@ def bash(folder: Path, command: str, *programs: Path) -> subprocess.CompletedPro
     )
 
 
-def test_paths_are_those_of_the_folder_where_run_zero2_is_called(tmp_path):
+def test_run_zero2_takes_paths_relative_to_the_callers_folder(tmp_path):
     write_program(tmp_path / "bin" / "deepspeed", 'pwd; echo "$PYTHONPATH"; printf "%s\\n" "$@"; ls -d "$ERROR_DIR"')
     (tmp_path / "a b").mkdir()
-    given = "--data_path data --deepspeed ds_own.json 'x y'"
-    done = bash(tmp_path / "a b", f"bash {ROOT}/run_zero2.sh {given}", tmp_path / "bin")
+    words = "--data_path data --deepspeed ds_own.json 'x y'"
+    done = bash(tmp_path / "a b", f"bash {ROOT}/run_zero2.sh {words}", tmp_path / "bin")
     folder, path, *arguments, errors = done.stdout.splitlines()
     assert folder == str(tmp_path / "a b")
     assert path.split(":")[0] == str(ROOT)
@@ -194,7 +194,7 @@ def test_paths_are_those_of_the_folder_where_run_zero2_is_called(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "tests"),
+    ("words", "tests"),
     [
         ("", [f"{ROOT}/tests"]),
         ("test_own.py", []),
@@ -203,18 +203,18 @@ def test_paths_are_those_of_the_folder_where_run_zero2_is_called(tmp_path):
         ("-k own", [f"{ROOT}/tests"]),  # a name, though there is such a folder
     ],
 )
-def test_paths_are_those_of_the_folder_where_run_tests_is_called(tmp_path, given, tests):
+def test_run_tests_takes_paths_relative_to_the_callers_folder(tmp_path, words, tests):
     (tmp_path / "own").mkdir()
     (tmp_path / "test_own.py").touch()
     pytest_alone = f'[ "$2" = pytest ] || exec {sys.executable} "$@"; pwd; printf "%s\\n" "$@"'
     write_program(tmp_path / "bin" / "python3", pytest_alone)
-    done = bash(tmp_path, f"bash {ROOT}/run_tests.sh {given}", tmp_path / "bin")
-    expected = [str(tmp_path), "-m", "pytest", "-c", f"{ROOT}/pyproject.toml", "-n", "2", *given.split(), *tests]
+    done = bash(tmp_path, f"bash {ROOT}/run_tests.sh {words}", tmp_path / "bin")
+    expected = [str(tmp_path), "-m", "pytest", "-c", f"{ROOT}/pyproject.toml", "-n", "2", *words.split(), *tests]
     assert done.stdout.split() == expected
 
 
 @pytest.mark.parametrize("kind", ["old", "missing", "old .venv"])
-def test_a_python_that_is_not_fit_is_told_before_anything_is_fetched(tmp_path, kind):
+def test_an_unfit_python_is_refused_before_anything_is_downloaded(tmp_path, kind):
     shutil.copy(ROOT / "env.sh", tmp_path)
     (tmp_path / "requirements.txt").write_text("torch==0.0.1\n")
     old = f'echo "$@" >> {tmp_path}/calls\n[ "$1" = --version ] && echo "Python 3.10.13"'
@@ -237,7 +237,7 @@ def test_a_python_that_is_not_fit_is_told_before_anything_is_fetched(tmp_path, k
 
 
 @pytest.mark.parametrize(("minor", "fits"), [(10, False), (11, True), (13, True), (14, False)])
-def test_a_python_that_fits_makes_a_whole_environment_or_none(tmp_path, minor, fits):
+def test_a_fitting_python_makes_a_whole_environment_or_none(tmp_path, minor, fits):
     shutil.copy(ROOT / "env.sh", tmp_path)
     (tmp_path / "requirements.txt").write_text("torch==0.0.1\n")
     python = f"""case "$1 $2" in
@@ -254,7 +254,7 @@ def test_a_python_that_fits_makes_a_whole_environment_or_none(tmp_path, minor, f
     assert not (tmp_path / ".venv").exists()
 
 
-def test_an_environment_that_has_what_is_pinned_is_used_as_it_is(tmp_path):
+def test_an_environment_with_the_pinned_packages_is_used_as_it_is(tmp_path):
     shutil.copy(ROOT / "env.sh", tmp_path)
     pins = (ROOT / "requirements.txt").read_text()
     (tmp_path / "requirements.txt").write_text(
@@ -314,14 +314,14 @@ def install(tmp_path):
     site = next(tmp_path.glob(".venv/lib/python*/site-packages"))
     for module in (pip, packaging):
         (site / module.__name__).symlink_to(Path(module.__file__).parent)
-    asked = []
+    requests = []
 
     class Indexes(SimpleHTTPRequestHandler):
         def __init__(self, *arguments):
             super().__init__(*arguments, directory=tmp_path)
 
         def log_message(self, *_):
-            asked.extend([self.path] if self.path.startswith("/cpu/") else [])
+            requests.extend([self.path] if self.path.startswith("/cpu/") else [])
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Indexes)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -334,8 +334,8 @@ def install(tmp_path):
         ]
         done = bash(tmp_path, "\n".join(lines), tmp_path / "bin")
         assert done.returncode == 0, done.stderr
-        said = [line for line in done.stdout.splitlines() if "PyPI" in line]
-        return "\n".join(said), sorted(path.stem for path in site.glob("*.dist-info")), list(asked)
+        message = [line for line in done.stdout.splitlines() if "PyPI" in line]
+        return "\n".join(message), sorted(path.stem for path in site.glob("*.dist-info")), list(requests)
 
     yield source
     server.shutdown()
@@ -343,36 +343,36 @@ def install(tmp_path):
 
 
 @pytest.mark.skipif(not WITHOUT_GPU, reason="on Linux without an NVIDIA GPU")
-def test_without_an_nvidia_gpu_torch_and_nothing_else_is_the_cpu_build(install, tmp_path):
-    said, packages, asked = install("TORCH_INDEX=$url/cpu; export PIP_EXTRA_INDEX_URL=$url/own")
-    assert "CPU build" in said
-    assert len(said.splitlines()) == 1
+def test_without_an_nvidia_gpu_only_torch_is_the_cpu_build(install, tmp_path):
+    message, packages, requests = install("TORCH_INDEX=$url/cpu; export PIP_EXTRA_INDEX_URL=$url/own")
+    assert "CPU build" in message
+    assert len(message.splitlines()) == 1
     assert packages == ["filelock-3.0", "torch-0.0.1+cpu"]
-    assert {path.split("/")[2] for path in asked} == {"torch"}
+    assert {path.split("/")[2] for path in requests} == {"torch"}
     with open(tmp_path / "requirements.txt", "a") as file:
         file.write("added==1.0\n")
-    assert install() == ("", ["added-1.0", *packages], asked)
-    assert install() == ("", ["added-1.0", *packages], asked)
+    assert install() == ("", ["added-1.0", *packages], requests)
+    assert install() == ("", ["added-1.0", *packages], requests)
 
 
 @pytest.mark.skipif(not WITHOUT_GPU, reason="on Linux without an NVIDIA GPU")
 @pytest.mark.parametrize("index", ["http://127.0.0.1:9", "$url/nowhere", "$url/empty", "silent"])
-def test_where_the_index_of_cpu_builds_fails_torch_is_that_of_pypi(install, index):
+def test_torch_comes_from_pypi_if_the_index_of_cpu_builds_fails(install, index):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = index.replace("silent", f"http://127.0.0.1:{silent.getsockname()[1]}")
         before = time.monotonic()
-        said, packages, _ = install(f"TORCH_INDEX={url}")
+        message, packages, _ = install(f"TORCH_INDEX={url}")
     assert time.monotonic() - before < 30
-    assert len(said.splitlines()) == 2
-    assert said.endswith("torch comes from PyPI, whose CUDA build computes on the CPU as well")
+    assert len(message.splitlines()) == 2
+    assert message.endswith("torch comes from PyPI, whose CUDA build computes on the CPU as well")
     assert packages == ["filelock-3.0", "torch-0.0.1"]
 
 
 @pytest.mark.parametrize("why", ["GPU", "macOS", "asked"])
-def test_the_index_of_cpu_builds_is_for_linux_without_an_nvidia_gpu(install, tmp_path, why):
+def test_the_index_of_cpu_builds_is_used_on_linux_without_an_nvidia_gpu_only(install, tmp_path, why):
     if why == "GPU":
         write_program(tmp_path / "bin" / "nvidia-smi", "exit 0")
     if why == "macOS":
         write_program(tmp_path / "bin" / "uname", "echo Darwin")
-    given = "TORCH_INDEX=" if why == "asked" else "TORCH_INDEX=$url/cpu"
-    assert install(given) == ("", ["filelock-3.0", "torch-0.0.1"], [])
+    settings = "TORCH_INDEX=" if why == "asked" else "TORCH_INDEX=$url/cpu"
+    assert install(settings) == ("", ["filelock-3.0", "torch-0.0.1"], [])

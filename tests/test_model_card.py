@@ -30,7 +30,7 @@ def adapter(llava, corpus, tmp_path_factory):
     return folder
 
 
-def test_a_card_says_what_a_model_was_made_of_and_how(llava, parts, corpus, adapter, tmp_path):
+def test_a_card_names_the_models_the_data_and_the_settings(llava, parts, corpus, adapter, tmp_path):
     base, card = ModelCard.load(llava / "README.md"), ModelCard.load(adapter / "README.md")
     made_of = [parts["clip"].name, parts["qwen2"].name]
     assert base.data.made_of == made_of
@@ -63,7 +63,7 @@ def test_a_card_says_what_a_model_was_made_of_and_how(llava, parts, corpus, adap
     assert (merged.data.library_name, "More Information" in merged.text) == ("transformers", False)
 
 
-def test_a_card_tells_how_far_a_run_came_and_the_scores_of_what_is_kept(llava, corpus, tmp_path, monkeypatch):
+def test_a_card_has_the_steps_done_and_the_scores_of_the_step_that_is_kept(llava, corpus, tmp_path, monkeypatch):
     judged = ["--eval_data_path", corpus, "--eval_strategy", "steps", "--eval_steps", "1", "--eval_answers", "0"]
     best = ["--load_best_model_at_end", "true", "--save_strategy", "best", "--metric_for_best_model", "loss"]
     best += ["--greater_is_better", "true"]  # the loss falls, and so the first step is the one that is kept
@@ -89,8 +89,8 @@ CARDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("run", "otherwise", "given"), CARDS)
-def test_every_setting_of_a_run_is_in_its_card(tmp_path, run, otherwise, given):
+@pytest.mark.parametrize(("run", "otherwise", "replaced"), CARDS)
+def test_every_setting_of_a_run_is_in_its_card(tmp_path, run, otherwise, replaced):
     args = SimpleNamespace(**{
         "output_dir": str(tmp_path), "train_type": "full", "tokens_per_batch": None, "train_batch_size": 5,
         "gradient_accumulation_steps": 3, "world_size": 6, "lr_scheduler_type": "linear", "warmup_steps": 0.07,
@@ -112,7 +112,7 @@ def test_every_setting_of_a_run_is_in_its_card(tmp_path, run, otherwise, given):
     )
     lora = LoraArguments(lora_r=8, use_rslora=True)
     rates = {"projector": 2e-5, "language model": 3e-4}
-    write_run_card(model, lora, data, args, *{"records": 1234, "rates": rates, **given}.values(), state)
+    write_run_card(model, lora, data, args, *{"records": 1234, "rates": rates, **replaced}.values(), state)
     table = re.findall(r"\| (.+) \| (.+) \|", ModelCard.load(tmp_path / "README.md").text)
     expected = {
         "what trained": "`full`", "learning rates": "projector 2e-05, language model 0.0003",
@@ -126,7 +126,7 @@ def test_every_setting_of_a_run_is_in_its_card(tmp_path, run, otherwise, given):
     assert dict(table) == expected
 
 
-def test_an_evaluation_is_a_table_by_language_and_results_for_the_hub(adapter, tmp_path):
+def test_an_evaluation_becomes_a_table_by_language_and_results_for_the_hub(adapter, tmp_path):
     scores = {"n": 1200, "exact_match": 0.25, "cider": 1.234}
     chinese = {"n": 7, "exact_match": 0.5, "intervals": {"exact_match": [0.2, 0.8]}}
     metrics = scores | {"intervals": {"exact_match": [0.1, 0.625]}, "by_language": {"zh": chinese}}
@@ -145,12 +145,12 @@ def test_an_evaluation_is_a_table_by_language_and_results_for_the_hub(adapter, t
     )
     assert (tmp_path / "run" / "captions.png").read_bytes() == b"a sheet"
     assert card.data.model_name == "run"
-    found = [
+    results = [
         (r.task_type, r.dataset_type, r.dataset_name, r.metric_type, r.metric_name, r.metric_value)
         for r in card.data.eval_results
     ]
     same = ("image-text-to-text", "held-out", "held-out pictures")
-    assert found == [(*same, "exact_match", "exact match", 0.25), (*same, "cider", "CIDEr-D", 1.234)]
+    assert results == [(*same, "exact_match", "exact match", 0.25), (*same, "cider", "CIDEr-D", 1.234)]
 
 
 def test_a_merged_model_has_the_pictures_of_its_adapters_card(llava, adapter, tmp_path):
@@ -171,7 +171,7 @@ def drawn(monkeypatch) -> list[Figure]:
     return figures
 
 
-def test_the_curves_are_those_of_the_log(drawn, tmp_path):
+def test_the_curves_show_the_logged_values(drawn, tmp_path):
     log = [
         {"step": 5, "loss": 3.0},
         {"step": 10, "loss": 2.0},
@@ -189,8 +189,8 @@ def test_the_curves_are_those_of_the_log(drawn, tmp_path):
     assert [axes.get_ylabel() for axes in drawn[1].axes] == ["loss per answer token"]
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_the_sheet_shows_questions_spread_evenly_and_which_are_right(drawn, tmp_path, asked):
+@pytest.mark.parametrize("with_question", [True, False])
+def test_the_sample_grid_spreads_the_questions_evenly_and_marks_correct_answers(drawn, tmp_path, with_question):
     pictures = [{"images": [Image.new("RGB", (9, 9), (i, 0, 0))]} for i in range(6)]
     predictions = [
         {"prompt": f"<image>\nQ{i}", "reference": f"r{i}", "prediction": f"r{i}" if i < 3 else "no",
@@ -198,17 +198,17 @@ def test_the_sheet_shows_questions_spread_evenly_and_which_are_right(drawn, tmp_
         for i in range(6)
     ]  # fmt: skip
     predictions.insert(0, predictions[0] | {"pictures": 0})  # there is none to draw
-    draw_sample_grid(pictures, predictions, tmp_path / "sheet.png", (1, 3), asked)
-    found = []
+    draw_sample_grid(pictures, predictions, tmp_path / "sheet.png", (1, 3), with_question)
+    cells = []
     for axes in drawn[0].axes:
         (text,), (image,) = axes.texts, axes.images
-        found.append((axes.get_title(), text.get_text(), text.get_color(), int(image.get_array()[0, 0, 0])))
-    titles = [f"Q{i}\nr{i}" if asked else f"r{i}" for i in (0, 2, 4)]
+        cells.append((axes.get_title(), text.get_text(), text.get_color(), int(image.get_array()[0, 0, 0])))
+    titles = [f"Q{i}\nr{i}" if with_question else f"r{i}" for i in (0, 2, 4)]
     answers = [("r0", "green", 0), ("r2", "green", 2), ("no", "firebrick", 4)]
-    assert found == [(title, *answer) for title, answer in zip(titles, answers, strict=True)]
+    assert cells == [(title, *answer) for title, answer in zip(titles, answers, strict=True)]
 
 
-def test_names_of_the_hub_are_linked(tmp_path):
+def test_hub_ids_are_linked(tmp_path):
     made_of = ["openai/clip-vit-large-patch14-336", "parts/of/mine", "Qwen/Qwen1.5-4B-Chat"]
     write_card(tmp_path, "m", made_of, ["liuhaotian/LLaVA-CC3M-Pretrain-595K"], [])
     data = ModelCard.load(tmp_path / "README.md").data
@@ -244,7 +244,7 @@ def test_an_evaluation_is_put_into_the_card_once(llava, corpus, adapter, tmp_pat
     assert ModelCard.load(adapter / "README.md").data.made_of == ModelCard(before).data.made_of
 
 
-def test_a_card_keeps_what_people_wrote(adapter, tmp_path):
+def test_a_card_keeps_the_notes_of_people(adapter, tmp_path):
     folder, evaluation = tmp_path / "run", tmp_path / "evaluation"
     folder.mkdir()
     evaluation.mkdir()
@@ -288,7 +288,7 @@ def test_a_card_keeps_what_people_wrote(adapter, tmp_path):
 @pytest.mark.parametrize("content", ["{}", "[]", "null", "7", "nonsense", '{"n": 1, "exact_match": "x"}',
                                      '{"n": 1, "exact_match": 1, "intervals": {"exact_match": [1]}}',
                                      "version https://git-lfs.github.com/spec/v1"])  # fmt: skip
-def test_what_is_no_evaluation_is_refused_and_the_card_stays(adapter, tmp_path, content):
+def test_a_broken_evaluation_is_refused_and_the_card_stays(adapter, tmp_path, content):
     (tmp_path / "metrics.json").write_text(content)
     before = (adapter / "README.md").read_bytes()
     with pytest.raises(ValueError, match=f"{tmp_path.name} holds no metrics.json that evaluate wrote"):
@@ -304,20 +304,20 @@ def test_a_card_with_a_broken_head_is_named(adapter, tmp_path):
     assert ancestors(str(tmp_path)) == [str(tmp_path)]
 
 
-def test_a_run_that_logged_nothing_has_a_curve_without_a_warning(tmp_path, recwarn):
+def test_an_empty_log_gives_a_curve_without_a_warning(tmp_path, recwarn):
     plot_loss([], tmp_path / "loss.png")
     assert not recwarn.list
     assert (tmp_path / "loss.png").exists()
 
 
-def test_what_has_no_card_or_no_metrics_is_refused(adapter, tmp_path):
+def test_a_folder_without_a_card_or_metrics_is_refused(adapter, tmp_path):
     with pytest.raises(ValueError, match="holds no README"):
         model_card.add_evaluation(tmp_path, tmp_path)
     with pytest.raises(ValueError, match="holds no metrics"):
         model_card.add_evaluation(adapter, tmp_path)
 
 
-def test_a_push_takes_the_card_along(llava, corpus, tmp_path, monkeypatch):
+def test_a_push_to_the_hub_includes_the_card(llava, corpus, tmp_path, monkeypatch):
     """The hub is played by an object that looks at what it is given."""
     pushed = []
 

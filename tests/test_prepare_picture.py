@@ -1,4 +1,4 @@
-"""Pictures as a model was trained to see them: other programs make the same of the written files as is made here."""
+"""Pictures as a model was trained to see them: other programs read the written files as this package does."""
 
 import sys
 
@@ -22,7 +22,7 @@ def run(monkeypatch, *words) -> None:
     prepare_picture.main()
 
 
-def test_other_programs_see_of_the_written_files_what_is_seen_here(merged, opened, tmp_path, monkeypatch):
+def test_other_programs_see_the_written_files_as_this_package_does(merged, opened, tmp_path, monkeypatch):
     model, processor = opened
     paths, images, otherwise = [], [], []
     for i, (words, file) in enumerate(tried_pictures(28)):
@@ -50,9 +50,9 @@ def test_other_programs_see_of_the_written_files_what_is_seen_here(merged, opene
     assert len(set(answers)) > 1
     pipe = pipeline("image-text-to-text", model=str(merged))
     for path, answer in zip(written, answers, strict=True):
-        asked = [{"role": "user", "content": [{"type": "image", "path": str(path)}, *ask[0]["content"][1:]]}]
-        (found,) = pipe(text=asked, max_new_tokens=6, return_full_text=False)
-        assert found["generated_text"].strip() == answer.strip()
+        messages = [{"role": "user", "content": [{"type": "image", "path": str(path)}, *ask[0]["content"][1:]]}]
+        (reply,) = pipe(text=messages, max_new_tokens=6, return_full_text=False)
+        assert reply["generated_text"].strip() == answer.strip()
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def test_other_programs_see_of_the_written_files_what_is_seen_here(merged, opene
         SiglipImageProcessorPil(size={"height": 28, "width": 28}, do_normalize=False),
     ],
 )
-def test_where_a_second_preparing_would_change_it_a_picture_stays_whole(image_processor):
+def test_a_picture_stays_whole_if_a_second_pass_would_change_it(image_processor):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
     assert as_seen(image_processor, image) is image
 
 
-def test_nothing_is_overwritten_and_nothing_half_written(merged, tmp_path, monkeypatch):
+def test_no_file_is_overwritten_or_half_written(merged, tmp_path, monkeypatch):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-20])

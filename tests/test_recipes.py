@@ -36,12 +36,13 @@ warmup_steps: 007
 report_to: [none]
 lr_scheduler_kwargs: {min_lr: 1e-5, deep: {on: yes, off: null, "text": "1e-5"}}
 push_to_hub: False
+run_name: 2026_11_30
 hub_model_id: -me
 """
 WORDS = """--model_name_or_path '模型 1' --data_path a 'b c' --data_weights 1 1e-1 --output_dir out
 --learning_rate 1e-3 --packing yes --eval_strategy no --save_strategy no --image_dir '' --warmup_steps 007
 --report_to none --lr_scheduler_kwargs '{"min_lr": 1e-05, "deep": {"true": true, "false": null, "text": "1e-5"}}'
---push_to_hub False --hub_model_id=-me"""
+--push_to_hub False --run_name 2026_11_30 --hub_model_id=-me"""
 
 
 @pytest.mark.parametrize("ending", ["yaml", "yml", "YAML"])
