@@ -124,7 +124,7 @@ def tar_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     follows, of size -1; its name says where the damage is.
     """
     files: dict[str, tarfile.TarInfo] = {}  # those read so far, until a link needs all
-    all_read, damage, member = False, None, None
+    all_read, damage = False, None
     try:
         for member in archive:
             name, target = normal_path(member.name), member
@@ -143,9 +143,9 @@ def tar_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         # `tarfile` stops without an error at a block that is no header: a whole archive has zeros there
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            damage = f"what follows {member.name}" if member else "its first bytes"
-    except (tarfile.TarError, OSError):
-        damage = member.name if member else "its first bytes"
+            damage = f"what follows {member.name}"
+    except (tarfile.TarError, OSError):  # after the first member, whose header `tarfile.open` has read
+        damage = member.name
     if damage is not None:
         broken = tarfile.TarInfo(damage)
         broken.size = -1
