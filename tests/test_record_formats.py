@@ -18,7 +18,7 @@ from record_files import (
 )
 
 from train_llava.data import BadRecordError, LlavaCollator, LlavaDataset, to_item, to_sample
-from train_llava.dataset.readers import pictures_of
+from train_llava.dataset.readers import images_of
 from train_llava.dataset.table import load_records
 from train_llava.records import table_row, text_of, to_messages
 
@@ -138,7 +138,7 @@ PART = {"type": "image", "image": "c"}
     ],
 )
 def test_a_record_names_its_images_under_several_keys(record, images):
-    assert pictures_of(record) == images
+    assert images_of(record) == images
 
 
 @pytest.mark.parametrize(

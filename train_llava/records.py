@@ -30,7 +30,7 @@ import datasets
 import msgspec
 
 from train_llava.dataset.archives import Members, data_uri, locate_image
-from train_llava.dataset.readers import BadRecordError, Record, answers_of, id_of, parse_json, pictures_of, texts_of
+from train_llava.dataset.readers import BadRecordError, Record, answers_of, id_of, images_of, parse_json, texts_of
 
 IMAGE_TOKEN = "<image>"
 CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."
@@ -133,7 +133,7 @@ def to_messages(record: Record) -> list[dict[str, Any]]:
 
     # One tag for each image, or none: then the images come before the first question
     tags = sum(part["type"] == "image" for message in messages for part in message["content"])
-    images = len(pictures_of(record))
+    images = len(images_of(record))
     if tags == 0 and record.get("conversations") is None:
         question = next(message for message in messages if message["role"] == "user")
         question["content"] = [{"type": "image"} for _ in range(images)] + question["content"]
@@ -194,7 +194,7 @@ def table_row(record: Any, number: int, image_dir: Path | None = None, members: 
         if (record_id := id_of(record)) is not None:
             row["id"] = _printable(record_id)
         messages = to_messages(record)
-        images = [locate_image(image, image_dir, members) for image in pictures_of(record)]
+        images = [locate_image(image, image_dir, members) for image in images_of(record)]
         language = record["language"] if isinstance(record.get("language"), str) else None
         answers, references = answers_of(record), texts_of(record.get("references"))
         if isinstance(record.get("caption"), list):

@@ -64,7 +64,7 @@ def is_hidden(name: str) -> bool:
 def normal_path(name: str) -> str:
     """One spelling for a file's path in its folder: slashes, no empty parts, Unicode's composed form (NFC).
 
-    Windows writes backslashes, and macOS separates accents from letters (NFD). `.\\\\a//b.png` → `a/b.png`.
+    Windows writes backslashes, and macOS separates accents from letters (NFD). `.\\a//b.png` → `a/b.png`.
     """
     parts = re.split(r"[/\\]+", unicodedata.normalize("NFC", name))
     return "/".join(part for part in parts if part not in ("", "."))
@@ -99,6 +99,7 @@ def zip_members(archive: Path) -> Members:
             continue
         stored = (info.header_offset, info.compress_size, info.compress_type, info.file_size, info.CRC)
         member = ArchiveMember(path, info.filename, *stored)
+        # A name that different files share stands for none of them
         for name in map(normal_path, _decoded_names(info)):
             for members, key in ((full, name), (short, name.partition("/")[2])):
                 other = members.setdefault(key, member)

@@ -51,7 +51,7 @@ def id_of(record: Record) -> Any:
     return next((record[key] for key in ID_KEYS if record.get(key) is not None), None)
 
 
-def pictures_of(record: Record) -> list[Any]:
+def images_of(record: Record) -> list[Any]:
     """The images of a record, in order: names, bytes, or `{"bytes", "path"}` as `datasets` stores them.
 
     They are under `images`, `image`, `image_bytes` or a key that ends in `file_name`, or inside the messages.
@@ -214,7 +214,7 @@ def _sample(path: PurePath, archive: tarfile.TarFile, members: list[tarfile.TarI
                 images.append(file)
 
     # The names that the record gives decide, if any of them is a file of the sample
-    names = pictures_of(record)
+    names = images_of(record)
     matches = [files.get(os.path.basename(archives.normal_path(str(name))).lower()) for name in names]
     if any(matches):
         if None in matches:

@@ -31,7 +31,7 @@ from train_llava.dataset.readers import BadRecordError, read_jsonl
 from train_llava.evaluation.generation import WINDOW, Messages, generate_all, prepare, sampling, this_process
 from train_llava.model import Llava
 from train_llava.modeling.weights import first_values
-from train_llava.records import IMAGE_TOKEN, Record, id_of, pictures_of, text_of, to_messages
+from train_llava.records import IMAGE_TOKEN, Record, id_of, images_of, text_of, to_messages
 
 REMEDY = "choose another name, or remove that file"
 LINE_START = b'{"id": '  # of every answer
@@ -50,7 +50,7 @@ def read_question(record: Record, number: int, folder: Path) -> dict[str, Any]:
     """
     if not isinstance(record, dict):
         raise record if isinstance(record, BadRecordError) else ValueError("it is no object")
-    pictures = pictures_of(record)
+    pictures = images_of(record)
     if not all(isinstance(name, str) for name in pictures):
         raise ValueError("a picture is neither a file nor an address")
     # a prompt alone is a conversation of one question, its pictures in front unless it places them
