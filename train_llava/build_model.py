@@ -201,6 +201,7 @@ def assemble(
     The projector is LLaVA-1.5's (Liu et al., 2023): two linear layers with a GELU. The LLaVA is made on the
     meta device, which takes no memory, and the two models' own modules are put into it.
     """
+    # the embedding gets rows for the tokenizer's new tokens
     tokenizer, anyres = processor.tokenizer, is_anyres(processor.image_processor)
     decoder = decoder_of(language_model)
     if language_model.config.tie_word_embeddings and not hasattr(decoder, "embed_tokens"):
@@ -272,6 +273,7 @@ def load_projector(path: str) -> dict[str, torch.Tensor]:
             saved = load_file(path)
         except SafetensorError:
             saved = load_torch_tensors(path)
+        # the names in a LLaVA
         projector = {}
         for name, tensor in saved.items():
             name = re.sub(r"^(model\.)?((mm_projector|multi_modal_projector)\.)?", "", name)

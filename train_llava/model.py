@@ -147,6 +147,7 @@ def load_checkpoint(
         ValueError: there is no checkpoint of that name, or it is not a whole LLaVA; the message says which.
     """
     config, processor = load_processor(model_name_or_path)
+    # the weights, and settings that transformers would skip silently
     settings = quantization(bits, config.dtype if dtype == "auto" else dtype) if bits else {}
     settings |= {"dtype": dtype, "attn_implementation": attn_implementation, "output_loading_info": True}
     with opening(model_name_or_path):
@@ -232,6 +233,7 @@ def set_trainable(model: Llava, train_type: str, arguments: LoraArguments) -> Ll
     Two kinds never train: parameters of the tower that the projector never uses, and parameters that the
     language model's own class excludes, such as the expert score correction of ERNIE 4.5 MoE.
     """
+    # what never trains
     frozen = {f"model.vision_tower.{name}" for name in skip_unused_layers(model)}
     language_model = model.model.language_model
     with torch.device("meta"):  # opening a checkpoint loses the exclusions; a fresh model shows them
@@ -240,6 +242,7 @@ def set_trainable(model: Llava, train_type: str, arguments: LoraArguments) -> Ll
         if not parameter.requires_grad:
             frozen.add(f"model.language_model.{name}")
 
+    # all other parameters of the parts that train
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in TRAIN_TYPES[train_type][1] and name not in frozen)
     return get_peft_model(model, lora_config(language_model, arguments)) if train_type == "lora" else model

@@ -58,6 +58,7 @@ def part_config(name_or_path: str) -> PreTrainedConfig:
 
 def load_part(auto_class: Any, name_or_path: str, dtype: Any) -> tuple[PreTrainedModel, set[str]]:
     """Opens one of the two models. Returns it, and the names of the weights that its folder lacks."""
+    # the class of transformers that opens it
     config = part_config(name_or_path)
     model = f"{name_or_path} is a {config.model_type}"
     if auto_class is AutoModelForCausalLM and type(config) not in auto_class._model_mapping:
@@ -127,6 +128,7 @@ def as_clip(tower: PreTrainedModel, name: str) -> PreTrainedModel:
 
 def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
     """Opens a causal language model; of a model with its own vision tower, such as Gemma 3, the text half."""
+    # all weights of the decoder and of the output layer have to be there
     model, missing = load_part(AutoModelForCausalLM, name_or_path, dtype)
     decoder, output_layer = decoder_of(model), model.get_output_embeddings()
     needed = [*decoder.state_dict(keep_vars=True).values(), *output_layer.state_dict(keep_vars=True).values()]
@@ -135,6 +137,7 @@ def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
     if lacking := [name for name, tensor in tensors if name in missing and id(tensor) in needed_ids]:
         raise ValueError(f"{name_or_path} lacks weights of the language model, for example {min(lacking)}")
 
+    # a model with its own vision tower: its modules in the class of its text half
     text_config = model.config.get_text_config(decoder=True)
     if text_config is model.config:
         return model
@@ -169,6 +172,7 @@ def load_image_processor(
     Args:
         grids: the grids of tiles of `anyres`, such as "2x3".
     """
+    # what it makes of a square and of a wide picture
     with opening(name_or_path):
         image_processor = AutoImageProcessor.from_pretrained(name_or_path)
         square = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")
@@ -190,7 +194,7 @@ def load_image_processor(
             )
         return image_processor
 
-    # imported here, since they warn of a missing torchvision
+    # LLaVA's own processors, with its numbers; imported here, since they warn of a missing torchvision
     from transformers import LlavaImageProcessor, LlavaNextImageProcessor
 
     taken_over = ("resample", "image_mean", "image_std", "rescale_factor")
@@ -218,6 +222,7 @@ def probe_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, nam
         How many tokens it gives a picture, how many of these are no patches (class token, registers), and how
         many hidden states it has.
     """
+    # two pictures, or tiles, of the size that the image processor makes
     picture = Image.new("RGB", (64, 64))
     pixel_values = image_processor([picture, picture], return_tensors="pt")["pixel_values"].to(tower.dtype)
     pixel_values = pixel_values.flatten(0, -4)[:2]
@@ -237,7 +242,8 @@ def probe_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, nam
             raise ValueError(f"{name} is a {kind} of sizes in pairs, {size}: a LLaVA takes one number")
     if states is None or not isinstance(patch_size, int) or len({state.shape for state in states}) > 1:
         raise ValueError(f"{name} is a {kind}, whose hidden states are not one grid of patches")
-    in_one_row = len(states[0]) == 1  # both pictures
+    # some towers, such as Pixtral's, put the patches of all pictures into one row
+    in_one_row = len(states[0]) == 1
     if in_one_row and is_anyres(image_processor):
         one_row = f"{name} is a {kind}, which puts the patches of all tiles into one row"
         raise ValueError(f"anyres: {one_row}: take --image_aspect_ratio pad")
@@ -254,6 +260,7 @@ def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool) ->
         settings = {"trust_remote_code": trust_remote_code, "mistral_format": False}
         tokenizer = AutoTokenizer.from_pretrained(language_model_name_or_path, **settings)
         patch_chat_template(tokenizer)
+    # <image>, with an id of its own
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if words := [word for word, i in tokenizer.get_vocab().items() if i == image_id and word != IMAGE_TOKEN]:

@@ -41,6 +41,7 @@ def unused_parameters(config: PreTrainedConfig, layers: int | list[int]) -> set[
 
     The autograd graph of a small picture tells. A backward pass would need memory for every gradient.
     """
+    # the graph's nodes, from the hidden states back to the parameters
     side = 4 * config.patch_size
     tower, states = tower_states(config, side, image_size=side)
     nodes = [states[i].grad_fn for i in ([layers] if isinstance(layers, int) else layers)]

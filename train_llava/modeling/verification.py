@@ -52,6 +52,7 @@ def reference_outputs(
 
 def verify_in_fresh_process(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> Rows:
     """Calls `verify_checkpoint` in a fresh process, which sees the model as every later command does."""
+    # the two models' outputs go to the process in one file, its result comes back in another
     with TemporaryDirectory() as scratch:
         references, outcome = Path(scratch, "references.safetensors"), Path(scratch, "outcome.json")
         save_file({"logits": logits.contiguous(), "features": features.contiguous()}, references)
@@ -82,11 +83,14 @@ def verify_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor
 
     `logits` and `features` are the two models' own: see `reference_outputs`.
     """
+    # the LLaVA's own outputs on the inputs of `reference_outputs`
     model, processor = load_checkpoint(str(folder))
     input_ids, pixel_values = example_inputs(processor)
     our_logits = model(input_ids=input_ids).logits[..., : logits.shape[-1]]
     outputs = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True)
     our_features = outputs.hidden_states[model.config.vision_feature_layer]
+
+    # the table, in the order in which the checks run
     chat, length = chat_of(processor), min(processor.tokenizer.model_max_length, MILLION)
     cached, longer = f"with a cache, in {length:,} tokens,", f"beside a text of {length:,} tokens"
     return [
@@ -202,6 +206,7 @@ def verify_conversations(chat: Chat, generation_config: GenerationConfig) -> Row
     stops = stops if isinstance(stops, list) else [stops]
     picture, end_tokens = Image.new("RGB", (8, 8)), []
     for texts in (CONVERSATION[:2], CONVERSATION):
+        # each stretch of supervised tokens is one answer
         messages = conversation(*texts)
         input_ids, labels = chat.encode(messages, [picture.size])
         supervised = np.flatnonzero(labels != IGNORE)
@@ -211,6 +216,7 @@ def verify_conversations(chat: Chat, generation_config: GenerationConfig) -> Row
             count = f"a conversation with {len(answers)} answers"
             raise ValueError(f"{len(stretches)} stretches are learnt of {count}")
         for i, (stretch, answer) in enumerate(zip(stretches, answers, strict=True)):
+            # the answer, and the token that ends its turn
             begin, last_id = stretch[0], int(input_ids[stretch[-1]])
             end = tokenizer.convert_ids_to_tokens(last_id)
             if tokenizer.decode(input_ids[stretch[:-1]]).strip() != answer:
@@ -218,6 +224,7 @@ def verify_conversations(chat: Chat, generation_config: GenerationConfig) -> Row
                 raise ValueError(f"{learnt!r} is learnt as the answer {answer!r}")
             if last_id not in stops:
                 raise ValueError(f"answers are taught to end with {end}, and generation does not stop there")
+            # the generation prompt, and the tokens before the answer in training
             prompt = chat.prompts([messages[: 2 * i + 1]], [picture])["input_ids"][0].tolist()
             if prompt != input_ids[:begin].tolist():
                 ours, theirs = (tokenizer.decode(ids[-8:]) for ids in (prompt, input_ids[:begin]))
@@ -294,6 +301,7 @@ def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, bool]:
     Returns:
         The largest difference, and whether it is noise.
     """
+    # two conversations without pictures, their tokens (1, T) each
     rows = []
     for texts in PACKED:
         messages = conversation(*texts)
@@ -307,6 +315,7 @@ def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, bool]:
         logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         return logits.split([first.shape[1], second.shape[1]], dim=1)
 
+    # each conversation packed, with another text behind or in front of it, and alone
     first_packed, second_packed = packed(first, second)
     noise = difference(packed(first, second.flip(1))[0], first_packed)
     leak = difference(packed(first.flip(1), second)[1], second_packed)
@@ -341,10 +350,11 @@ def cached_difference(model: nn.Module, input_ids: torch.Tensor, length: int) ->
     The text is read as the first and as the last of `length` tokens.
     """
     number = input_ids.shape[1]
-    sizes, differences = [number - 4, 1, 1, 1, 1], []
+    sizes, differences = [number - 4, 1, 1, 1, 1], []  # the last four tokens one at a time
     for start in (0, length - number):
         position_ids = torch.arange(start, start + number)[None]
         whole = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        # with the cache, piece by piece
         cache, logits = None, []
         for ids, positions in zip(input_ids.split(sizes, 1), position_ids.split(sizes, 1), strict=True):
             output = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)

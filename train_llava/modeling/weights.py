@@ -43,6 +43,7 @@ def tensors_in_files(model: nn.Module, state_dict: dict[str, torch.Tensor] | Non
         OSError: a tensor was not gathered, or not whole.
     """
     not_whole = "was not gathered whole: ZeRO-3 needs stage3_gather_16bit_weights_on_model_save"
+    # an adapter: as many numbers as train
     if isinstance(model, PeftModel):
         try:
             tensors = get_peft_model_state_dict(model, state_dict)
@@ -53,6 +54,7 @@ def tensors_in_files(model: nn.Module, state_dict: dict[str, torch.Tensor] | Non
             raise OSError(f"the adapter {not_whole}")
         return tensors
 
+    # a whole model: each tensor is there, in its full size
     tensors = model.state_dict() if state_dict is None else dict(state_dict)
     for name, parameter in model.state_dict(keep_vars=True).items():
         if name not in tensors or tensors[name].shape != getattr(parameter, "ds_shape", parameter.shape):
@@ -118,6 +120,7 @@ def save_weights(
     for name, held in tensors.items():
         if not held.is_floating_point():
             continue
+        # the precision that it is written in
         tensor = as_read(name, held, base)
         if write_in == "held":
             target = tensor.dtype
@@ -132,6 +135,8 @@ def save_weights(
             tensor = tensor.to("cpu", target)
         # with its own storage: transformers would copy tensors that share one, as experts do
         tensors[name] = torch.from_dlpack(tensor.contiguous())
+
+    # the weights, and the configuration with the precision in which they are opened
     model.save_pretrained(folder, state_dict=dict(tensors), save_original_format=False)
     apply_umask(*folder.glob("*.safetensors"))
     config = deepcopy(model.config)
@@ -143,6 +148,7 @@ def save_weights(
 
 def differing_tensor(folder: Path, tensors: dict[str, torch.Tensor]) -> str | None:
     """A name where a folder's files or index hold other tensors; None: they hold these tensors alone."""
+    # the files' tensors, and which file has which
     weight_map: dict[str, str] = {}
     for path in sorted(set(folder.glob("*.safetensors")) - {folder / PROJECTOR}):
         with safe_open(path, framework="pt") as file:
