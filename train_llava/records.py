@@ -126,6 +126,7 @@ def to_messages(record: Record) -> list[dict[str, Any]]:
     key = next((key for key in RECORD_FORMATS if record.get(key) is not None), None)
     if key is None:
         raise ValueError(f"it has no {', no '.join(RECORD_FORMATS)}")
+    # Questions and answers take turns, after or between system messages
     messages = [_message(turn) for turn in RECORD_FORMATS[key](record)]
     roles = [message["role"] for message in messages if message["role"] != "system"]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
@@ -196,9 +197,8 @@ def table_row(record: Any, number: int, image_dir: Path | None = None, members: 
         messages = to_messages(record)
         images = [locate_image(image, image_dir, members) for image in images_of(record)]
         language = record["language"] if isinstance(record.get("language"), str) else None
-        answers, references = answers_of(record), texts_of(record.get("references"))
-        if isinstance(record.get("caption"), list):
-            references = references or texts_of(record["caption"])
+        captions = record["caption"] if isinstance(record.get("caption"), list) else None
+        answers, references = answers_of(record), texts_of(record.get("references")) or texts_of(captions)
         # If one image has a name, all get one, which keeps their order: bytes become data URIs
         names = [image for image in images if isinstance(image, str)]
         if names and len(names) < len(images):

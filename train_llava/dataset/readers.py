@@ -159,6 +159,7 @@ def read_parquet(path: PurePath) -> Iterator[Record]:
     try:
         source = path if isinstance(path, Path) else opened(path)
         file = pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)  # pre-buffered bytes stay in memory
+        # As many rows at a time as the largest ones allow
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
         for batch in file.iter_batches(min(1 + BATCH_BYTES // (row_bytes + 1), 32)):
@@ -259,7 +260,7 @@ def find_records(
     if images is not None and not (images.is_dir() or (images.is_file() and archives.is_archive(images))):
         raise FileNotFoundError(f"--image_dir {image_dir} does not exist as a folder or a .zip file")
     path = Path(data_path)
-    if not path.exists():
+    if not path.exists():  # it may be a data set on the hub
         if HUB_ID.fullmatch(data_path) and path.suffix.lower() not in READERS:
             files, images_on_hub = find_on_hub(data_path, READERS, images is None, streaming)
             return files, images or images_on_hub
@@ -267,6 +268,8 @@ def find_records(
     files = _files_of_folder(path) if path.is_dir() else [path]
     if files[0].suffix.lower() not in READERS:
         raise FileNotFoundError(f"--data_path {data_path} is none of {', '.join(READERS)}")
+
+    # Images are beside the records; the hub's metadata files name them from their own folder
     places = [] if files[0].name in METADATA else [files[0].parent / name for name in IMAGE_PLACES]
     return files, images or next((place for place in places if place.exists()), files[0].parent)
 
@@ -275,12 +278,14 @@ def _files_of_folder(folder: Path) -> list[Path]:
     """The files of records in a folder: `chat.json`, else Parquet files, else shards, else the metadata."""
     if (folder / "chat.json").exists():
         return [folder / "chat.json"]
+    # All files of one kind
     entries = sorted(entry for entry in folder.iterdir() if not archives.is_hidden(entry.name))
     files = [entry for entry in entries if entry.suffix.lower() == ".parquet"]
     files = files or [entry for entry in entries if entry.suffix.lower() == ".tar"]
     files = files or [entry for entry in entries if entry.name in METADATA]
     if not files:
         raise FileNotFoundError(f"--data_path {folder} holds no chat.json, and no .parquet or .tar files")
+    # A test split is not trained on by mistake
     splits = {re.split("[^a-z]", file.name.lower())[0] for file in files} & SPLITS
     if len(splits) > 1:
         raise FileNotFoundError(
