@@ -300,19 +300,21 @@ def test_bad_held_out_records_are_told_before_the_first_step(llava, corpus, tmp_
     assert not (tmp_path / "run" / "trainer_state.json").exists()
 
 
-@pytest.mark.parametrize("preflight", ["true", "false"])
-def test_too_many_bad_records_stop_the_run_with_one_line(llava, corpus, tmp_path, preflight):
-    """Without the preflight a worker meets the record, and ends with the run."""
+def test_too_many_bad_records_stop_the_run_with_one_line(llava, corpus, tmp_path, monkeypatch):
+    """The preflight finds them; without it, a data-loading worker does, and ends with the run."""
     records = json.loads((corpus / "chat.json").read_text())
     records[3]["conversations"] = []
     (tmp_path / "chat.json").write_text(json.dumps(records))
+    arguments = ["--image_dir", corpus / "images_dl", "--dataloader_num_workers", "1"]
+    reason = "1 of 16 records are bad, more than --max_bad_fraction"
+    with pytest.raises(ValueError, match=reason):
+        run_train(monkeypatch, llava, tmp_path, tmp_path / "run", *arguments)
     command = [sys.executable, "-m", "train_llava.train", "--model_name_or_path", llava, "--data_path", tmp_path]
-    command += ["--image_dir", corpus / "images_dl", "--output_dir", tmp_path / "out", "--dataloader_num_workers", "1"]
-    command += ["--report_to", "none", "--preflight", preflight]
+    command += ["--output_dir", tmp_path / "out", "--report_to", "none", "--preflight", "false", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "error: 1 of 16 records are bad, more than --max_bad_fraction" in done.stderr
+    assert f"error: {reason}" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -326,17 +328,12 @@ def test_too_many_bad_records_stop_the_run_with_one_line(llava, corpus, tmp_path
         (["--output_dir", "{llava}"], "holds model.safetensors"),
     ],
 )
-def test_a_wrong_argument_ends_with_one_line(llava, parts, corpus, tmp_path, arguments, message):
-    command = [sys.executable, "-m", "train_llava.train", "--model_name_or_path", llava, "--data_path", corpus]
-    command += [
-        "--output_dir",
-        tmp_path / "out",
-        *(word.format(llava=llava, qwen2=parts["qwen2"]) for word in arguments),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert re.search(rf"^error: .*{re.escape(message)}.*$", done.stderr, re.MULTILINE)
+def test_a_wrong_argument_ends_with_one_line(llava, parts, corpus, tmp_path, monkeypatch, arguments, message):
+    words = [word.format(llava=llava, qwen2=parts["qwen2"]) for word in arguments]
+    command = ["train", "--model_name_or_path", llava, "--data_path", corpus, "--output_dir", tmp_path / "out", *words]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    with pytest.raises(SystemExit, match=rf"^error: .*{re.escape(message)}.*$"):
+        run_command(train.main)
     assert not (tmp_path / "out").exists()
 
 
