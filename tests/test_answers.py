@@ -1,4 +1,4 @@
-"""Held-out answers while it trains: those that `evaluate` gives of what is saved, on one process and on several."""
+"""Held-out answers in training equal those of `evaluate`, on one process and on several."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from train_llava import evaluate
+from train_llava import evaluate, infer
 from train_llava.build_model import build_model
 from train_llava.chat import Chat
 from train_llava.data import LlavaDataset, to_sample
@@ -57,13 +57,13 @@ def evaluated(model: Path, data: Path, output: Path, monkeypatch, *arguments) ->
         ("freeze_vision", ["--bf16", "true"]),
     ],
 )
-def test_they_are_those_of_evaluate_and_cost_no_random_number(
+def test_answers_in_training_equal_those_of_evaluate_and_use_no_random_number(
     parts, corpus, tmp_path, monkeypatch, train_type, options
 ):
     llava = tmp_path / "llava"
     build_model(str(parts["clip"]), str(parts["qwen2"]), str(llava), "bfloat16" if "--bf16" in options else "auto")
     settings = ["--train_type", train_type, "--max_steps", "6", "--eval_data_path", corpus, *SETTINGS, *options]
-    settings += ["--eval_strategy", "steps", "--eval_steps", "3"]
+    settings += ["--eval_strategy", "steps", "--eval_steps", "3", "--preflight", "false"]
     run, plain = tmp_path / "run", tmp_path / "plain"
     losses = run_train(monkeypatch, llava, corpus, run, *settings, "--save_strategy", "no")
     assert run_train(monkeypatch, llava, corpus, plain, *settings, "--eval_answers", "0") == losses
@@ -83,7 +83,7 @@ def test_they_are_those_of_evaluate_and_cost_no_random_number(
     assert "held-out exact match, last" in (run / "README.md").read_text()
 
 
-def test_tensorboard_shows_the_sheets(llava, corpus, tmp_path, monkeypatch):
+def test_tensorboard_shows_the_sample_grids(llava, corpus, tmp_path, monkeypatch):
     settings = ["--train_type", "projector", "--max_steps", "2", "--eval_data_path", corpus, "--eval_answers", "3"]
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     command = ["train", "--model_name_or_path", llava, "--data_path", corpus, "--output_dir", tmp_path / "run"]
@@ -101,7 +101,7 @@ def test_tensorboard_shows_the_sheets(llava, corpus, tmp_path, monkeypatch):
     assert {tag for tag in board.Tags()["scalars"] if "exact" in tag} == {"eval/exact_match"}
 
 
-def test_the_best_checkpoint_is_the_best_by_the_metric_and_a_run_stops_early(llava, corpus, tmp_path, monkeypatch):
+def test_the_best_checkpoint_has_the_best_metric_and_a_run_stops_early(llava, corpus, tmp_path, monkeypatch):
     settings = ["--train_type", "full", "--max_steps", "60", "--eval_data_path", corpus, *SETTINGS]
     settings += ["--eval_strategy", "steps", "--eval_steps", "4", "--save_strategy", "steps", "--save_steps", "4"]
     settings += ["--metric_for_best_model", "token_f1", "--load_best_model_at_end", "true"]
@@ -150,7 +150,7 @@ def launch(*arguments) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_write_the_files_of_one(llava, corpus, tmp_path, monkeypatch):
+def test_two_processes_write_the_same_files_as_one(llava, corpus, tmp_path, monkeypatch):
     adapter = random_adapter(llava, tmp_path / "adapter", 1)
     options = ["--adapter_name_or_path", adapter, "--max_new_tokens", "8", "--batch_size", "4"]
     evaluated(llava, corpus, tmp_path / "one", monkeypatch, *options)
@@ -165,23 +165,23 @@ def test_two_processes_write_the_files_of_one(llava, corpus, tmp_path, monkeypat
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_two_processes_answer_a_file_in_order_and_go_on_where_it_ends(llava, corpus, tmp_path):
+def test_two_processes_answer_a_file_in_order_and_continue_where_it_ends(llava, corpus, tmp_path, monkeypatch):
     pictures = [str(corpus / "images_dl" / f"{i}.png") for i in (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11)]
     lines = [{"id": i, "image": picture, "prompt": f"What is {i}?"} for i, picture in enumerate(pictures)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = ["--model_name_or_path", llava, "--questions", tmp_path / "q.jsonl", "--max_new_tokens", "6"]
     command += ["--batch_size", "2", "--answers"]
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    words = [sys.executable, "-m", "train_llava.infer", *command, one]
-    subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", ["infer", *map(str, command), str(one)])
+    infer.main()
     whole = one.read_bytes()
     two.write_bytes(whole[: whole.index(b"\n", len(whole) // 2) - 9])  # killed within a line
     launch("-m", "train_llava.infer", *command, two)
     assert two.read_bytes() == whole
 
 
-def test_language_kept_is_the_loss_of_the_text_by_hand(llava, parts, corpus, tmp_path, monkeypatch, capsys):
-    """Of the adapter, of its base with the adapter off, and of the language model that the base was made of."""
+def test_the_text_loss_equals_a_computation_by_hand(llava, parts, corpus, tmp_path, monkeypatch, capsys):
+    """For the adapter, for the base without it, and for the language model of the base."""
     adapter = random_adapter(llava, tmp_path / "adapter", 1)
     text = tmp_path / "text.txt"
     text.write_text("The capital of France is Paris. 红色的方块\n" * 12, encoding="utf-8")
@@ -233,9 +233,8 @@ def test_a_text_that_cannot_be_read_is_named(llava, parts, corpus, tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
-def test_the_log_tells_the_pace(llava, corpus, tmp_path, monkeypatch, capsys):
-    """Tokens and pictures are those of the records, operations those that a count by hand gives; evaluation is not
-    in it."""
+def test_the_log_reports_the_throughput(llava, corpus, tmp_path, monkeypatch, capsys):
+    """Tokens and pictures are counted from the records. The time of evaluation does not count."""
     settings = ["--train_type", "full", "--max_steps", "4", "--per_device_train_batch_size", "16"]
     settings += ["--eval_data_path", corpus, "--eval_strategy", "steps", "--eval_steps", "1", "--preflight", "false"]
     clock = iter(range(10**6))
@@ -256,8 +255,8 @@ def test_the_log_tells_the_pace(llava, corpus, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("train_type", ["full", "lora", "projector"])
-def test_the_share_of_the_rate_counts_the_operations_of_a_real_step(llava, corpus, tmp_path, monkeypatch, train_type):
-    """A batch of one record of as many tokens as are assumed, with numbers, does as many operations."""
+def test_mfu_counts_the_flops_of_a_real_step(llava, corpus, tmp_path, monkeypatch, train_type):
+    """A real batch of one record, as long as is assumed, needs as many FLOPs."""
     monkeypatch.setattr(memory, "TEXT", 45)
     monkeypatch.setattr(memory, "ANSWER", 7)
     model, processor = load_checkpoint(str(llava), attn_implementation="eager")
@@ -280,7 +279,7 @@ def test_the_share_of_the_rate_counts_the_operations_of_a_real_step(llava, corpu
     assert counter.get_total_flops() / 61 == pytest.approx(assumed, rel=1e-6)
 
 
-def test_held_out_data_without_a_question_is_said_in_a_line(llava, corpus, tmp_path, monkeypatch):
+def test_held_out_data_without_a_question_is_refused(llava, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "list_questions", lambda *_: iter(()))
     settings = ["--train_type", "projector", "--max_steps", "1", "--eval_data_path", corpus, "--preflight", "false"]
     with pytest.raises(ValueError, match="no held-out question can be asked of this model: set --eval_answers 0"):

@@ -93,7 +93,7 @@ def test_a_picture_of_any_size_has_as_many_tokens_as_features(anyres):
     assert (ours["input_ids"] == processor.image_token_id).sum() == chat.image_tokens((90, 30))
 
 
-def test_features_are_the_towers_of_the_whole_and_of_each_tile_row_by_row(anyres, parts):
+def test_features_are_the_towers_outputs_for_the_whole_picture_and_each_tile(anyres, parts):
     model, processor = load_checkpoint(str(anyres))
     prepared = processor.image_processor(noise(56, 56), return_tensors="pt")
     tower = load_checkpoint(str(anyres))[0].model.vision_tower
@@ -119,8 +119,8 @@ def gradients(model, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_loss_and_gradients_are_those_of_plain_transformers_and_of_packing(anyres):
-    """What a batch gives by the collator, packed or not, a plain processor and the full logits give, one by one."""
+def test_loss_and_gradients_equal_those_of_plain_transformers_and_of_packing(anyres):
+    """The collator's batch, packed or not, against a plain processor with full logits, one sample at a time."""
     model, processor = AutoModelForImageTextToText.from_pretrained(anyres), AutoProcessor.from_pretrained(anyres)
     batch = LlavaCollator(processor)(ITEMS)
     assert batch["pixel_values"].shape[:2] == (4, 5)
@@ -203,7 +203,7 @@ def test_an_adapter_leaves_the_newline_and_merges_to_the_same_answers(anyres, ph
     assert done.stdout.strip() == together[1].strip()
 
 
-def test_lengths_are_counted_by_heads_alone(anyres, photos, tmp_path, monkeypatch):
+def test_lengths_are_counted_from_file_headers_alone(anyres, photos, tmp_path, monkeypatch):
     _, processor = load_checkpoint(str(anyres))
     chat = Chat(processor)
     dataset = LlavaDataset(str(photos))
@@ -214,7 +214,7 @@ def test_lengths_are_counted_by_heads_alone(anyres, photos, tmp_path, monkeypatc
     assert count_tokens(dataset, chat)[:, 0].tolist() == exact
 
 
-def test_a_head_tells_the_size_of_the_upright_picture():
+def test_a_file_header_gives_the_size_of_the_upright_picture():
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     file = io.BytesIO()
@@ -226,7 +226,7 @@ def test_a_head_tells_the_size_of_the_upright_picture():
         open_image(cut, "x")
 
 
-def test_no_picture_is_decoded_smaller(anyres):
+def test_no_picture_is_decoded_at_a_smaller_size(anyres):
     assert Chat(load_checkpoint(str(anyres))[1]).min_side is None
 
 
@@ -253,13 +253,13 @@ def test_every_question_is_asked(anyres, photos, tmp_path):
         ({"image_aspect_ratio": "anyres", "vision_feature_select_strategy": "full"}, "1 tokens beside its patches"),
     ],
 )
-def test_what_makes_no_grid_is_refused(parts, tmp_path, options, message):
+def test_options_that_make_no_grid_are_refused(parts, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "out"), **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_grids_are_the_users(parts, tmp_path):
+def test_users_can_choose_the_grids(parts, tmp_path):
     options = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": ["1x4", "3x3"]}
     build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "out"), **options)
     config, processor = (
@@ -270,7 +270,7 @@ def test_grids_are_the_users(parts, tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_pictures_and_tags_have_to_be_as_many(anyres, count):
+def test_a_wrong_number_of_pictures_is_refused(anyres, count):
     model, processor = load_model(str(anyres))
     with pytest.raises(ValueError, match=f"1 <image> tags, {count} pictures"):
         generate(model, processor, [[user_message("What?", 1)]], [noise(28, 28)] * count)

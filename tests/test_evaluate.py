@@ -33,7 +33,7 @@ def run_evaluate(monkeypatch, model: Path, corpus: Path, output: Path, *argument
 
 
 def answer_with(monkeypatch, answer: Callable) -> None:
-    """Puts a function of a conversation and its pictures in a model's place."""
+    """Replaces the model by a function of a conversation and its pictures."""
     monkeypatch.setattr(question_files, "prepare", lambda chat, messages, images, limit: (messages, images))
     monkeypatch.setattr(
         question_files,
@@ -109,7 +109,7 @@ def write_data(folder: Path, corpus: Path, *records: dict) -> Path:
 
 
 @pytest.mark.parametrize("text", ["$5 and $\\frac{", "$^$", "long " * 400, "红" * 400, "a\u2028b\x85c $", "\x07"])
-def test_no_text_costs_an_evaluation(merged, corpus, tmp_path, monkeypatch, text):
+def test_any_text_can_be_evaluated_and_drawn(merged, corpus, tmp_path, monkeypatch, text):
     record = {"id": "0", "image": "0.png", "caption": text}
     data = write_data(tmp_path / "data", corpus, *[record] * 3)
     answer_with(monkeypatch, lambda *_: text)
@@ -121,7 +121,7 @@ def test_no_text_costs_an_evaluation(merged, corpus, tmp_path, monkeypatch, text
     assert (tmp_path / "compared" / "comparison.png").exists()
 
 
-def test_what_cannot_be_asked_is_named_and_counts_for_nothing(merged, corpus, tmp_path, monkeypatch, capsys):
+def test_a_question_that_cannot_be_asked_is_named_and_does_not_count(merged, corpus, tmp_path, monkeypatch, capsys):
     good = {"id": "good", "image": "0.png", "caption": "a red square"}
     data = write_data(
         tmp_path / "data",
@@ -148,10 +148,10 @@ def test_what_cannot_be_asked_is_named_and_counts_for_nothing(merged, corpus, tm
 
 
 class KilledError(BaseException):
-    """What nothing catches."""
+    """An error that no handler catches."""
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(merged, corpus, tmp_path, monkeypatch):
+def test_a_killed_evaluation_continues(merged, corpus, tmp_path, monkeypatch):
     arguments, kept = ["--max_new_tokens", "4", "--blank_control", "true", "--batch_size", "2"], []
     whole = run_evaluate(monkeypatch, merged, corpus, tmp_path / "whole", *arguments)
     monkeypatch.setattr(question_files, "WINDOW", 2)
@@ -182,8 +182,8 @@ def test_a_killed_evaluation_goes_on_where_it_was(merged, corpus, tmp_path, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_questions_that_look_the_same_keep_their_own_answers_at_a_resume(corpus, tmp_path, monkeypatch, merged):
-    """Records of one id and one question, the first of which cannot be asked."""
+def test_equal_questions_keep_their_own_answers_after_a_resume(corpus, tmp_path, monkeypatch, merged):
+    """Three records have one id and one question; the first cannot be asked."""
     records = [{"id": "x", "image": f"{i}.png", "question": "?", "answer": str(30 + i)} for i in (99, 1, 2)]
     data = write_data(tmp_path / "data", corpus, *records)
     for killed in (True, False):
@@ -196,8 +196,8 @@ def test_questions_that_look_the_same_keep_their_own_answers_at_a_resume(corpus,
     assert metrics["exact_match"] == 1
 
 
-def test_pictures_are_opened_as_in_training_and_let_go_of(merged, tmp_path, monkeypatch):
-    """JPEGs are decoded small, and no picture is held when the next one is opened."""
+def test_pictures_are_opened_as_in_training_and_closed_one_by_one(merged, tmp_path, monkeypatch):
+    """JPEGs are decoded small, and no picture is in memory when the next one is opened."""
     records = [{"image": f"{i}.{kind}", "caption": "x"} for i in range(3) for kind in ("jpg", "png")]
     data = tmp_path / "data"
     data.mkdir()
@@ -217,7 +217,7 @@ def test_pictures_are_opened_as_in_training_and_let_go_of(merged, tmp_path, monk
     assert held == [0] * 6
 
 
-def test_a_sheet_that_cannot_be_drawn_costs_no_numbers(merged, corpus, tmp_path, monkeypatch, capsys):
+def test_a_sample_grid_that_cannot_be_drawn_loses_no_metrics(merged, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plots, "findfont", lambda name: 1 / 0)
     metrics = run_evaluate(monkeypatch, merged, corpus, tmp_path / "out", "--max_new_tokens", "1")
     assert metrics["n"] == 17
@@ -243,7 +243,7 @@ def test_a_record_may_have_several_right_answers(merged, corpus, tmp_path, monke
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "null", "nonsense"])
-def test_what_is_no_evaluation_is_not_compared(tmp_path, content):
+def test_a_folder_without_an_evaluation_is_not_compared(tmp_path, content):
     (tmp_path / "metrics.json").write_text(content)
     with pytest.raises(ValueError, match=r"holds no metrics.json that evaluate wrote"):
         evaluate.compare([tmp_path], tmp_path)

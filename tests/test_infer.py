@@ -1,4 +1,4 @@
-"""Asking: the right answers to the right questions, and one clear line for bad input."""
+"""`infer`: each question gets its own answer, and bad input one clear line."""
 
 import importlib
 import io
@@ -75,7 +75,7 @@ def test_infer_prints_the_answer_alone(merged, corpus):
     assert done.stdout == generate(model, processor, QUESTIONS[:1], [infer.open_image(picture)], 8)[0] + "\n"
 
 
-def test_the_context_of_the_model_is_kept(opened):
+def test_no_answer_exceeds_the_context_of_the_model(opened):
     model, processor = opened
     length = Chat(processor).prompts([user_message("hi")], [])["input_ids"].shape[1]
     fits = user_message("hi" + "z" * (512 - length - 2))  # one token each
@@ -92,8 +92,8 @@ def test_a_control_token_in_a_prompt_is_refused(opened, token):
         generate(*opened, [user_message(f"What is {token} this?")], [], 4)
 
 
-def test_what_the_model_has_said_is_no_attempt_to_end_a_turn(opened):
-    """A model that thinks may write </think>, a token that a question must not have; nobody could take it back."""
+def test_earlier_answers_may_hold_tokens_that_questions_may_not(opened):
+    """A reasoning model writes </think>. A question must not have this token, but later turns keep the answer."""
     chat = Chat(opened[1])
     chat.control_tokens = chat.control_tokens | {"</think>"}
     (user,), (again,) = user_message("What is this?"), user_message("And this?")
@@ -103,7 +103,7 @@ def test_what_the_model_has_said_is_no_attempt_to_end_a_turn(opened):
             generation.prepare(chat, messages, [])
 
 
-def test_a_chat_survives_whatever_a_turn_raises(opened, monkeypatch, capsys):
+def test_a_chat_survives_any_error_of_a_turn(opened, monkeypatch, capsys):
     typed = iter(["What is this?", "a" * 1000, "<image>", "/image nothing.png", "out of memory", "And this?", ""])
     asked = []
 
@@ -120,7 +120,7 @@ def test_a_chat_survives_whatever_a_turn_raises(opened, monkeypatch, capsys):
     assert [message["role"] for message in asked[-1]] == ["user", "assistant", "user"]
 
 
-def test_a_chat_keeps_the_conversation_and_takes_pictures_on_the_way(merged, corpus, monkeypatch, capsys):
+def test_a_chat_keeps_the_conversation_and_accepts_pictures_between_questions(merged, corpus, monkeypatch, capsys):
     picture = f"/image {corpus}/images_dl/1.png"
     taken_back = [picture, picture, "/image"]
     typed = iter(["What is this?", *taken_back, picture, "/image nothing.png", b"\xe5", "And this?", ""])
@@ -168,7 +168,7 @@ def test_a_picture_may_come_from_the_network_or_standard_input(merged, corpus, m
     assert infer.fetch_image("-").tobytes() == expected
 
 
-def test_sampling_draws_other_answers_and_is_off_by_default(merged):
+def test_sampling_gives_other_answers_and_is_off_by_default(merged):
     model, processor = load_model(str(merged))
     assert generation.sampling(0, 1) == {"do_sample": False}
     greedy = generate(model, processor, QUESTIONS[:1], IMAGES[:1], 8)
@@ -179,7 +179,7 @@ def test_sampling_draws_other_answers_and_is_off_by_default(merged):
 
 @pytest.mark.parametrize("name", ["batch_size", "max_new_tokens"])
 @pytest.mark.parametrize("number", [0, -1])
-def test_numbers_that_have_to_be_above_0(name, number):
+def test_numbers_have_to_be_above_0(name, number):
     for make in (partial(infer.InferArguments, "m", prompt="?"), partial(evaluate.EvaluateArguments, "o", "m", "d")):
         with pytest.raises(ValueError, match=rf"--{name} {number}: it has to lie in \[1, inf"):
             make(**{name: number})
@@ -223,14 +223,8 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [("--prompt=", "error: --prompt is empty"), ("--prompt=hi", "is a qwen2 model, not a LLaVA")],
-)
-def test_a_command_prints_its_error_and_exits_with_1(parts, word, message):
-    """The first is found before the imports that take seconds, the second when the model is opened."""
-    command = [sys.executable, "-m", "train_llava.infer", "--model_name_or_path", parts["qwen2"], word]
+def test_a_command_prints_its_error_and_exits_with_1():
+    """A wrong argument is found before the imports that take seconds."""
+    command = [sys.executable, "-m", "train_llava.infer", "--model_name_or_path", "m", "--prompt="]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert message in done.stderr.splitlines()[-1]
+    assert (done.returncode, done.stderr) == (1, "error: --prompt is empty\n")

@@ -1,4 +1,4 @@
-"""What each metric gives, worked out by hand or by the program that defined it, and runs compared by them."""
+"""Metrics against values by hand or by the programs that defined them; comparison of runs."""
 
 import json
 
@@ -21,7 +21,7 @@ CAPTIONS = [
 ]
 
 
-def test_words_are_what_is_written_between_spaces_or_one_chinese_character():
+def test_a_word_stands_between_spaces_or_is_one_chinese_character():
     assert metrics.words("It's a Bird, 2 of them! 鸟儿well_done") == ["it's", "a", "bird", "2", "of", "them", *"鸟儿",
                                                                       "well", "done"]  # fmt: skip
 
@@ -58,12 +58,12 @@ def test_words_keep_their_combining_marks(text, expected):
         ("ใน\u0e19\u0e49\u0e4d\u0e32", "ในน้ำ"),
     ],
 )
-def test_ways_to_write_a_word_are_one(one, other):
+def test_spellings_of_a_word_count_as_one(one, other):
     assert metrics.words(one) == metrics.words(other) != []
     assert metrics.token_f1(said(one, other)) == metrics.rouge_l(said(one, other)) == 1
 
 
-def test_the_two_ways_to_write_an_accent_are_one():
+def test_the_two_encodings_of_an_accent_count_as_one():
     for score in (metrics.token_f1, metrics.rouge_l, metrics.is_exact):
         assert score(said("caf\u00e9", "cafe\u0301")) == 1
         assert score(said("चीता", "चिता")) == 0
@@ -81,7 +81,7 @@ def test_rouge_l_is_the_f_score_of_the_longest_common_subsequence():
     assert metrics.rouge_l(said("红色的圆", "红色的方块")) == pytest.approx(2 * 3 / 9)
 
 
-def test_cider_is_that_of_its_authors():
+def test_cider_equals_the_program_of_its_authors():
     # pycocoevalcap 1.2, Cider().compute_score on the same words
     assert metrics.cider(CAPTIONS) == pytest.approx([2.11449632, 5.0, 3.70727648])
 
@@ -180,7 +180,7 @@ def test_a_metric_that_the_references_cannot_reach_is_left_out_with_its_reason()
         ("10:30", "1030", False),
     ],
 )
-def test_vqa_accuracy_has_the_rules_of_the_challenge(prediction, answer, same):
+def test_vqa_accuracy_follows_the_rules_of_the_challenge(prediction, answer, same):
     """Each is what the challenge's own program gives (GT-Vision-Lab/VQA, a013f00)."""
     assert vqa(prediction, *[answer] * 9, "other") == same
 
@@ -200,7 +200,7 @@ def test_scores_by_language():
     assert metrics.score_exact(metrics.most_frequent_answer(several))["exact_match"] == 1
 
 
-def test_a_metric_that_one_language_has_leaves_the_other_empty():
+def test_a_metric_of_one_language_has_an_empty_cell_for_the_other():
     predictions = [said("red", "red", language="en", answers=("red",) * 10), said("红", "红", language="zh")]
     scores = metrics.by_language(predictions, metrics.score_group) | {"controls": {}}
     (row,) = [line for line in evaluate.table(scores).splitlines() if "VQA accuracy" in line]

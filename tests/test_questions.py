@@ -28,7 +28,7 @@ def write_questions(corpus: Path, folder: Path) -> Path:
     return folder / "questions.jsonl"
 
 
-def test_a_file_of_questions_is_answered_and_gone_on_with(merged, corpus, tmp_path, monkeypatch):
+def test_a_file_of_questions_is_answered_and_continued(merged, corpus, tmp_path, monkeypatch):
     questions, answers = write_questions(corpus, tmp_path), tmp_path / "answers.jsonl"
     model, processor = load_model(str(merged))
     settings = SETTINGS | {"max_new_tokens": 8}
@@ -49,7 +49,7 @@ def test_a_file_of_questions_is_answered_and_gone_on_with(merged, corpus, tmp_pa
 
 
 def ask_file(merged, questions: Path, answers: Path, *records: object, **settings: object) -> list[dict]:
-    """Writes a file of questions, answers it, and gives back the answers."""
+    """Writes a file of questions, answers it, and returns the answers."""
     questions.write_text("\n".join(json.dumps(record) for record in records))
     infer.answer_file(*merged, questions, answers, SETTINGS | settings, batch_size=2)
     return [json.loads(line) for line in answers.read_text().split("\n")[:-1]]
@@ -79,7 +79,7 @@ def test_every_question_has_its_answer_and_no_other(opened, corpus, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"), [("model_name_or_path", "n"), ("max_new_tokens", 5), ("top_p", 0.5), ("weights", "abc")]
 )
-def test_settings_belong_to_what_is_asked(opened, tmp_path, name, value):
+def test_answers_with_other_settings_are_not_continued(opened, tmp_path, name, value):
     files = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
     ask_file(opened, *files, {"prompt": "hi"})
     before = files[1].read_bytes()
@@ -89,7 +89,7 @@ def test_settings_belong_to_what_is_asked(opened, tmp_path, name, value):
     assert files[1].read_bytes() == before
 
 
-def test_the_model_is_known_by_its_weights(opened, llava):
+def test_the_settings_tell_models_apart_by_their_weights(opened, llava):
     arguments = infer.InferArguments("m", prompt="?", bits=4, top_p=0.5, temperature=1.0, max_new_tokens=7)
     settings = [question_files.settings_of(arguments, model) for model in (opened[0], load_model(str(llava))[0])]
     weights = [given.pop("weights") for given in settings]
@@ -119,7 +119,7 @@ def test_answers_that_were_cut_are_marked_and_counted(opened, tmp_path, capsys):
     ["dear diary\nrain", "dear diary", '{"a": 1}', '{\n  "id": 1\n}\n', "[]\n", "null\n", "7",
      '{"id": 1, "prompt": "?"}\n{"id": ', '{"id": 5, "name": "x"}'],
 )  # fmt: skip
-def test_a_file_of_somebody_else_is_left_alone(opened, tmp_path, content):
+def test_a_file_of_another_program_is_refused(opened, tmp_path, content):
     answers = tmp_path / "a.jsonl"
     answers.write_text(content)
     with pytest.raises(ValueError, match=r"a.jsonl, line \d, is no answer of this command"):
@@ -128,7 +128,7 @@ def test_a_file_of_somebody_else_is_left_alone(opened, tmp_path, content):
 
 
 @pytest.mark.parametrize("spelling", ["q.jsonl", "folder/../q.jsonl", "soft.jsonl", "hard.jsonl"])
-def test_questions_are_not_their_own_answers(opened, tmp_path, spelling):
+def test_the_file_of_questions_cannot_be_the_file_of_answers(opened, tmp_path, spelling):
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"id": 1, "prompt": "?", "answer": "!"}')
     (tmp_path / "folder").mkdir()
@@ -139,7 +139,7 @@ def test_questions_are_not_their_own_answers(opened, tmp_path, spelling):
     assert questions.read_text() == '{"id": 1, "prompt": "?", "answer": "!"}'
 
 
-def test_a_kill_at_any_byte_is_gone_on_from(opened, tmp_path):
+def test_a_file_is_continued_after_a_kill_at_any_byte(opened, tmp_path):
     questions, answers = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
     whole = ask_file(opened, questions, answers, {"id": "一", "prompt": "这是?"}, {"id": 2, "prompt": "二\u2028?"})
     written = answers.read_bytes()
@@ -189,20 +189,20 @@ def test_a_question_names_its_pictures_as_a_record_does(opened, corpus, tmp_path
         ('{"prompt": "<image> and <image>", "image": "0.png"}', "question 1: 2 <image> tags for 1 pictures"),
     ],
 )
-def test_a_line_that_is_no_question_is_named(tmp_path, line, message):
+def test_a_line_that_is_no_question_is_refused_by_its_number(tmp_path, line, message):
     (tmp_path / "q.jsonl").write_text(line)
     with pytest.raises(ValueError, match=message):
         read_questions(tmp_path / "q.jsonl")
 
 
 @pytest.mark.parametrize("key", ["id", "question_id", "questionId", "image_id"])
-def test_questions_are_called_as_records_are(tmp_path, key):
+def test_questions_have_the_id_keys_of_records(tmp_path, key):
     lines = [{key: 0, "question": "?"}, {key: "b", "text": "and?", "question_type": "what"}]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert [(line["id"], line["prompt"]) for line in read_questions(tmp_path / "q.jsonl")] == [(0, "?"), ("b", "and?")]
 
 
-def test_one_question_that_cannot_be_asked_keeps_no_other_from_its_answer(opened, tmp_path, capsys):
+def test_a_question_that_cannot_be_asked_is_reported_and_the_others_are_answered(opened, tmp_path, capsys):
     asked = [{"id": 1, "image": "none.png", "prompt": "?"}, {"id": 2, "prompt": "a" * 1000}, {"id": 3, "prompt": "hi"}]
     with pytest.raises(
         ValueError, match=r"2 of 3 questions could not be asked; question 1: .*none.png does not exist"

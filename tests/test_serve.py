@@ -85,7 +85,7 @@ def vllm_name(name: str) -> str:
 
 
 @pytest.mark.parametrize("made", ["build_model", "train", "merge_lora"])
-def test_vllm_finds_what_it_looks_for(made, llava, corpus, tmp_path, monkeypatch):
+def test_vllm_finds_its_weights_and_fields(made, llava, corpus, tmp_path, monkeypatch):
     """The names of weights and the fields that vLLM 0.33 reads: models/llava.py, models/clip.py."""
     folder = tmp_path / "run"
     arguments = ["--max_steps", "1", "--preflight", "false", "--save_strategy", "no"]

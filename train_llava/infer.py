@@ -4,8 +4,8 @@
     python -m train_llava.infer --model_name_or_path output/run --image cat.jpg --interactive true
     python -m train_llava.infer --model_name_or_path output/run --questions questions.jsonl --answers answers.jsonl
 
-The first prints the answer alone. The second is a chat; `/image FILE` adds a picture. The third answers a file of
-questions (see questions.py) in batches. Run again, it continues where it stopped.
+The first prints the answer alone. The second is a chat; `/image FILE` adds a picture. The third answers a
+file of questions (see questions.py) in batches. Run again, it continues where it stopped.
 """
 
 import string
@@ -31,16 +31,16 @@ class InferArguments:
         default_factory=list, help="The pictures of the question: files, http(s) addresses, or - for stdin."
     )
     interactive: bool = HfArg(
-        default=False, help="Chat: /image FILE adds a picture, /image takes it back; an empty line ends the chat."
+        default=False, help="Chat: /image FILE adds a picture, /image takes it back, an empty line ends it."
     )
-    questions: str | None = HfArg(default=None, help="A .jsonl file of questions; files in it are relative to it.")
+    questions: str | None = HfArg(default=None, help="A .jsonl file of questions; its pictures are relative to it.")
     answers: str | None = HfArg(default=None, help="The .jsonl file to write their answers to.")
     batch_size: int = HfArg(default=BATCH, help="Questions answered at once.")
     adapter_name_or_path: str | None = HfArg(default=None, help="A LoRA adapter trained on that model.")
     bits: Literal[4, 8] | None = HfArg(default=None, help=BITS_HELP)
     max_new_tokens: int = HfArg(default=NEW_TOKENS, help="The longest answer, in tokens.")
     temperature: float = HfArg(default=0.0, help="0: the greedy answer; above 0: sample one.")
-    top_p: float = HfArg(default=1.0, help="Sample from the most likely tokens that sum up to this probability.")
+    top_p: float = HfArg(default=1.0, help="Sample from the most likely tokens up to this probability.")
 
     def __post_init__(self) -> None:
         if [self.prompt is not None, self.interactive, self.questions is not None].count(True) != 1:
@@ -141,16 +141,15 @@ def answer_file(
     """Answers a file of questions, except those that the file of answers has already.
 
     Raises:
-        OSError, ValueError: a file or a line cannot be read, and nothing was asked; or some questions cannot be asked,
-            and all others are answered.
+        OSError, ValueError: a file or a line cannot be read, and nothing was asked; or some questions cannot be
+            asked, and all others are answered.
     """
     records, chat = read_questions(questions), chat_of(processor)
     if answers.exists() and answers.samefile(questions):
         raise ValueError(f"--answers {answers} is the file of the questions: choose another")
 
-    def open_question(index: int) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-        images = [fetch_image(name, chat.min_side) for name in records[index]["pictures"]]
-        return records[index]["messages"], images
+    def open_question(question: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+        return question["messages"], [fetch_image(name, chat.min_side) for name in question["pictures"]]
 
     lines, refused = answer_questions(model, chat, records, open_question, answers, settings, batch_size)
     # one line for all answers that were cut, one for each question that could not be asked

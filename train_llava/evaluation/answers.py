@@ -95,17 +95,17 @@ def predict(
     Answers are written to `path` as they come, and those that stand there are kept; see `answer_questions`.
 
     Returns:
-        To every process, the predictions in the order of the records, and the `id` and `reason` of each question
-        that could not be asked.
+        The predictions in the order of the records, and the `id` and `reason` of each question that cannot be
+        asked. Every process gets all of them.
     """
     all_questions = list(list_questions(dataset))
 
-    def open_by_index(index: int) -> tuple[Messages, list[Image.Image]]:
-        messages, images = open_question(dataset, all_questions[index])
+    def opened(question: dict[str, Any]) -> tuple[Messages, list[Image.Image]]:
+        messages, images = open_question(dataset, question)
         return messages, [Image.new("RGB", image.size, "white") for image in images] if blank else images
 
     chat = chat_of(processor)
-    lines, bad = answer_questions(model, chat, all_questions, open_by_index, path, settings, batch_size)
+    lines, bad = answer_questions(model, chat, all_questions, opened, path, settings, batch_size)
     predictions = []
     for question, line in zip(all_questions, lines, strict=True):
         if line is not None:
@@ -135,8 +135,8 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
     if not asked:
         raise ValueError("no held-out question can be asked of this model: set --eval_answers 0")
     # all processes get as many questions, some twice: under ZeRO-3 none computes alone
-    indices = list(range(len(prompts)))
-    with state.split_between_processes(indices, apply_padding=True) as share, in_saved_dtype(model, trainer.dtype):
+    indices, saved_dtype = list(range(len(prompts))), in_saved_dtype(model, trainer.dtype)
+    with state.split_between_processes(indices, apply_padding=True) as share, saved_dtype:
         replies = generate_all(model, chat, [prompts[i] for i in share], BATCH)
     answers = dict(gather_object([(i, answer) for i, (answer, _) in zip(share, replies, strict=True)]))
     predictions = [question | {"prediction": answers[i]} for i, question in enumerate(asked)]
@@ -156,7 +156,7 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
 
 
 def write_predictions(predictions: list[dict[str, Any]], path: Path) -> None:
-    """Writes `id`, `prompt`, `reference`, `prediction` of each question, and `references` if there are several."""
+    """Writes `id`, `prompt`, `reference` and `prediction`, and `references` if there are several."""
     with open(path, "w", encoding="utf-8") as file:
         for prediction in predictions:
             line = {key: prediction[key] for key in ("id", "prompt", "reference", "prediction")}

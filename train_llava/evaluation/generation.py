@@ -19,7 +19,8 @@ from train_llava.records import IMAGE_TOKEN
 WINDOW = 4  # batches of questions that are prepared together and sorted by length
 
 Messages = list[dict[str, Any]]
-Prompt = tuple[dict[str, torch.Tensor], int]  # see `prepare`
+Inputs = dict[str, torch.Tensor]  # of the model, see `Chat.prompts`
+Prompt = tuple[Inputs, int]  # see `prepare`
 
 
 def this_process() -> PartialState:
@@ -139,7 +140,7 @@ def generate_all(
     return answers
 
 
-def pad_left(inputs: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
+def pad_left(inputs: list[Inputs], pad_token_id: int) -> Inputs:
     """One batch, padded on the left, from the inputs of several prompts (see `prepare`)."""
     batch = {
         "input_ids": pad_sequence([one["input_ids"][0] for one in inputs], True, pad_token_id, "left"),

@@ -1,8 +1,8 @@
 """Reads a file of questions and writes the file of their answers, which a killed run continues.
 
 A question is a line `{"id", "image", "prompt"}`. `image` or `images` is a file, an address, a data URI, or a
-list. Ids are those of records (see `records`). `question` or `text` may stand for `prompt`, and `messages` for a
-whole conversation.
+list. Ids are those of records (see `records`). `question` or `text` may stand for `prompt`, and `messages`
+for a whole conversation.
 
 An answer is a line `{"id", "prompt", "answer", "cut", "settings"}`. `cut`: it has as many tokens as it may.
 `settings`: the model and the options that gave it.
@@ -41,9 +41,9 @@ SETTINGS = ("model_name_or_path", "adapter_name_or_path", "data_path", "image_di
 
 
 def read_question(record: Record, number: int, folder: Path) -> dict[str, Any]:
-    """A line of a file of questions as `id`, `prompt`, `messages` and `pictures`; `number` is the id if it has none.
+    """A line of a file of questions, as `id`, `prompt`, `messages` and `pictures`.
 
-    `pictures` are files, relative to `folder`, addresses and data URIs.
+    `pictures` are files, relative to `folder`, addresses and data URIs. Without an id, `number` is the id.
 
     Raises:
         ValueError: it is no question; the message is the reason.
@@ -69,8 +69,7 @@ def read_question(record: Record, number: int, folder: Path) -> dict[str, Any]:
         raise ValueError("its prompt is empty")
     prompt = prompts[0] if prompts else text_of(messages[-1])
     files = [name if name.startswith(ADDRESSES) else str(folder / name) for name in pictures]
-    name = id_of(record)
-    name = str(number) if name is None else name
+    name = str(number) if id_of(record) is None else id_of(record)
     return {"id": name, "prompt": prompt, "messages": messages, "pictures": files}
 
 
@@ -179,15 +178,15 @@ def answer_questions(
     model: Llava | PeftModel,
     chat: Chat,
     questions: list[dict[str, Any]],
-    open_question: Callable[[int], tuple[Messages, list[Image.Image]]],
+    open_question: Callable[[dict[str, Any]], tuple[Messages, list[Image.Image]]],
     path: Path,
     settings: dict[str, Any],
     batch_size: int,
 ) -> tuple[list[dict[str, Any] | None], list[dict[str, Any]]]:
     """Answers questions, every process its share, and writes each answer to a file as it comes.
 
-    Questions that the file answers already are not asked again. `open_question` opens the messages and
-    pictures of the question at an index of `questions`. No more pictures are open than those of one question.
+    Questions that the file answers already are not asked again. `open_question` opens the messages and pictures
+    of a question. No more pictures are open than those of one question.
 
     Returns:
         Each question's line of the file, or None; and the `id` and `reason` of each that could not be asked.
@@ -205,45 +204,47 @@ def answer_questions(
         unanswered = [place for place, line in enumerate(lines) if line is None]
         done = len(questions) - len(unanswered)
         bar = tqdm(total=len(questions), initial=done, desc=path.name, disable=not writes)
+        step = WINDOW * batch_size * state.num_processes
         with open(path if writes else os.devnull, "ab") as file, bar:
-            window = WINDOW * batch_size * state.num_processes
-            for start in range(0, len(unanswered), window):
-                with state.split_between_processes(unanswered[start : start + window]) as places:
-                    results = _answer(model, chat, places, open_question, settings, batch_size)
-                # the results of all processes, in the order of the questions
-                for place, result in gather_object(results):
+            for start in range(0, len(unanswered), step):
+                # each process answers its share, and gets the results of all
+                window = unanswered[start : start + step]
+                with state.split_between_processes([questions[place] for place in window]) as share:
+                    results = gather_object(_answer(model, chat, share, open_question, settings, batch_size))
+                for place, result in zip(window, results, strict=True):
                     question = questions[place]
                     if "reason" in result:
                         refused.append({"id": question["id"]} | result)
-                    else:
-                        known = {key: question[key] for key in ("id", "prompt", "number") if key in question}
-                        lines[place] = known | result | {"settings": settings}
-                        # an id may hold half of a surrogate pair: it is written as it was, escaped
-                        text = json.dumps(lines[place], ensure_ascii=False)
-                        file.write(text.encode(errors="backslashreplace") + b"\n")
-                    bar.update()
+                        continue
+                    known = {key: question[key] for key in ("id", "prompt", "number") if key in question}
+                    lines[place] = known | result | {"settings": settings}
+                    # an id may hold half of a surrogate pair: it is written as it was, escaped
+                    text = json.dumps(lines[place], ensure_ascii=False)
+                    file.write(text.encode(errors="backslashreplace") + b"\n")
                 file.flush()
+                bar.update(len(window))
     return lines, refused
 
 
 def _answer(
     model: Llava | PeftModel,
     chat: Chat,
-    places: list[int],
-    open_question: Callable[[int], tuple[Messages, list[Image.Image]]],
+    questions: list[dict[str, Any]],
+    open_question: Callable[[dict[str, Any]], tuple[Messages, list[Image.Image]]],
     settings: dict[str, Any],
     batch_size: int,
-) -> list[tuple[int, dict[str, Any]]]:
-    """Each place with its `answer` and `cut`, or with the `reason` why its question cannot be asked."""
-    asked, prompts, results = [], [], []
-    for place in places:
+) -> list[dict[str, Any]]:
+    """For each question, its `answer` and whether it was `cut`, or the `reason` why it cannot be asked."""
+    results, prompts = [], []
+    for question in questions:
         try:
-            prompts.append(prepare(chat, *open_question(place), settings["max_new_tokens"]))
-            asked.append(place)
+            prompts.append(prepare(chat, *open_question(question), settings["max_new_tokens"]))
+            results.append({})
         except (OSError, ValueError) as error:
-            results.append((place, {"reason": str(error)}))
+            results.append({"reason": str(error)})
     options = sampling(settings.get("temperature", 0), settings.get("top_p", 1))
-    answers = generate_all(model, chat, prompts, batch_size, **options)
-    for place, (answer, cut) in zip(asked, answers, strict=True):
-        results.append((place, {"answer": answer, "cut": cut}))
+    answers = iter(generate_all(model, chat, prompts, batch_size, **options))
+    for result in results:
+        if "reason" not in result:
+            result["answer"], result["cut"] = next(answers)
     return results
