@@ -483,7 +483,7 @@ def test_preflight_finds_one_number_of_a_gradient_that_is_not_finite(llava, corp
 def test_a_batch_that_is_dropped_leaves_something(llava, corpus, tmp_path, monkeypatch):
     arguments = ["--train_type", "projector", "--max_steps", "1", "--preflight", "false"]
     arguments += ["--dataloader_drop_last", "true"]
-    with pytest.raises(ValueError, match="leaves nothing of 16 records: all ranks' batch is 17"):
+    with pytest.raises(ValueError, match="leaves nothing of 16 records: a step takes 17"):
         run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments, "--per_device_train_batch_size", "17")
     held_out = ["--eval_data_path", corpus, "--learning_rate", "1e-20", "--eval_answers", "0", "--save_strategy", "no"]
     for batch in ("16", "10"):  # of held-out records none is dropped

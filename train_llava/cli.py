@@ -1,4 +1,4 @@
-"""What every command shares: it parses arguments, and ends with one line where the user can mend what is wrong."""
+"""What every command shares: it parses arguments, and prints an error that the user can mend as one line."""
 
 import atexit
 import logging
@@ -37,18 +37,15 @@ def device() -> "torch.device":
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
-    """Whether a warning of transformers concerns the user.
-
-    A part of a LLaVA may come with weights that are not used, for example the text half of a CLIP. Missing weights
-    are looked for where the part is opened.
-    """
+    """Whether a warning of transformers concerns the user. Unused weights of a part, as in CLIP, do not."""
     text = record.getMessage()
     is_of_part = "LOAD REPORT" in text and "LlavaForConditionalGeneration" not in text
     return not is_of_part or "MISMATCH" in text or "CONVERSION" in text
 
 
 logging.getLogger("transformers.modeling_utils").addFilter(_is_of_use)
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks transformers
+# PEFT asks transformers for it
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
@@ -60,12 +57,14 @@ def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
         ValueError: an argument is wrong, or names something that does not exist.
     """
     arguments, parser = given_arguments(dataclasses), HfArgumentParser(dataclasses)
-    missing = [f"--{action.dest}" for action in parser._actions if action.required and action.dest not in arguments]
+    defaults = {action.dest: action.default for action in parser._actions}
+    missing = [f"--{action.dest}" for action in parser._actions if action.required]
+    missing = [option for option in missing if option[2:] not in arguments]
     if missing:
         raise ValueError(f"the following arguments are required: {', '.join(missing)}")
-    for action in parser._actions:
-        if action.dest in arguments and arguments[action.dest] != action.default:  # a default is never refused
-            check_number(action.dest, arguments[action.dest])
+    for name, value in arguments.items():
+        if value != defaults[name]:  # a default is never refused
+            check_number(name, value)
     for dataclass in dataclasses:
         for name in getattr(dataclass, "_VALID_DICT_FIELDS", ()):  # of `TrainingArguments`
             if name in arguments:
@@ -91,13 +90,13 @@ def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
 
 
 def given_arguments(dataclasses: Iterable[type], words: list[str] | None = None) -> dict[str, Any]:
-    """The arguments on the command line and in its recipe, by name. Arguments that are not given are left out.
+    """The arguments on the command line and in its recipe, by name; the others are left out.
 
     Args:
         words: the command line; by default this process's.
 
     Raises:
-        ValueError: a word is no argument, or a value has the wrong type; an error in a recipe names it and the line.
+        ValueError: a word is no argument, or a value has the wrong type.
     """
     words = sys.argv[1:] if words is None else words
     parser = HfArgumentParser(dataclasses)
@@ -135,9 +134,9 @@ def _refuse(message: str) -> NoReturn:
 
 
 def parse_first(*dataclasses: type) -> None:
-    """Parses the command line only to end the command if it is wrong or asks for help; `main` parses it again.
+    """Ends the command if its command line is wrong or asks for help; `main` parses it again.
 
-    A command calls this above the imports that take seconds, so that `--help` and a wrong argument do not wait.
+    A command calls this above the imports that take seconds, so that nobody waits for an error.
     """
     message = _error_of(partial(parse_arguments, *dataclasses))
     if message is not None:
@@ -165,8 +164,8 @@ def _error_of(main: Callable[[], Any]) -> str | int | None:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        advice = "a smaller batch needs less, and so do --activation_checkpointing true and --bits 4 in training; "
-        advice += "where the optimizer does not fit, so do --train_type lora, more GPUs and ds_zero3_offload.json"
+        advice = "a smaller batch needs less, and so do --activation_checkpointing true and --bits 4 in "
+        advice += "training; if the optimizer does not fit, --train_type lora, more GPUs or ds_zero3_offload.json"
         return _once(f"error: {str(error).partition('. ')[0]}: {advice}")
     except KeyboardInterrupt:
         return _once("stopped")
@@ -176,9 +175,9 @@ def _error_of(main: Callable[[], Any]) -> str | int | None:
 def _once(message: str) -> str | int:
     """The message, or the exit code 1 alone where another rank of the run has printed the same.
 
-    The first rank with a message leaves an empty file in `ERROR_DIR`, a folder that run_zero2.sh makes for a run.
-    Rank 0 cannot be the only one to print: a bad record may stop another rank alone. torch's `record` is no help:
-    under DeepSpeed's launcher it was measured to write no file, and each rank printed its traceback.
+    The first rank leaves an empty file in `ERROR_DIR`, which run_zero2.sh makes. A bad record may stop one rank
+    alone, so rank 0 cannot be the only one to print. torch's `record` does not help: measured under DeepSpeed's
+    launcher, it writes no file, and each rank prints its traceback.
     """
     folder = os.environ.get("ERROR_DIR")
     if folder is not None and os.path.isdir(folder):
@@ -192,8 +191,8 @@ def _once(message: str) -> str | int:
 def _leave_rank(message: str | int | None) -> NoReturn:
     """Ends a rank like `sys.exit`, but without the interpreter's own clean-up.
 
-    DeepSpeed's process groups keep threads. A thread that asks for Python during the clean-up aborts the process now
-    and then, and a run that went well would count as failed.
+    DeepSpeed's process groups keep threads, which now and then abort the process during the clean-up. Then a
+    run that went well would count as failed.
     """
     if isinstance(message, str):
         print(message, file=sys.stderr)

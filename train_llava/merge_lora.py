@@ -19,7 +19,7 @@ class MergeArguments:
     adapter_name_or_path: str = field(metadata={"help": "The adapter."})
     output_dir: str = field(metadata={"help": "The checkpoint to write; it must not exist yet."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "The precision to write; auto: the base's, which may round much away."}
+        default="auto", metadata={"help": "The precision to write; auto: the base's, which may lose much."}
     )
 
 
@@ -41,7 +41,7 @@ MUCH = 0.1  # of an adapter's change: above it, rounding is worth a remedy
 def merge_layers(model: PeftModel, dtype: torch.dtype) -> str:
     """Adds each layer's update to its weights in float32, and rounds once to `dtype`.
 
-    Returns a line with the share of the updates that rounding took, by their norms, and the layer it took most from.
+    Returns a line: the share of the updates' norm that rounding took, and the layer that lost most.
 
     Raises:
         ValueError: a weight is not finite, or not in `dtype`.
@@ -63,19 +63,19 @@ def merge_layers(model: PeftModel, dtype: torch.dtype) -> str:
             change += (merged - weight.float()).square().sum().item()
             weight.data = rounded
         lost, changed = lost + error, changed + change
-        worst = max(worst, ((error / change) ** 0.5 if change else 0.0, name.removeprefix("base_model.model.")))
+        share = (error / change) ** 0.5 if change else 0.0
+        worst = max(worst, (share, name.removeprefix("base_model.model.")))
     share = (lost / changed) ** 0.5 if changed else 0.0
     remedy = "; --dtype float32 loses nothing" if share > MUCH else ""
-    return f"rounding to {dtype} took {share:.1%} of the adapter's change, {worst[0]:.1%} in {worst[1]}{remedy}"
+    line = f"rounding to {dtype} took {share:.1%} of the adapter's change"
+    return f"{line}, {worst[0]:.1%} in {worst[1]}{remedy}"
 
 
 def merge_lora(model_name_or_path: str, adapter_name_or_path: str, output_dir: str, dtype: str = "auto") -> None:
-    """Adds the adapter's low-rank updates to the weights, puts its projector in place, and saves the outcome.
-
-    The arguments are those of `MergeArguments`.
+    """Adds the adapter's updates to the weights, puts its projector in place, and saves the checkpoint.
 
     Raises:
-        OSError, ValueError: an input cannot be opened or the saved checkpoint differs; nothing is left behind.
+        OSError, ValueError: an input cannot be opened, or the saved checkpoint differs; no file is left.
     """
     with written_whole(output_dir) as folder:
         exact = {"dtype": torch.float32} if dtype == "float32" else {}
@@ -86,7 +86,8 @@ def merge_lora(model_name_or_path: str, adapter_name_or_path: str, output_dir: s
         merged = model.unload()
         merged.save_pretrained(folder)
         processor.save_pretrained(folder)
-        if merged.dtype != precision:  # opening it in that precision gives each module the one that its model wants
+        if merged.dtype != precision:
+            # opened in that precision, each module has the one that its model wants
             load_checkpoint(str(folder), precision)[0].save_pretrained(folder)
         copy_card(adapter_name_or_path, model_name_or_path, folder, Path(output_dir).name)
 

@@ -2,8 +2,8 @@
 
     python -m train_llava.model_card --model_name_or_path output/run --evaluation_dir output/evaluation
 
-`build_model` and `train` write the card; this command adds the metrics of `evaluate` and its sheet of answers. With
-`--push_to_hub true`, training uploads the card with the model; afterwards, `hf upload NAME output/run` does.
+`build_model` and `train` write the card; this command adds the metrics of `evaluate` and its sample grid.
+`--push_to_hub true` uploads the card with the model after training; later, `hf upload NAME output/run` does.
 """
 
 import re
@@ -17,7 +17,7 @@ from train_llava.common.files import replacing
 
 @dataclass
 class CardArguments:
-    model_name_or_path: str = field(metadata={"help": "The folder of a model or an adapter that training wrote."})
+    model_name_or_path: str = field(metadata={"help": "A folder with a model or an adapter of training."})
     evaluation_dir: str = field(metadata={"help": "The folder that evaluate wrote for it."})
 
 
@@ -39,7 +39,7 @@ DATASET = "held-out"  # of the results in the card's head
 
 
 def add_evaluation(folder: Path, evaluation_dir: Path) -> None:
-    """Puts the metrics and the sheet of answers of an evaluation into a model's card, in place of earlier ones.
+    """Puts the metrics and the sample grid of an evaluation into a model's card, in place of earlier ones.
 
     Raises:
         OSError, ValueError: one of the folders does not hold the files that it should.
@@ -56,9 +56,8 @@ def add_evaluation(folder: Path, evaluation_dir: Path) -> None:
         if metric in metrics:
             rows.append([name, *(cell(scores, metric) for scores in columns.values())])
             value = round(metrics[metric], 4)
-            results.append(
-                EvalResult("image-text-to-text", DATASET, "held-out pictures", metric, value, metric_name=name)
-            )
+            task = ("image-text-to-text", DATASET, "held-out pictures")
+            results.append(EvalResult(*task, metric, value, metric_name=name))
     rows.append(["questions", *(f"{scores['n']:,}" for scores in columns.values())])
     low, high = metrics["intervals"]["exact_match"]
     section = [HELD_OUT, markdown(rows), f"{INTERVAL} lies between {low:.1%} and {high:.1%} (95 %)."]

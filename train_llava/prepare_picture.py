@@ -1,8 +1,8 @@
 """Writes pictures as a model was trained to see them, for programs that read the same files otherwise.
 
-    python -m train_llava.prepare_picture --model_name_or_path output/run --image cat.jpg a.png --output_dir prepared
+    python -m train_llava.prepare_picture --model_name_or_path output/run --image cat.jpg --output_dir prepared
 
-Training rotates a picture by its EXIF, puts transparency on white and scales 16 bits to 8 (see `upright_rgb`).
+Training rotates a picture by its EXIF, puts transparency on white and scales 16 bits to 8 (`upright_rgb`).
 `pipeline`, llama.cpp and others do some of this, or none. Each picture becomes a PNG that needs none of it.
 """
 
@@ -39,9 +39,9 @@ def levels(image_processor: BaseImageProcessor, image: Image.Image) -> np.ndarra
 
 
 def as_seen(image_processor: BaseImageProcessor, image: Image.Image) -> Image.Image:
-    """An RGB picture cropped, padded and resized by the image processor, if a second pass leaves that unchanged.
+    """An RGB picture as the image processor crops, pads and resizes it.
 
-    Otherwise (tiles, or a resizing that would crop once more) the picture itself.
+    It stays as it is if a second pass would change it again, or if the model cuts it into tiles.
     """
     if is_anyres(image_processor) or not image_processor.do_normalize:
         return image
@@ -54,8 +54,7 @@ def prepare_picture(model_name_or_path: str, image: list[str], output_dir: str) 
     """Writes `NAME.png` to a new folder for each picture `NAME.*`.
 
     Raises:
-        OSError, ValueError: there is no such model, a picture cannot be read, or two have one name; nothing is
-            left behind.
+        OSError, ValueError: there is no such model, a picture cannot be read, or two have one name.
     """
     names = [f"{Path(path).stem}.png" for path in image]
     for name in names:

@@ -69,7 +69,7 @@ def main() -> None:
     dataclasses = (ModelArguments, LoraArguments, DataArguments, TrainArguments)
     model_arguments, parsed_lora, data_arguments, args = parse_arguments(*dataclasses)
     adapter = model_arguments.adapter_name_or_path
-    check_argument_pairs(adapter, model_arguments.bits, data_arguments, args)
+    check_argument_pairs(model_arguments, data_arguments, args)
     lora_arguments = parsed_lora if adapter is None else continued(adapter, given_arguments(dataclasses))
     if data_arguments.eval_data_path is not None and args.eval_strategy == "no":
         args.eval_strategy = IntervalStrategy.EPOCH  # `Trainer` reads it there

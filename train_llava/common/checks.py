@@ -16,7 +16,8 @@ INTERVALS = {
     "(0, inf)": "eval_steps logging_steps num_train_epochs save_steps",
     "[1, inf)": "batch_size dataloader_prefetch_factor early_stopping_patience eval_accumulation_steps "
     "gradient_accumulation_steps lora_alpha lora_r max_length max_new_tokens max_steps num_proc "
-    "per_device_eval_batch_size per_device_train_batch_size save_total_limit tokens_per_batch torch_empty_cache_steps",
+    "per_device_eval_batch_size per_device_train_batch_size save_total_limit tokens_per_batch "
+    "torch_empty_cache_steps",
     "[1, 2147483648)": "ddp_bucket_cap_mb ddp_timeout",
     "(0, 1]": "adam_epsilon learning_rate top_p",
     "[0, 1]": "max_bad_fraction projector_learning_rate vision_learning_rate",
@@ -27,7 +28,7 @@ INTERVALS = {
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raises a ValueError if a number, or one of a list, lies outside its argument's interval; other values pass."""
+    """Raises a ValueError if a number, or one of a list, lies outside its argument's interval."""
     interval = next((key for key, names in INTERVALS.items() if name in names.split()), "[0, inf)")
     low, high = map(float, interval[1:-1].split(","))
     for number in value if isinstance(value, list) else [value]:
@@ -49,23 +50,25 @@ def check_json(name: str, value: str) -> None:
 
 
 def check_name(option: str, name_or_path: str) -> None:
-    """Raises a ValueError if a model is neither a folder nor, as far as can be seen at once, a name on the hub."""
+    """Raises a ValueError if a model is no folder and, as far as can be seen at once, not on the hub."""
     if os.path.isdir(name_or_path):
         return
     try:
         validate_repo_id(name_or_path)
     except HFValidationError as error:
-        reason = "is no folder (a run writes its model when it ends), and no name on the hub, which is owner/name"
+        reason = "is no folder (a run writes its model at its end), and no name on the hub (owner/name)"
         raise ValueError(f"{option} {reason}") from error
     if os.path.exists(name_or_path):
         raise ValueError(f"{option} is a file: name the folder of the model")
-    configs = ("config.json", "adapter_config.json")
-    if not hub_answers() and not any(isinstance(try_to_load_from_cache(name_or_path, c), str) for c in configs):
+    if hub_answers():
+        return
+    cached = [try_to_load_from_cache(name_or_path, name) for name in ("config.json", "adapter_config.json")]
+    if not any(isinstance(path, str) for path in cached):
         raise ValueError(f"{option} is no folder here, and the hub cannot be reached to ask for it")
 
 
 def check_picture(name: str) -> None:
-    """Raises a ValueError if an `--image` is a folder or does not exist; its content is checked when it is opened."""
+    """Raises a ValueError if an `--image` is a folder or does not exist; it is opened later."""
     if name == "-" or name.startswith(ADDRESSES):
         return
     if os.path.isdir(name):

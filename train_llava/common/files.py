@@ -26,8 +26,8 @@ def opening(name: str) -> Iterator[None]:
     Libraries raise errors of any type for a broken file, so the block holds their opening and nothing else.
 
     Raises:
-        ValueError: `name` cannot be opened; in a folder, the broken file is named. An `OSError` or `ValueError` that
-            names it already passes as it is.
+        ValueError: `name` cannot be opened; in a folder, the broken file is named.
+        OSError: it names `name` already, and passes as it is, like such a `ValueError`.
     """
     try:
         yield
@@ -44,7 +44,7 @@ def opening(name: str) -> Iterator[None]:
 
 
 def _broken_file(path: Path) -> Path | None:
-    """The first broken file in a model's folder, or the file `path` itself if it is broken; None: all are sound."""
+    """The first broken file in a model's folder, or the broken file `path` itself; None: all are sound."""
     for file in filter(Path.is_file, sorted(path.iterdir()) if path.is_dir() else [path]):
         try:
             if file.suffix == ".json":
@@ -72,7 +72,7 @@ def _is_lfs_pointer(file: Path) -> bool:
 
 @contextmanager
 def writing(path: Path | str, remedy: str = ROOM) -> Iterator[None]:
-    """Names the file or folder that a block writes if the disk is full; libraries raise errors of any type then.
+    """Names the file or folder that a block writes if the disk is full, where libraries raise any error.
 
     Raises:
         OSError: the disk is full, or a limit on files is reached. Other errors pass as they are.
@@ -88,12 +88,12 @@ def writing(path: Path | str, remedy: str = ROOM) -> Iterator[None]:
 
 @contextmanager
 def written_whole(output_dir: str, remedy: str = ROOM) -> Iterator[Path]:
-    """Yields a temporary folder beside `output_dir`, and renames it to that when the block ends without an error.
+    """Yields a temporary folder, which becomes `output_dir` when the block ends without an error.
 
     So a folder under its final name is always complete. The block reads back the files before it ends.
 
     Raises:
-        ValueError: `output_dir` exists and is not an empty folder, or a disk is mounted there; nothing is overwritten.
+        ValueError: `output_dir` exists and is not an empty folder, or is a disk; nothing is overwritten.
         OSError: the disk is full; the message ends with the `remedy`.
     """
     target = Path(os.path.realpath(output_dir))  # behind a link, on the disk of its final place
@@ -129,7 +129,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def apply_umask(*paths: Path) -> None:
-    """Gives new files and folders the modes of the process's umask: mkdtemp and safetensors make theirs private."""
+    """Gives new files and folders the modes of the umask: mkdtemp and safetensors make theirs private."""
     mask = os.umask(0)  # Python reads the umask only by setting it
     os.umask(mask)
     for path in paths:

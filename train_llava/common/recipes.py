@@ -29,8 +29,8 @@ def unknown(name: str, known: Collection[str], dashes: str = "") -> str:
 def read_recipe(path: str, parser: ArgumentParser, known: Collection[str]) -> dict[str, Any]:
     """The arguments in a recipe, by name. The `parser` converts each value as on the command line.
 
-    So `save_strategy: no` stays the text "no", although YAML reads false there. A list is several values, a mapping
-    becomes JSON, and null is an argument that is not given. For example, the lines
+    So `save_strategy: no` stays the text "no", although YAML reads false there. A list is several values, a
+    mapping becomes JSON, and null is an argument that is not given. For example, the lines
 
         learning-rate: 1e-3
         data_path: [a, ~/b]
@@ -39,14 +39,15 @@ def read_recipe(path: str, parser: ArgumentParser, known: Collection[str]) -> di
     give `{"learning_rate": 0.001, "data_path": ["a", "/home/me/b"]}`.
 
     Raises:
-        ValueError: the file is no YAML of lines `key: value`, or one of them is wrong; the message names the line.
+        ValueError: the file is no YAML of lines `key: value`, or one of them is wrong.
     """
     try:
         content = Path(path).read_text(encoding="utf-8-sig")
         values = yaml.load(content, RecipeLoader)
         texts = yaml.load(content, yaml.BaseLoader)  # the same lines, where each value is still a text
         if not isinstance(values, dict):
-            raise ValueError(f"{path} " + ("is empty" if values is None else "does not hold lines `key: value`"))
+            reason = "is empty" if values is None else "does not hold lines `key: value`"
+            raise ValueError(f"{path} {reason}")
         nodes = yaml.compose(content).value  # keys with their lines; `load` keeps the last of two equal keys
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error

@@ -15,18 +15,19 @@ from matplotlib.font_manager import findfont, fontManager, get_font
 from train_llava.evaluation.metrics import METRICS, is_exact
 from train_llava.records import IMAGE_TOKEN
 
-FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"]
-COLUMN, PICTURE, LINE = 2.6, 2.1, 0.19  # inches: a column's width, a picture's side, the height of a line of text
+FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC"]
+FONTS += ["Microsoft YaHei"]
+COLUMN, PICTURE, LINE = 2.6, 2.1, 0.19  # inches: a column's width, a picture's side, a line of text
 
 
 def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
-    """Draws the training loss, the held-out loss and the scores of held-out answers over the steps, where logged."""
+    """Draws the losses and, where there are any, the scores of held-out answers over the steps."""
     losses = {"loss": "training", "eval_loss": "held out"}
     scores = {f"eval_{name}": label for name, label in METRICS.items()}
     # losses fall and scores rise: the legend stands where there is room
-    panels = [("loss per answer token", losses, "upper right"), ("score of held-out answers", scores, "upper left")]
-    if scores.keys().isdisjoint(set().union(*log_history)):
-        panels.pop()
+    panels = [("loss per answer token", losses, "upper right")]
+    if not scores.keys().isdisjoint(set().union(*log_history)):
+        panels.append(("score of held-out answers", scores, "upper left"))
     figure = Figure(figsize=(7, 4 * len(panels)), layout="constrained")
     axes_of_panels = figure.subplots(len(panels), squeeze=False, sharex=True).flat
     for axes, (ylabel, lines, corner) in zip(axes_of_panels, panels, strict=True):
@@ -55,12 +56,16 @@ def draw(drawing: Callable[[Path], None], path: Path) -> None:
 
 
 def draw_sample_grid(
-    dataset: Any, predictions: list[dict[str, Any]], path: Path, shape: tuple[int, int], with_question: bool = False
+    dataset: Any,
+    predictions: list[dict[str, Any]],
+    path: Path,
+    shape: tuple[int, int],
+    with_question: bool = False,
 ) -> None:
-    """Draws pictures in a grid of `shape` (rows, columns), with the reference above each and the answer below it.
+    """Draws a grid of `shape` (rows, columns): pictures, the references above and the answers below them.
 
-    Correct answers are green. The samples are spread evenly over the predictions, whatever the answers are. Samples
-    are left out if the machine's fonts cannot write their texts, and long texts are cut; the metrics count them all.
+    Correct answers are green. The samples are spread evenly over the predictions. A sample is left out if the
+    machine's fonts cannot write its texts, and long texts are cut; the metrics count them all.
     """
     installed = fontManager.get_font_names()
     fonts = [name for name in FONTS if name in installed]
@@ -88,7 +93,7 @@ def draw_sample_grid(
     size = (COLUMN * columns, (PICTURE + LINE * lines) * rows + 0.4)
     with matplotlib.rc_context({"font.family": fonts, "font.size": 11, "text.parse_math": False}):
         figure = Figure(size, layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"wspace": 0.1, "hspace": 0.05}).ravel()
+        grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"wspace": 0.1}).ravel()
         for axes in grid:
             axes.axis("off")
         for axes, sample, title, answer in zip(grid, samples, titles, answers, strict=False):

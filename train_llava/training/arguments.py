@@ -19,15 +19,15 @@ UNSUPPORTED = {"batch_eval_metrics", "debug", "fsdp", "include_for_metrics", "la
 UNSUPPORTED |= {"label_smoothing_factor", "prediction_loss_only", "remove_unused_columns"}
 
 
-def check_argument_pairs(adapter: str | None, bits: int | None, data_arguments: Any, args: TrainingArguments) -> None:
+def check_argument_pairs(model_arguments: Any, data_arguments: Any, args: TrainingArguments) -> None:
     """Raises a ValueError that names two arguments of training if one needs, or excludes, the other."""
     # What LoRA alone can do, and what it cannot
     if args.train_type != "lora" or is_deepspeed_zero3_enabled():
-        if adapter is not None:
+        if model_arguments.adapter_name_or_path is not None:
             raise ValueError(
                 "--adapter_name_or_path goes with --train_type lora, and not with ZeRO-3: merge_lora it first"
             )
-        if bits:
+        if model_arguments.bits:
             raise ValueError(
                 "--bits goes with --train_type lora, and not with ZeRO-3: weights in few bits cannot train"
             )
@@ -57,16 +57,12 @@ def check_argument_pairs(adapter: str | None, bits: int | None, data_arguments: 
 
     # Held-out data
     if data_arguments.eval_data_path is None:
-        needs_it = {
-            "eval_strategy": args.eval_strategy != "no",
-            "save_strategy best": args.save_strategy == "best",
-            "eval_answers": data_arguments.eval_answers,
-            "eval_image_dir": data_arguments.eval_image_dir,
-            "early_stopping_patience": args.early_stopping_patience,
-            "eval_on_start": args.eval_on_start,
-        }
-        for option, is_given in needs_it.items():
-            if is_given:
+        values = vars(data_arguments) | vars(args)
+        values["eval_strategy"] = args.eval_strategy != "no"
+        values["save_strategy best"] = args.save_strategy == "best"
+        answers = ("eval_strategy", "save_strategy best", "eval_answers", "eval_image_dir")
+        for option in (*answers, "early_stopping_patience", "eval_on_start"):
+            if values[option]:
                 raise ValueError(f"--{option} takes held-out data: set --eval_data_path")
 
 
@@ -74,7 +70,7 @@ def check_batches(number: int, args: TrainingArguments) -> None:
     """Raises a ValueError if `--dataloader_drop_last` leaves nothing of so few records or packed rows."""
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and number < batch:
-        raise ValueError(f"--dataloader_drop_last leaves nothing of {number} records: all ranks' batch is {batch}")
+        raise ValueError(f"--dataloader_drop_last leaves nothing of {number} records: a step takes {batch}")
 
 
 def check_training_options(args: TrainingArguments, model: nn.Module, eval_answers: int) -> None:
@@ -103,4 +99,5 @@ def check_training_options(args: TrainingArguments, model: nn.Module, eval_answe
             attempt()
         except (RuntimeError, TypeError, ValueError) as error:
             value = getattr(args, name)
-            raise ValueError(f"--{name} {getattr(value, 'value', value)}, or what goes with it: {error}") from error
+            value = getattr(value, "value", value)  # of an enum
+            raise ValueError(f"--{name} {value}, or what goes with it: {error}") from error

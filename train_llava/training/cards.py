@@ -25,17 +25,19 @@ CARD = """\
 
 # {name}
 
-A LLaVA, which answers questions about pictures. `AutoModelForImageTextToText` and `AutoProcessor` open it.{adapter}
+A LLaVA, which answers questions about pictures.
+`AutoModelForImageTextToText` and `AutoProcessor` open it.{adapter}
 
-Give it pictures that are upright, RGB with 8 bits, and on white where they were transparent: `pipeline`, llama.cpp and
-others read other files otherwise than its training did. `python -m train_llava.prepare_picture` makes such files.
+Give it pictures that are upright, RGB with 8 bits, and on white where they were transparent.
+`pipeline`, llama.cpp and others read other pictures differently than its training did.
+`python -m train_llava.prepare_picture` makes such files.
 
 {sections}
 
 ## Licence
 
-The weights descend from the models and the data named above, and whatever their licences ask for holds here too. Look
-them up before sharing this model.
+The weights descend from the models and the data named above, and their licences hold here, too.
+Look them up before you share this model.
 """
 
 
@@ -62,19 +64,17 @@ def write_run_card(
     learning_rates: dict[str, float],
     state: TrainerState,
 ) -> None:
-    """Writes the loss curve and the model card: the model, the data, the settings, the steps done and the losses.
-
-    `records` is None where the data was streamed.
-    """
-    folder, base, adapter = Path(args.output_dir), model_arguments.model_name_or_path, args.train_type == "lora"
+    """Writes the loss curve and the model card of a run; `records` is None for streamed data."""
+    folder, base = Path(args.output_dir), model_arguments.model_name_or_path
+    is_adapter = args.train_type == "lora"
     plot_loss(state.log_history, folder / "loss.png")
 
     size, unit = args.tokens_per_batch or args.train_batch_size, " tokens" if args.tokens_per_batch else ""
-    accumulated, ranks = args.gradient_accumulation_steps, args.world_size
+    accumulated, ranks, decay = args.gradient_accumulation_steps, args.world_size, args.weight_decay
     table = {
         "what trained": f"`{args.train_type}`",
         "learning rates": ", ".join(f"{part} {rate:g}" for part, rate in learning_rates.items()),
-        "schedule": f"{args.lr_scheduler_type}, warm-up {args.warmup_steps:g}, weight decay {args.weight_decay:g}",
+        "schedule": f"{args.lr_scheduler_type}, warm-up {args.warmup_steps:g}, weight decay {decay:g}",
         "records": "streamed" if records is None else f"{records:,}",
         "batch": f"{size * accumulated * ranks}{unit} ({size} x {accumulated} x {ranks} ranks)",
         "length": f"{state.global_step:,} of {state.max_steps:,} steps, {state.epoch or 0:.3g} epochs",
@@ -83,7 +83,7 @@ def write_run_card(
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "seed": str(args.seed),
     }
-    if adapter:
+    if is_adapter:
         settings = vars(lora_arguments) | {"bits": model_arguments.bits}
         table["LoRA"] = ", ".join(f"{name} {value}" for name, value in settings.items())
         if model_arguments.adapter_name_or_path is not None:
@@ -110,7 +110,7 @@ def write_run_card(
             table[f"held-out {name}, {which}"] = cell({metric: kept[f"eval_{metric}"]}, metric)
 
     section = f"## Training\n\n{markdown([('', ''), *table.items()])}\n\n![Loss](loss.png)"
-    name, adapter_of = folder.absolute().name, base if adapter else None
+    name, adapter_of = folder.absolute().name, base if is_adapter else None
     write_card(folder, name, ancestors(base), data_arguments.data_path, [section], adapter_of)
 
 
@@ -125,7 +125,7 @@ def hub_ids(names: list[str]) -> list[str]:
 
 
 def shown(name: str) -> str:
-    """A name that tells strangers no path of this machine: a hub id, or the last part of a path."""
+    """A name without this machine's folders: a hub id, or the last part of a path."""
     return name if hub_ids([name]) else Path(name).absolute().name
 
 
@@ -150,12 +150,14 @@ def read_card(path: Path) -> ModelCard:
 
 
 def write_card(
-    folder: Path, name: str, made_of: list[str], data: list[str], sections: list[str], adapter_of: str | None = None
+    folder: Path,
+    name: str,
+    made_of: list[str],
+    data: list[str],
+    sections: list[str],
+    adapter_of: str | None = None,
 ) -> None:
-    """Writes a model's card: sections of Markdown under a head that the hub reads.
-
-    `made_of` and `data` are names as given; the hub links those that are hub ids. `adapter_of` is an adapter's base.
-    """
+    """Writes a model's card: sections of Markdown under a head that links the names of the hub."""
     models, sources = [shown(model) for model in made_of], [shown(source) for source in data]
     head = ModelCardData(
         library_name="peft" if adapter_of else "transformers",
@@ -175,10 +177,7 @@ def write_card(
 
 
 def copy_card(adapter: str, base: str, merged: Path, name: str) -> None:
-    """Gives a merged model of that `name` its adapter's card, or a new one if training has not written that.
-
-    For example, PEFT writes a card of another kind into each checkpoint.
-    """
+    """Gives a merged model its adapter's card; a new one called `name` if that is PEFT's or missing."""
     path, card = find_file(adapter, FILE), None
     with suppress(ValueError):  # somebody else has written it
         card = path and read_card(path)
