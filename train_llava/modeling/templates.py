@@ -75,8 +75,9 @@ def opens_like(prefix: str, prompt: str) -> bool:
 def end_of_text(written: str, text: str, begin: int, before: str, after: str) -> int | None:
     """Where `text` ends in `written`, which from `begin` on holds `before`, the text and `after`.
 
-    A template may strip white space from both ends of the text. None: it changes the text otherwise. For example,
-    `end_of_text("<u>red <e>", " red \\n", 0, "<u>", "<e>")` is 7: the leading space and the line break are stripped.
+    A template may strip white space from both ends of the text. None: it changes the text otherwise. For
+    example, `end_of_text("<u>red <e>", " red \\n", 0, "<u>", "<e>")` is 7: the leading space and the line
+    break are stripped.
     """
     core = text.strip()
     leading, trailing = text.split(core, 1)
@@ -195,43 +196,30 @@ def _take_pictures(tokenizer: PreTrainedTokenizerBase) -> str:
 def _unify_prefixes(tokenizer: PreTrainedTokenizerBase) -> bool:
     r"""Makes the chat template write one assistant prefix everywhere. Returns whether it had to be changed.
 
-    Generation would otherwise go on from a text that training never saw. Qwen3's template, for example,
-    writes
+    Otherwise generation would go on from a text that training never saw. For example, Qwen3's template writes
 
         before an earlier answer    "<|im_start|>assistant\n"
         before the last answer      "<|im_start|>assistant\n<think>\n\n</think>\n\n"
         to generate an answer       "<|im_start|>assistant\n"
 
-    and, once patched, the second of these everywhere. The prefix is the longest that the template writes
-    before an answer, or the generation prompt where that adds a thought to it. A thought that stays open is
-    closed. White space that the prompt lacks, or that the tokenizer joins with the answer, is left for the
-    model to write.
+    and, once patched, the second of these everywhere.
     """
     earlier, last, prompt = assistant_prefixes(tokenizer)
     added = [re.escape(token) for token in tokenizer.get_added_vocab()]
-    longest, shortest = max(earlier, last, key=len), min(earlier, last, prompt, key=len)
-
-    # the prefix that all are to have
     if opens_like(earlier, prompt) and opens_like(last, prompt):
-        earlier = last = prefix = prompt
+        # the three differ by white space, which is left for the model to write
+        longest, prefix, prefixes = max(earlier, last, key=len), prompt, [prompt]
     else:
-        tokens = "|".join([*added, TAG])
-        thought = re.findall(tokens, prompt.removeprefix(longest))
-        if prompt.startswith(longest) and (len(thought) > 1 or re.fullmatch(TAG, "".join(thought))):
-            longest = prompt
-        thought = re.findall(tokens, longest.removeprefix(shortest))
-        if len(thought) == 1 and thought[0] in prompt and re.fullmatch(TAG, thought[0]):
-            longest += f"\n{thought[0][0]}/{thought[0][1:]}\n\n"
-        prefix = longest
+        longest = prefix = _longest_prefix(earlier, last, prompt, "|".join([*added, TAG]))
+        prefixes = sorted({earlier, last, prefix}, key=len)
     new_prompt = _without_loose_end(tokenizer, prefix, longest)
-    prefixes = sorted({earlier, last, prefix}, key=len)
     if prompt == new_prompt and len(prefixes) == 1:
         return False
+    refusal = f"the chat template opens answers with {earlier!r} and {last!r}"
     if len(prefixes) > 1 and not all(re.search("|".join(added), each) for each in prefixes):
-        both = f"the chat template opens answers with {earlier!r} and {last!r}"
-        raise ValueError(f"{both}, and no token tells where")
+        raise ValueError(f"{refusal}, and no token tells where")
 
-    # all prefixes become the shortest, the longest first, and that becomes the one
+    # all prefixes become the shortest, the longest first; the shortest becomes the one that all are to have
     changes = []
     if len(prefixes) > 1:
         changes = [(each, prefixes[0]) for each in prefixes[:0:-1]] + [(prefixes[0], prefix)]
@@ -248,9 +236,27 @@ def _unify_prefixes(tokenizer: PreTrainedTokenizerBase) -> bool:
     )
     earlier, last, prompt = assistant_prefixes(tokenizer)
     if not (opens_like(earlier, prompt) and opens_like(last, prompt)):
-        both = f"the chat template opens answers with {earlier!r} and {last!r}"
-        raise ValueError(f"{both}, a new one with {prompt!r}")
+        refusal = f"the chat template opens answers with {earlier!r} and {last!r}"
+        raise ValueError(f"{refusal}, a new one with {prompt!r}")
     return True
+
+
+def _longest_prefix(earlier: str, last: str, prompt: str, tokens: str) -> str:
+    r"""The longest prefix that the template writes before an answer, or the prompt where that adds a thought.
+
+    An open thought is closed: "<a>", "<a>" and the prompt "<a><think>\n" give "<a><think>\n\n</think>\n\n".
+    `tokens` is a pattern of special tokens and tags.
+    """
+    longest, shortest = max(earlier, last, key=len), min(earlier, last, prompt, key=len)
+    # the prompt instead, where it goes on with a tag or with several tokens
+    more = re.findall(tokens, prompt.removeprefix(longest))
+    if prompt.startswith(longest) and (len(more) > 1 or re.fullmatch(TAG, "".join(more))):
+        longest = prompt
+    # a single tag of the prompt is a thought that stays open
+    more = re.findall(tokens, longest.removeprefix(shortest))
+    if len(more) == 1 and more[0] in prompt and re.fullmatch(TAG, more[0]):
+        longest += f"\n{more[0][0]}/{more[0][1:]}\n\n"
+    return longest
 
 
 def _without_loose_end(tokenizer: PreTrainedTokenizerBase, prompt: str, prefix: str) -> str:
