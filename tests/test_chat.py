@@ -177,14 +177,14 @@ def check_everything(chat: Chat) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_learnt_and_what_generation_begins_from(tmp_path, name):
+def test_answers_are_supervised_and_generation_begins_before_them(tmp_path, name):
     template, expected = CASES[name]
     chat = chat_of(tmp_path, template)
     assert marked(chat, "What?", "red", "And?", "blue") == expected
     check_everything(chat)
 
 
-def test_an_end_that_takes_the_line_break_behind_it_is_learnt(tmp_path):
+def test_an_end_token_that_takes_the_line_break_after_it_is_supervised(tmp_path):
     def strip(tokenizer):
         ends = [AddedToken(token, special=True, rstrip=True) for token in ("<e>", "<a>")]
         tokenizer.add_special_tokens({"additional_special_tokens": ["<u>", *ends]})
@@ -204,14 +204,14 @@ def test_line_breaks_may_be_tokens_of_their_own(tmp_path):
     check_everything(chat)
 
 
-def test_line_breaks_that_the_tokenizer_splits_before_an_answer_are_learnt(tmp_path, monkeypatch):
+def test_line_breaks_that_the_tokenizer_splits_before_an_answer_are_supervised(tmp_path, monkeypatch):
     monkeypatch.setattr("conftest.SENTENCES", ["a red square", "two line breaks\n\n"])  # one token, at an end
     chat = chat_of(tmp_path, roles("<u>CONTENT<e>", "<a>\\n\\nCONTENT<e>", "<a>\\n\\n"))
     assert marked(chat, "What?", "red") == "<u><image>\nWhat?<e><a>\n»\nred<e>«"
     check_everything(chat)
 
 
-def test_spaces_are_learnt_where_the_tokenizer_places_them_at_their_end(tmp_path):
+def test_spaces_are_supervised_where_the_tokenizer_places_them_at_their_end(tmp_path):
     """As GPT-NeoX's does, whose offsets leave spaces out."""
 
     def trim(tokenizer):
@@ -255,7 +255,7 @@ def test_a_text_begins_as_the_tokenizer_begins_it(tmp_path):
 @pytest.mark.parametrize(
     "name", ["the same for all", "no end", "the prompt begins a thought", "white space around answers"]
 )
-def test_answers_of_every_kind_are_learnt_word_for_word(tmp_path, name, answer):
+def test_answers_of_every_kind_are_supervised_word_for_word(tmp_path, name, answer):
     chat = chat_of(tmp_path, CASES[name][0])
     expected = CASES[name][1].replace("red", answer).replace("blue", answer)
     assert marked(chat, "What?", answer, "And?", answer) == expected
@@ -272,7 +272,7 @@ def test_answers_of_every_kind_are_learnt_word_for_word(tmp_path, name, answer):
         (CASES["the prompt begins a thought"][0], "assistant", "<think>", "the control token <think> in a turn of"),
     ],
 )  # fmt: skip
-def test_a_record_that_does_not_come_out_right_is_refused_with_the_reason(tmp_path, template, role, text, reason):
+def test_a_conversation_that_the_template_changes_is_refused_with_the_reason(tmp_path, template, role, text, reason):
     chat = chat_of(tmp_path, template)
     messages = [{"role": of, "content": [{"type": "text", "text": "?"}]} for of in ("user", "assistant")]
     if role == "system":
@@ -305,7 +305,7 @@ def test_a_template_that_cannot_be_used_is_refused_in_one_line(tmp_path, templat
     assert "\n" not in str(error.value)
 
 
-def test_a_date_that_changes_while_it_trains(tmp_path, monkeypatch):
+def test_a_template_may_write_a_date_that_changes_during_training(tmp_path, monkeypatch):
     chat = chat_of(tmp_path, "{{ strftime_now('%d') }}" + PLAIN)
     assert marked(chat, "What?", "red").endswith("»red<e>«")
     monkeypatch.setattr("train_llava.chat.date", type("date", (), {"today": lambda: "tomorrow"}))

@@ -212,7 +212,7 @@ def test_pictures_become_upright_rgb(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["truncated.png", "empty.png", "page.jpg", "folder"])
-def test_what_is_no_picture_is_refused_by_name(tmp_path, name):
+def test_a_file_that_is_no_picture_is_refused_by_name(tmp_path, name):
     RED.save(tmp_path / "whole.png")
     (tmp_path / "truncated.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
     (tmp_path / "empty.png").touch()

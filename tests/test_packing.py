@@ -276,6 +276,6 @@ def test_two_ranks_train_as_one_with_accumulation(llava, mixed, tmp_path, monkey
         ),
     ],
 )
-def test_what_it_does_not_go_with(llava, mixed, tmp_path, monkeypatch, arguments, message):
+def test_options_that_exclude_each_other_are_refused(llava, mixed, tmp_path, monkeypatch, arguments, message):
     with pytest.raises(ValueError, match=message):
         run_train(monkeypatch, llava, mixed, tmp_path / "run", "--tokens_per_batch", "160", *arguments)

@@ -43,7 +43,7 @@ def parts_of(text: str) -> list[str]:
         ("  a\n  <image>\n    b", ["  a\n  ", "<image>", "    b"]),
     ],
 )
-def test_only_the_line_break_at_a_tag_is_not_the_texts(text, parts):
+def test_only_the_line_break_at_a_tag_is_removed(text, parts):
     assert parts_of(text) == parts
 
 
@@ -68,7 +68,7 @@ def learnt(chat, answer: str, question: str = "What?") -> str:
 
 @pytest.mark.parametrize("name", ["the same for all", "white space around answers", "a prompt that ends with a space"])
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_an_answer_is_learnt_with_its_white_space(tmp_path, name, answer):
+def test_an_answer_is_supervised_with_its_white_space(tmp_path, name, answer):
     chat = chat_of(tmp_path, CASES[name][0])
     around = CASES[name][1].partition("»")[2].partition("«")[0].split("red")
     assert learnt(chat, answer) == f"{around[0]}{answer}{around[1]}"
@@ -82,7 +82,7 @@ def test_an_answer_is_learnt_with_its_white_space(tmp_path, name, answer):
 
 @pytest.mark.parametrize("how", STRIPS)
 @pytest.mark.parametrize("text", ANSWERS)
-def test_what_a_template_strips_is_its_own(tmp_path, how, text):
+def test_a_template_may_strip_the_ends_of_texts(tmp_path, how, text):
     chat = chat_of(tmp_path, trimming(how))
     stripped = STRIPS[how][1]
     assert learnt(chat, text, text) == f"{stripped(text)}<e>"
@@ -96,7 +96,7 @@ def test_a_template_that_changes_more_than_the_ends_is_refused(tmp_path):
             marked(chat, "?", "　a b　c")
 
 
-def test_a_line_break_that_the_tokenizer_joins_to_the_prompt_is_learnt_apart(tmp_path, monkeypatch):
+def test_a_line_break_that_the_tokenizer_joins_to_the_prompt_is_supervised_apart(tmp_path, monkeypatch):
     """Generation goes on from the prompt's own tokens, and so does training."""
     monkeypatch.setattr("conftest.SENTENCES", ["a red square", "two line breaks\n\n"])  # which are one token
     chat = chat_of(tmp_path, roles("<u>CONTENT<e>\\n", "<a>x\\nCONTENT<e>\\n", "<a>x\\n"))
