@@ -26,7 +26,8 @@ PROJECTOR = "projector.safetensors"  # in the folder of a run that trained it al
 
 def base_tensors(model_name_or_path: str) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint's files, mapped from disk: they take no memory, and outlive the folder."""
-    files, _ = _get_resolved_checkpoint_files(model_name_or_path, *[None] * 4, is_remote_code=False)
+    unset = dict.fromkeys(("variant", "gguf_file", "use_safetensors", "user_agent"))
+    files, _ = _get_resolved_checkpoint_files(model_name_or_path, is_remote_code=False, **unset)
     tensors = {}
     for file in files:
         tensors |= load_state_dict(file)
@@ -75,9 +76,8 @@ def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 def as_read(name: str, held: torch.Tensor, base: dict[str, torch.Tensor]) -> torch.Tensor:
     """The tensor of `base` that gives `held` when it is opened; `held` itself where training has changed it.
 
-    For example, a float16 tensor of `base` is held in float32: unchanged, it is written in float16 again. A
-    name that is not in `base` is found by its values: the other name of a tied weight, or any name under
-    ZeRO-3.
+    For example, a float16 tensor of `base` is held in float32: unchanged, it is written in float16 again.
+    Where `base` lacks the name (a tied weight's other name, or any under ZeRO-3), the values find the tensor.
     """
     if name in base:
         other_dtype = base[name].dtype != held.dtype
@@ -106,10 +106,9 @@ def save_weights(
     Args:
         state_dict: see `tensors_in_files`, which may raise an OSError.
         base: the tensors of the checkpoint that the model was read from: see `base_tensors`.
-        dtype: the precision in the configuration, in which the model is opened; float32 where a value is too
-        large.
-        write_in: the precision of the changed tensors: the model's or that of `base`. "dtype" is for all
-        tensors.
+        dtype: the precision in the configuration, in which the model is opened; float32 for too large values.
+        write_in: the precision of changed tensors: as the model holds them, or that of `base`. With "dtype",
+            all tensors are written in that.
     """
     tensors, base, dtype = tensors_in_files(model, state_dict), base or {}, dtype or model.dtype
     if isinstance(model, PeftModel):
