@@ -111,7 +111,7 @@ def test_mappings_arrive_as_the_library_reads_them(tmp_path, monkeypatch, llava)
         ("image_folder: a", ", line 1: image_folder is not known: the nearest that is known is image_dir"),
         (
             "--per-device-batch-size: 4",
-            "--per-device-batch-size is not known: the nearest that is known is per_",
+            "--per-device-batch-size is not known: the nearest that is known is --per_",
         ),
         ("seed: 1\n\nseed: 2", ", line 3: seed is given twice"),
         ("max-steps: 1\nmax_steps: 2", ", line 2: max_steps is given twice"),

@@ -58,8 +58,8 @@ def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
     """
     arguments, parser = given_arguments(dataclasses), HfArgumentParser(dataclasses)
     defaults = {action.dest: action.default for action in parser._actions}
-    missing = [f"--{action.dest}" for action in parser._actions if action.required]
-    missing = [option for option in missing if option[2:] not in arguments]
+    required = [action.dest for action in parser._actions if action.required]
+    missing = [f"--{name}" for name in required if name not in arguments]
     if missing:
         raise ValueError(f"the following arguments are required: {', '.join(missing)}")
     for name, value in arguments.items():
@@ -117,7 +117,7 @@ def given_arguments(dataclasses: Iterable[type], words: list[str] | None = None)
     parsed, rest = parser.parse_known_args(words)
     for word in rest:
         if word.startswith("--"):
-            _refuse(unknown(word.partition("=")[0], known, "--"))
+            _refuse(unknown(word.partition("=")[0], known))
     if rest:
         _refuse(f"{rest[0]} belongs to no argument" + ": a recipe stands first" * rest[0].endswith(RECIPES))
     arguments |= vars(parsed)

@@ -20,10 +20,10 @@ NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, [*"-+0123456789"])
 
 
-def unknown(name: str, known: Collection[str], dashes: str = "") -> str:
+def unknown(name: str, known: Collection[str]) -> str:
     """The message for an argument that a command does not have."""
     (nearest,) = get_close_matches(name.strip("-").replace("-", "_"), known, 1, 0)
-    return f"{name} is not known: the nearest that is known is {dashes}{nearest}"
+    return f"{name} is not known: the nearest that is known is {'--' * name.startswith('--')}{nearest}"
 
 
 def read_recipe(path: str, parser: ArgumentParser, known: Collection[str]) -> dict[str, Any]:
@@ -63,8 +63,12 @@ def read_recipe(path: str, parser: ArgumentParser, known: Collection[str]) -> di
         seen.add(name)
         if values[key] is None:
             continue
-        words = _words(texts[key], values[key])
-        # in one word with its option, a value may begin with a dash
+
+        # The words of a command line; in one word with its option, a value may begin with a dash
+        words = texts[key] if isinstance(values[key], list) else [texts[key]]
+        if isinstance(values[key], dict):
+            words = [json.dumps(values[key], ensure_ascii=False, default=str)]
+        words = [os.path.expanduser(word) if str(word).startswith("~/") else str(word) for word in words]
         option = [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
         try:
             parsed, rest = parser.parse_known_args(option)
@@ -74,17 +78,3 @@ def read_recipe(path: str, parser: ArgumentParser, known: Collection[str]) -> di
             raise ValueError(f"{where}: {key} takes one value, and here are {len(words)}")
         arguments |= vars(parsed)
     return arguments
-
-
-def _words(text: str | list, value: Any) -> list[str]:
-    """The command line's words for a value of a recipe; `text` is that value as the file spells it."""
-    if isinstance(value, dict):
-        text = value
-    words = []
-    for word in text if isinstance(value, list) else [text]:
-        if not isinstance(word, str):
-            word = json.dumps(word, ensure_ascii=False, default=str)
-        elif word.startswith("~/"):
-            word = os.path.expanduser(word)
-        words.append(word)
-    return words

@@ -89,7 +89,9 @@ def draw_sample_grid(
         titles.append(f"{question}\n{reference}" if with_question else reference)
         characters = [c if ord(c) in writable else "\N{REPLACEMENT CHARACTER}" for c in sample["prediction"]]
         answers.append(_cut("".join(characters)))
-    lines = sum(max((text.count("\n") + 1 for text in texts), default=0) for texts in (titles, answers))
+    lines = 0
+    for texts in (titles, answers):
+        lines += max((text.count("\n") + 1 for text in texts), default=0)
     size = (COLUMN * columns, (PICTURE + LINE * lines) * rows + 0.4)
     with matplotlib.rc_context({"font.family": fonts, "font.size": 11, "text.parse_math": False}):
         figure = Figure(size, layout="constrained")
