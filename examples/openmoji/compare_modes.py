@@ -1,14 +1,14 @@
-"""Trains the example's LLaVA in every mode, on the same data for as many steps, and scores each on held-out pictures.
+"""Trains the toy example in every mode, with the same data and number of steps, and scores it on held-out pictures.
 
-    python examples/openmoji/compare_modes.py                                  the table of what modes.json holds
-    python examples/openmoji/compare_modes.py --results output/modes.json      measured anew, in an hour on two cores
+    python examples/openmoji/compare_modes.py                                  prints the table of modes.json
+    python examples/openmoji/compare_modes.py --results output/modes.json      measures anew: an hour on two cores
     python examples/openmoji/compare_modes.py --results output/modes.json --modes "projector alone" --seeds 0
 
-It starts from what `bash run_zero2.sh` left in output/openmoji: the assembled model and the data. Each run is one
-process of one thread, two at a time. A mode is one stage or two; where it is two, the first trains the projector alone
-and takes a quarter of the steps. What was measured goes into the file as each run ends: exact match on the held-out
-pictures with the interval it lies in, the minutes and the memory training took, and the loss curve. A run that the
-file holds already is not made again. The table at the end is that of docs/speed.md.
+It starts from the assembled model and the data that `bash run_zero2.sh` left in output/openmoji. Each run is
+a process of one thread; two run at a time. A mode has one stage or two. With two, the first trains the
+projector alone and takes a quarter of the steps. After each run the file gets its result: the exact match
+with its interval, the minutes, the memory and the loss curve. Runs that the file has already are skipped.
+docs/speed.md shows the table.
 """
 
 import argparse
@@ -30,13 +30,15 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 EXAMPLE = Path("output/openmoji")
 STEPS, BATCH = 600, 32
-RATE = 1.5e-3  # the example's parts are small; the 4B setup takes 2e-5
+RATE = 1.5e-3  # for small models; the 4B setup takes 2e-5
 
 
 def full_at(rate: float) -> list[str]:
-    """Training in full with one rate for every module; by itself the tower takes a tenth of the language model's."""
-    rates = [f"--{module}learning_rate" for module in ("", "projector_", "vision_")]
-    return ["--train_type", "full", *(word for name in rates for word in (name, f"{rate}"))]
+    """Full training with one rate for every module. By default the tower's is a tenth of the language model's."""
+    arguments = ["--train_type", "full"]
+    for module in ("", "projector_", "vision_"):
+        arguments += [f"--{module}learning_rate", f"{rate}"]
+    return arguments
 
 
 ALIGN = ["--train_type", "projector", "--learning_rate", "5e-3"]
@@ -59,10 +61,10 @@ MODES = {
 
 @dataclass
 class Comparison:
-    """What is compared: modes of one or two stages, each the arguments of a training run, on an example's data."""
+    """The modes of an example. A mode is a list of one or two stages, a stage a list of training arguments."""
 
-    folder: Path  # what the example's run has left: llava/ and the data
-    train: list[str]  # data paths in it
+    folder: Path  # the output of the example's run, with llava/ and the data
+    train: list[str]  # data paths in that folder
     heldout: str
     modes: dict[str, list[list[str]]]
     steps: int
@@ -75,7 +77,7 @@ OPENMOJI = Comparison(EXAMPLE, ["data/train"], "data/heldout", MODES, STEPS, BAT
 
 
 def run(command: str, *arguments: str) -> None:
-    """Runs a command of the package, or a module, in one thread."""
+    """Runs a command of the package, or another module, in one thread."""
     command = [sys.executable, "-m", command if "." in command else f"train_llava.{command}", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
@@ -84,10 +86,11 @@ def run(command: str, *arguments: str) -> None:
 
 
 def train_and_score(compared: Comparison, mode: str, seed: int, folder: Path) -> tuple[dict, list[str]]:
-    """Trains one mode with one seed; returns its scores on the held-out pictures, and the arguments that open it."""
+    """Trains one mode with one seed; returns its scores on held-out pictures and the arguments that load it."""
     base, adapter, seconds, memory, curve = compared.folder / "llava", [], 0.0, [], []
     stages = compared.modes[mode]
     for number, stage in enumerate(stages):
+        # the stage's training run
         share = 1.0 if len(stages) == 1 else (0.25, 0.75)[number]
         output = folder / f"stage{number + 1}"
         arguments = [*stage, *compared.arguments, "--model_name_or_path", str(base)]
@@ -96,18 +99,22 @@ def train_and_score(compared: Comparison, mode: str, seed: int, folder: Path) ->
         arguments += ["--seed", str(seed), "--max_steps", str(round(compared.steps * share))]
         arguments += ["--save_strategy", "no", "--preflight", "false"]
         run("train", *arguments, "--disable_tqdm", "true")
+
+        # its time, memory and losses; steps count on from the stage before
         history = json.loads((output / "trainer_state.json").read_text())["log_history"]
         memory += [entry["memory_gb"] for entry in history if "memory_gb" in entry]
         seconds += history[-1]["train_runtime"]
-        before = curve[-1][0] if curve else 0
-        curve += [[before + entry["step"], entry["loss"]] for entry in history if "loss" in entry]
+        first_step = curve[-1][0] if curve else 0
+        curve += [[first_step + entry["step"], entry["loss"]] for entry in history if "loss" in entry]
         if "lora" in stage:
             adapter = ["--adapter_name_or_path", str(output)]
         else:
             base = output
-    opened = ["--model_name_or_path", str(base), *adapter]
-    asked = ["--data_path", str(compared.folder / compared.heldout), "--output_dir", str(folder / "scores")]
-    run("evaluate", *opened, *asked, "--batch_size", "64", "--max_new_tokens", "32", *compared.evaluation)
+
+    # the answers to held-out questions
+    model = ["--model_name_or_path", str(base), *adapter]
+    questions = ["--data_path", str(compared.folder / compared.heldout), "--output_dir", str(folder / "scores")]
+    run("evaluate", *model, *questions, "--batch_size", "64", "--max_new_tokens", "32", *compared.evaluation)
     metrics = json.loads((folder / "scores/metrics.json").read_text())
     english = metrics["by_language"]["en"]
     scores = {
@@ -122,7 +129,7 @@ def train_and_score(compared: Comparison, mode: str, seed: int, folder: Path) ->
         "peak_gb": max(memory),
         "loss": curve,
     }
-    return scores, opened
+    return scores, model
 
 
 def measure(compared: Comparison, mode: str, seed: int, folder: Path) -> dict:
@@ -133,22 +140,26 @@ def measure(compared: Comparison, mode: str, seed: int, folder: Path) -> dict:
 
 
 def keep(results: list[dict], file: Path) -> None:
-    """Writes what was measured so far; the file is never half."""
-    beside = file.with_name(f".{file.name}.new")
-    beside.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(beside, file)
+    """Writes the results so far; the file is never half-written."""
+    temporary = file.with_name(f".{file.name}.new")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(temporary, file)
 
 
 def by_mode(modes: dict, results: list[dict]) -> dict[str, list[dict]]:
-    """Of each mode the runs of most steps by rising exact match, so that the median run stands in the middle."""
-    runs: dict[str, list[dict]] = {}
-    for result in sorted(results, key=lambda r: (list(modes).index(r["mode"]), r["exact_match"])):
-        runs.setdefault(result["mode"], []).append(result)
-    return {mode: [r for r in found if r["steps"] == max(r["steps"] for r in found)] for mode, found in runs.items()}
+    """The longest runs of each mode, sorted by exact match, so that the median run is in the middle."""
+    longest: dict[str, list[dict]] = {}
+    for mode in modes:
+        runs = [result for result in results if result["mode"] == mode]
+        most_steps = max((run["steps"] for run in runs), default=0)
+        if runs:
+            runs = [run for run in runs if run["steps"] == most_steps]
+            longest[mode] = sorted(runs, key=lambda run: run["exact_match"])
+    return longest
 
 
 def table(results: list[dict]) -> str:
-    """The Markdown table of what was measured."""
+    """The results as a Markdown table."""
     lines = [
         "| mode | seeds | English, median | range | 95 % of that run | Chinese | minutes | peak GB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -168,10 +179,10 @@ def table(results: list[dict]) -> str:
 def compare(
     doc: str, compared: Comparison, measure: Callable[[Comparison, str, int, Path], dict], seeds: list[int], file: Path
 ) -> list[dict]:
-    """The results in `file`; with `--results` those in that file, where the runs that it lacks are made, two at once.
+    """The results in `file`, or with `--results` those of that file after the missing runs were made, two at a time.
 
     Raises:
-        SystemExit: what the runs start from is not there, or a run fails; those that wait are not begun.
+        SystemExit: a file that the runs start from is missing, or a run fails; then no other run starts.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -179,26 +190,30 @@ def compare(
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
     parser.add_argument(
-        "--steps", type=int, default=compared.steps, help="40 or more, which tell time and memory; default: all."
+        "--steps", type=int, default=compared.steps, help="40 or more; 40 are enough for time and memory."
     )
-    parser.add_argument("--results", type=Path, help="The file of what is measured, or was.")
+    parser.add_argument("--results", type=Path, help="The file to read, add to and write.")
     args = parser.parse_args()
     if args.results is None:
         return json.loads(file.read_text())
     if args.steps < 40:
-        raise SystemExit(f"compare_modes: --steps {args.steps}: take 40 or more, of which a first stage has a quarter")
+        raise SystemExit(f"compare_modes: --steps {args.steps}: take 40 or more, as a first stage takes a quarter")
     compared = replace(compared, steps=args.steps)
+
+    # the example's run has to be complete
     needed = [compared.folder / name for name in ("llava", *compared.train, compared.heldout)]
     needed += [Path(word) for word in compared.evaluation if not word.startswith("--")]
     for path in needed:
         if not path.exists():
-            raise SystemExit(f"compare_modes: no {path}, which this starts from: let the example's run end first")
+            raise SystemExit(f"compare_modes: {path} is missing: finish the example's run first")
+
+    # the runs that the file lacks
     args.results.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.results.read_text()) if args.results.exists() else []
     done = {(result["mode"], result["seed"], result["steps"]) for result in results}
-    if other := {mode for mode, *_ in done} - compared.modes.keys():
-        raise SystemExit(f"compare_modes: {args.results} has {other.pop()}, no mode of this: choose another file")
-    left = [(mode, seed) for seed in args.seeds for mode in args.modes if (mode, seed, args.steps) not in done]
+    if unknown := {mode for mode, *_ in done} - compared.modes.keys():
+        raise SystemExit(f"compare_modes: {args.results} has the unknown mode {unknown.pop()}: choose another file")
+    missing = [(mode, seed) for seed in args.seeds for mode in args.modes if (mode, seed, args.steps) not in done]
     lock = Lock()
 
     def measure_and_keep(mode: str, seed: int, folder: Path) -> None:
@@ -209,11 +224,11 @@ def compare(
             keep(results, args.results)
 
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(max_workers=2) as pool:
-        running = [pool.submit(measure_and_keep, *each, Path(work) / f"{i}") for i, each in enumerate(left)]
+        running = [pool.submit(measure_and_keep, *each, Path(work) / f"{i}") for i, each in enumerate(missing)]
         try:
-            for finished in tqdm(as_completed(running), total=len(left), desc="runs", disable=not left):
+            for finished in tqdm(as_completed(running), total=len(missing), desc="runs", disable=not missing):
                 finished.result()
-        except BaseException:  # Ctrl-C is one: what waits would still be trained, for hours
+        except BaseException:  # also after Ctrl-C, or the waiting runs would go on for hours
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return results

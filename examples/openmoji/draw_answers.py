@@ -1,9 +1,9 @@
-"""Draws how the answers about a few held-out pictures come, over the steps of the example's stage 2.
+"""Draws the answers about a few held-out pictures at several steps of the toy example's stage 2.
 
     python examples/openmoji/draw_answers.py docs/answers.png
 
-It reads what `bash run_zero2.sh` left in output/openmoji. The pictures are those of every sixth English question among
-those that were asked while the model trained.
+It reads the output of `bash run_zero2.sh` in output/openmoji. Training asks questions at several steps. The
+pictures are those of every sixth English question.
 """
 
 import argparse
@@ -31,6 +31,8 @@ def main() -> None:
         raise SystemExit(f"draw_answers: no answers in {EXAMPLE}/stage2: run `bash run_zero2.sh` first")
     names = {record["id"]: record["image"] for record in json.loads((EXAMPLE / "data/heldout/chat.json").read_text())}
     steps = {int(path.stem.removeprefix("step-")): read_lines(path) for path in files}
+
+    # a row for each question: the picture, the answer at each step, the caption
     english = [i for i, line in enumerate(steps[min(steps)]) if line["id"].endswith("-en")][::EVERY][:ROWS]
     figure = Figure(figsize=(1.3 + 1.7 * (len(steps) + 1), 1.05 * ROWS + 0.3), layout="constrained")
     for row, i in zip(figure.subplots(ROWS, len(steps) + 2, squeeze=False), english, strict=True):

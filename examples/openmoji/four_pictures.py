@@ -1,15 +1,15 @@
-"""What tiles are worth: sheets of four pictures, read at the size of one (`crop`) and in tiles (`anyres`).
+"""Measures the value of tiles: a sheet of four pictures, read at the size of one (`crop`) or in tiles (`anyres`).
 
-    PYTHONPATH=. python examples/openmoji/four_pictures.py --results output/four_pictures.json   measured anew
-    PYTHONPATH=. python examples/openmoji/four_pictures.py                                      what the file holds
+    PYTHONPATH=. python examples/openmoji/four_pictures.py --results output/four_pictures.json   measures anew
+    PYTHONPATH=. python examples/openmoji/four_pictures.py                                      prints the file's table
 
-It starts from the data that `bash run_zero2.sh` left in output/openmoji. Four pictures, each as large as one is there,
-are put on a sheet, and the model is asked "What is in each of the four?": the answer is their captions, a line each.
-The same parts are assembled twice and trained on the same sheets with the same settings: with `crop` for as many steps
-as with `anyres`, and with `crop` for as much time. The held-out sheets show held-out pictures alone, pairs of motif
-and skin tone that no training sheet has. A picture counts as right where its line of the answer is its caption.
-Each run is one process of one thread, two at a time. What was measured goes into `--results` as each run ends, and a
-run that the file holds already is not made again.
+It starts from the data that `bash run_zero2.sh` left in output/openmoji. A sheet holds four of these pictures
+in full size. The question is "What is in each of the four?", and the answer has a line for each caption. The
+same parts are assembled twice, and trained on the same sheets with the same settings. `crop` is trained for
+as many steps as `anyres`, and once more for as much time. Held-out sheets show only held-out pictures. Their
+pairs of motif and skin tone are on no training sheet. A picture is right if its line of the answer equals its
+caption. Each run is a process of one thread; two run at a time. After each run `--results` gets its result.
+Runs that the file has already are skipped.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from train_llava.model import load_processor
 HERE = Path(__file__).parent
 QUESTION = "What is in each of the four?"
 STEPS, BATCH, RATE = 700, 32, "1.5e-3"
-PASSES = {"train": 8, "heldout": 2}  # on how many sheets each picture is
+PASSES = {"train": 8, "heldout": 2}  # number of sheets that show each picture
 RUNS = ("crop, as many steps", "crop, as much time", "anyres")
 
 
 def make_sheets(split: str, folder: Path) -> None:
-    """Writes the sheets of a split of the example's English records, drawn by a fixed seed, and their records."""
+    """Writes sheets of a split's English records, shuffled with a fixed seed, and the records of the sheets."""
     source = EXAMPLE / "data" / split
     singles = [record for record in json.loads((source / "chat.json").read_text()) if record["language"] == "en"]
     rng, records = np.random.default_rng(0), []
@@ -43,12 +43,15 @@ def make_sheets(split: str, folder: Path) -> None:
     for number in range(PASSES[split]):
         order = rng.permutation(len(singles))
         for start in range(0, len(order) - 3, 4):
+            # the sheet: two rows of two pictures
             four = [singles[i] for i in order[start : start + 4]]
             pictures = [Image.open(source / "images_dl" / record["image"]) for record in four]
             side = pictures[0].width
             sheet = Image.new("RGB", (2 * side, 2 * side))
             for place, picture in enumerate(pictures):
                 sheet.paste(picture, (place % 2 * side, place // 2 * side))
+
+            # its record: the four captions, a line each
             name = f"{number}-{start}"
             sheet.save(folder / "images_dl" / f"{name}.png")
             captions = "\n".join(record["conversations"][1]["value"] for record in four)
@@ -58,7 +61,7 @@ def make_sheets(split: str, folder: Path) -> None:
 
 
 def right_of_four(prediction: dict[str, str]) -> int:
-    """How many of a sheet's four captions stand in their line of the answer."""
+    """The number of a sheet's four captions that their line of the answer equals."""
     ours, theirs = (prediction[key].split("\n") for key in ("prediction", "reference"))
     return sum(a == b for a, b in zip(ours, theirs, strict=False))
 
@@ -72,8 +75,8 @@ def measure(name: str, seed: int, steps: int, work: Path) -> dict:
     training += ["--max_steps", str(steps), "--learning_rate", RATE, "--save_strategy", "no", "--preflight", "false"]
     run("train", *training, "--disable_tqdm", "true")
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    asked = ["--model_name_or_path", str(output), "--data_path", str(work / "heldout"), "--batch_size", "32"]
-    run("evaluate", *asked, "--output_dir", str(output / "scores"), "--max_new_tokens", "96")
+    questions = ["--model_name_or_path", str(output), "--data_path", str(work / "heldout"), "--batch_size", "32"]
+    run("evaluate", *questions, "--output_dir", str(output / "scores"), "--max_new_tokens", "96")
     lines = (output / "scores" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     right = [right_of_four(json.loads(line)) for line in lines]
     return {
@@ -90,7 +93,7 @@ def measure(name: str, seed: int, steps: int, work: Path) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    """The Markdown table of what was measured: medians over the seeds, and ranges."""
+    """The results as a Markdown table: medians over the seeds, and ranges."""
     lines = [
         "| four pictures | tokens a sheet | steps | seconds a step | seeds | named right | range | token F1 |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -115,27 +118,27 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(args.results.read_text()) if args.results.exists() else []
     done = {(result["run"], result["seed"]): result for result in results}
-    # the run with as much time comes last: it needs to know how much that is
-    left = [(name, seed) for seed in args.seeds for name in (RUNS[0], RUNS[2], RUNS[1]) if (name, seed) not in done]
-    if left and not (EXAMPLE / "data").is_dir():
+    # the run "as much time" is the last of a seed, as it needs the time of the others
+    missing = [(name, seed) for seed in args.seeds for name in (RUNS[0], RUNS[2], RUNS[1]) if (name, seed) not in done]
+    if missing and not (EXAMPLE / "data").is_dir():
         raise SystemExit(f"four_pictures: no {EXAMPLE}/data: run `bash run_zero2.sh` first")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        if left:
+        if missing:
             for split in PASSES:
                 make_sheets(split, work / split)
             for ratio in ("crop", "anyres"):
                 build = ["--vision_model_name_or_path", str(HERE / "parts/clip"), "--output_dir", str(work / ratio)]
                 build += ["--language_model_name_or_path", str(HERE / "parts/qwen2"), "--dtype", "float32"]
                 run("build_model", *build, "--image_aspect_ratio", ratio)
-        bar = tqdm(total=len(left), desc="runs", disable=not left)
+        bar = tqdm(total=len(missing), desc="runs", disable=not missing)
 
         def measure_seed(seed: int) -> None:
-            for name in (name for name, other in left if other == seed):
+            for name in [name for name, missing_seed in missing if missing_seed == seed]:
                 steps = STEPS
                 if name == RUNS[1]:
-                    slow, fast = (done[other, seed]["seconds_a_step"] for other in (RUNS[2], RUNS[0]))
-                    steps = round(STEPS * slow / fast)
+                    anyres, crop = done["anyres", seed], done[RUNS[0], seed]
+                    steps = round(STEPS * anyres["seconds_a_step"] / crop["seconds_a_step"])
                 done[name, seed] = measure(name, seed, steps, work)
                 ordered = sorted(done.values(), key=lambda result: (RUNS.index(result["run"]), result["seed"]))
                 keep(ordered, args.results)

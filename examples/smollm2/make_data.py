@@ -1,16 +1,17 @@
-"""Writes the example's data: captions of the OpenMoji pictures, and what SmolLM2 says of the captions, in English.
+"""Writes the example's data in English: captions of the OpenMoji pictures, and SmolLM2's answers about the captions.
 
     python -m examples.smollm2.make_data --output_dir output/smollm2/data                           the data
     python -m examples.smollm2.make_data --output_dir output/smollm2/data --talk output/smollm2/lm  talk.json anew
 
-`captions.json` asks for the caption of each training picture; `talk.json` asks something else about every fourth. Its
-answers are SmolLM2's own, to the same question with the caption's words in place of the picture: a language model can
-write about a picture that somebody has put into words (Liu et al., 2023, "Visual Instruction Tuning"), and a projector
-that is trained on both does not learn that whatever is asked, the caption is the answer. They are committed, since
-they take some minutes. Of held-out pictures there is nothing in them, and none of what follow_ups.py asks.
+`captions.json` asks for the caption of each training picture. `talk.json` asks another question about every
+fourth picture. Its answers are SmolLM2's own, to the same question with the caption in place of the picture.
+A language model can write about a picture that is described in words (Liu et al., 2023, "Visual Instruction
+Tuning"). A projector trained on both does not learn that the caption answers every question. The answers take
+some minutes to make, so they are committed. They contain no held-out picture and no question of
+follow_ups.py.
 
-The records to train on begin with a system turn of one word: the one that SmolLM2's template writes by itself would be
-a third of their tokens.
+The training records begin with a system turn of one word. The default system turn of SmolLM2's template would
+be a third of their tokens.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from train_llava.evaluation.metrics import words
 
 HERE = Path(__file__).parent
 TALK = HERE / "talk.json"
-EVERY = 4  # of the training pictures, one is talked about
+EVERY = 4  # one training picture in four is talked about
 QUESTIONS = [
     "Write one sentence about it.",
     "What is special about it?",
@@ -42,43 +43,42 @@ SYSTEM = "Look."
 
 
 def english(folder: Path) -> list[dict]:
-    """The English records that examples/openmoji/make_data.py has written."""
+    """The English records of examples/openmoji/make_data.py."""
     records = json.loads((folder / "chat.json").read_text(encoding="utf-8"))
     return [record for record in records if record["language"] == "en"]
 
 
 def talk_about(records: list[dict], language_model: str) -> list[dict]:
-    """What the language model says of every fourth caption, cut behind its last whole sentence.
+    """The language model's answers about every fourth caption, cut after the last complete sentence.
 
-    Left out is what has no whole sentence, and what has none of the caption's words: it is about something else.
+    Skips an answer without a complete sentence, and one without a word of the caption, which is off the topic.
     """
     tokenizer = AutoTokenizer.from_pretrained(language_model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(language_model).eval()
     chosen, talk = records[::EVERY], []
     for start in tqdm(range(0, len(chosen), BATCH), desc="talking"):
-        batch = [
-            (record["image"], record["conversations"][1]["value"], QUESTIONS[(start + i) % len(QUESTIONS)])
-            for i, record in enumerate(chosen[start : start + BATCH])
-        ]
-        asked = [
-            [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"{caption}\n{question}"}]
-            for _, caption, question in batch
-        ]
+        # each caption in words, with one of the questions in turn
+        batch, conversations = [], []
+        for i, record in enumerate(chosen[start : start + BATCH]):
+            caption, question = record["conversations"][1]["value"], QUESTIONS[(start + i) % len(QUESTIONS)]
+            batch.append((record["image"], caption, question))
+            user = {"role": "user", "content": f"{caption}\n{question}"}
+            conversations.append([{"role": "system", "content": SYSTEM}, user])
         inputs = tokenizer.apply_chat_template(
-            asked, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+            conversations, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
         )
         with torch.inference_mode():
             output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
         answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for (image, caption, question), answer in zip(batch, answers, strict=True):
-            whole = answer[: max(answer.rfind(end) for end in ".!?") + 1].strip()
-            if set(words(caption)) & set(words(whole)):
-                talk.append({"image": image, "question": question, "answer": whole})
+            sentences = answer[: max(answer.rfind(end) for end in ".!?") + 1].strip()
+            if set(words(caption)) & set(words(sentences)):
+                talk.append({"image": image, "question": question, "answer": sentences})
     return talk
 
 
 def record(image: str, question: str, answer: str) -> dict:
-    """A conversation of one question about one picture."""
+    """A conversation with one question about one picture."""
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return {"image": image, "conversations": [{"from": "system", "value": SYSTEM}, *turns]}
 
@@ -89,8 +89,8 @@ def write(records: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder to write train/ and heldout/ into.")
-    parser.add_argument("--talk", metavar="MODEL", help="Only ask this language model anew, for talk.json.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="The folder for train/ and heldout/.")
+    parser.add_argument("--talk", metavar="MODEL", help="Only make talk.json anew, with this language model.")
     args = parser.parse_args()
     train, heldout = args.output_dir / "train", args.output_dir / "heldout"
     if args.talk is not None:
@@ -98,7 +98,7 @@ def main() -> None:
         return
     drawing = HERE.parent / "openmoji" / "make_data.py"
     if subprocess.run([sys.executable, str(drawing), "--output_dir", str(args.output_dir)]).returncode != 0:
-        sys.exit(1)  # it has said why
+        sys.exit(1)  # it has printed the reason
     captions = [(r["image"], *(turn["value"] for turn in r["conversations"])) for r in english(train)]
     write([record(*caption) for caption in captions], train / "captions.json")
     talk = json.loads(TALK.read_text(encoding="utf-8"))
