@@ -14,23 +14,14 @@ from PIL import Image
 from transformers import LlavaNextProcessor, LlavaProcessor
 
 from train_llava.dataset.images import is_anyres, prepare_pictures
-from train_llava.modeling.templates import (
-    TWO_TURNS,
-    TurnStructure,
-    end_of,
-    end_of_text,
-    opens_like,
-    render,
-    special_tokens,
-    template_segments,
-)
+from train_llava.modeling import templates
 from train_llava.records import IMAGE_TOKEN, text_of
 
 Processor = LlavaProcessor | LlavaNextProcessor
 IGNORE = -100  # the label that cross entropy leaves out
 
 
-def turn_structure(messages: list[dict[str, Any]]) -> TurnStructure:
+def turn_structure(messages: list[dict[str, Any]]) -> templates.TurnStructure:
     """Each message's role, and the types of its parts."""
     return tuple((message["role"], tuple(part["type"] for part in message["content"])) for message in messages)
 
@@ -59,11 +50,11 @@ class Chat:
         self.side, self.anyres = image_size(processor), is_anyres(processor.image_processor)
         # A large JPEG may be decoded smaller, down to this side. With tiles, its size sets the number of tokens
         self.min_side = None if self.anyres else self.side
-        template = "".join(self.segments(TWO_TURNS))
+        written = "".join(self.segments(templates.TWO_TURNS))
         # Added tokens that the template writes are control tokens, except for Gemma's line breaks
         added = (token.content for token in self.tokenizer.added_tokens_decoder.values())
-        control_tokens = {content for content in added if content.strip() and content in template}
-        self.control_tokens = (control_tokens | special_tokens(self.tokenizer)) - {processor.image_token}
+        control_tokens = {content for content in added if content.strip() and content in written}
+        self.control_tokens = (control_tokens | templates.special_tokens(self.tokenizer)) - {processor.image_token}
 
     @lru_cache(maxsize=4096)  # noqa: B019 - one a process
     def image_tokens(self, size: tuple[int, int] = (0, 0)) -> int:
@@ -74,23 +65,24 @@ class Chat:
         """The `image_tokens` of each image. Without tiles, the `sizes` are not needed."""
         return [self.image_tokens(size) for size in sizes] if self.anyres else [self.image_tokens()] * images
 
-    def segments(self, structure: TurnStructure, answer_next: bool = False) -> list[str]:
+    def segments(self, structure: templates.TurnStructure, answer_next: bool = False) -> list[str]:
         """See `template_segments`."""
         return self._segments(structure, answer_next, date.today())  # some templates write the date
 
     @lru_cache(maxsize=64)  # noqa: B019 - one a process
-    def _segments(self, structure: TurnStructure, answer_next: bool, _: date) -> list[str]:
-        return template_segments(self.tokenizer, structure, answer_next)
+    def _segments(self, structure: templates.TurnStructure, answer_next: bool, _: date) -> list[str]:
+        return templates.template_segments(self.tokenizer, structure, answer_next)
 
     def answer_spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[range, str]]]:
         """A conversation as its chat template writes it, and its answers: their character positions and end tokens.
 
-        An answer begins where the generation prompt ends. It ends with the token that ends its turn.
+        An answer begins where the generation prompt ends. It ends with the token that ends its turn. For example, in
+        `<u>What?<e><a>red<e>` the answer is `red<e>`: `(range(14, 20), "<e>")`.
 
         Raises:
             ValueError: the template refuses the conversation, or changes its texts.
         """
-        text, structure, answers = render(self.tokenizer, messages), turn_structure(messages), []
+        text, structure, answers = templates.render(self.tokenizer, messages), turn_structure(messages), []
         segments = self.segments(structure)
         number, place = 0, 0  # the segment before the next text, and where that segment begins in `text`
         for i, message in enumerate(messages):
@@ -98,15 +90,15 @@ class Chat:
             # Step over the texts of this message
             for part in message["content"]:
                 if part["type"] == "text":
-                    place = end_of_text(text, part["text"], place, *segments[number : number + 2])
+                    place = templates.end_of_text(text, part["text"], place, *segments[number : number + 2])
                     if place is None:
                         raise ValueError(f"the chat template changes the text of a turn of role {message['role']}")
                     number += 1
             # An answer has to follow the same segments as one that is generated
             if message["role"] == "assistant":
                 *before, prompt = self.segments(structure[:i], answer_next=True)
-                end = end_of(self.tokenizer, segments[number])
-                if before != segments[:first] or not opens_like(segments[first], prompt) or end is None:
+                end = templates.end_of(self.tokenizer, segments[number])
+                if before != segments[:first] or not templates.opens_like(segments[first], prompt) or end is None:
                     raise ValueError("the chat template writes an answer otherwise than one that is generated")
                 stop = place + segments[number].index(end) + len(end)
                 answers.append((range(begin + len(prompt), stop), end))
@@ -184,7 +176,7 @@ class Chat:
 
         Texts and images are prepared as in training. Without `prepare`, the texts alone.
         """
-        texts = [render(self.tokenizer, messages, answer_next=True) for messages in conversations]
+        texts = [templates.render(self.tokenizer, messages, answer_next=True) for messages in conversations]
         count = sum(text.count(IMAGE_TOKEN) for text in texts)
         counts = iter(self.count_image_tokens([image.size for image in images], count))
         texts = [re.sub(IMAGE_TOKEN, lambda _: self.processor.image_token * next(counts), text) for text in texts]

@@ -27,6 +27,7 @@ from train_llava.modeling.adapter import continued, load_adapter
 from train_llava.modeling.verification import verify_for_training
 from train_llava.modeling.weights import save_projector
 from train_llava.trainer import LlavaTrainer
+from train_llava.training import resume
 from train_llava.training.arguments import check_argument_pairs, check_batches, check_training_options
 from train_llava.training.cards import write_run_card
 from train_llava.training.checkpointing import locked, on_first_rank, starting_point, write_recipe
@@ -34,15 +35,6 @@ from train_llava.training.memory import precision, print_estimate
 from train_llava.training.optimizer import use_float32
 from train_llava.training.options import DataArguments, ModelArguments, TrainArguments
 from train_llava.training.preflight import preflight
-from train_llava.training.resume import (
-    SETTINGS,
-    compare,
-    completed,
-    data_fingerprint,
-    model_fingerprint,
-    settings_of,
-    write_settings,
-)
 from train_llava.training.throughput import describe_throughput
 
 
@@ -92,14 +84,14 @@ def run(
     }
 
     # 2. Where the run starts: anew or at a checkpoint, with the changes that a resume may make
-    settings = settings_of(*all_arguments)
-    if (line := on_first_rank(args, lambda: completed(args, settings))) is not None:
+    settings = resume.settings_of(*all_arguments)
+    if (line := on_first_rank(args, lambda: resume.completed(args, settings))) is not None:
         print_once(line)
         return
     print_once(f"train_type {args.train_type}, learning rate {args.learning_rate:g}, bf16 {args.bf16}")
     checkpoint = starting_point(args)
-    changes = compare(checkpoint, settings, args)
-    if checkpoint is not None and not (Path(checkpoint) / SETTINGS).exists():
+    changes = resume.compare(checkpoint, settings, args)
+    if checkpoint is not None and not (Path(checkpoint) / resume.SETTINGS).exists():
         print_once(f"{checkpoint} does not tell its run's settings, which have to be given again as they were")
     for change in changes:
         print_once(change)
@@ -128,9 +120,9 @@ def run(
 
     def compare_fingerprints() -> None:
         records = None if streaming else dataset.records
-        settings["data_path"] = data_fingerprint(records, data_arguments.data_path, data_arguments.image_dir)
-        settings["model_name_or_path"] = model_fingerprint(model_name, model)
-        compare(checkpoint, settings, args)
+        settings["data_path"] = resume.data_fingerprint(records, data_arguments.data_path, data_arguments.image_dir)
+        settings["model_name_or_path"] = resume.model_fingerprint(model_name, model)
+        resume.compare(checkpoint, settings, args)
 
     on_first_rank(args, compare_fingerprints)
 
@@ -174,7 +166,7 @@ def run(
 
     # 7. Training, and its results
     write_recipe(*all_arguments)
-    on_first_rank(args, lambda: write_settings(args.output_dir, settings, changes))
+    on_first_rank(args, lambda: resume.write_settings(args.output_dir, settings, changes))
     trainer.train(resume_from_checkpoint=checkpoint)
     with writing(args.output_dir, "make room on its disk, and go on by --resume_from_checkpoint true"):
         trainer.save_model()

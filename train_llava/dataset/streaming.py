@@ -1,4 +1,4 @@
-"""Data sets of shards that are too large for the disk, read as they come, pass after pass, in another order each."""
+"""Reads data sets of shards that are too large for the disk, pass after pass, in a new order each."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -18,7 +18,7 @@ from train_llava.dataset.weights import weights_of
 from train_llava.records import BadRecordError
 
 BUFFER = 1000  # rows that are shuffled among each other
-Shard = tuple[str, list[PurePath], PurePath | None, float]  # a data path, its file, its pictures, the part to take
+Shard = tuple[str, list[PurePath], PurePath | None, float]  # data path, file, folder of images, share to take
 
 
 def stream_items(
@@ -31,50 +31,52 @@ def stream_items(
     max_bad_fraction: float = 0.01,
     seed: int = 0,
 ) -> datasets.IterableDataset:
-    """The items of data sets of shards, without an end; every rank and worker reads shards of its own.
+    """The samples of data sets of shards, without an end. Every rank and worker reads its own shards.
 
-    What is bad is logged and left out, as `CheckedDataset` does. Each rank and worker judges what it reads: at the end
-    of a pass, and before it once more are bad than `max_bad_fraction` of a thousand, or of what is read so far.
+    A bad record is logged and left out. Each rank and worker counts its own: it stops at the end of a pass with too
+    many, or once they are more than `max_bad_fraction` of the records read so far, or of a thousand.
 
     Raises:
-        OSError, ValueError: a source is not there; while it is read, too many records are bad, or all.
+        OSError, ValueError: a source does not exist; while it is read, too many records are bad, or all.
     """
+    # A source of weight 2.5 stands in the list twice whole and once with half of its records
     paths, placed = [data_path] if isinstance(data_path, str) else data_path, []
     for path, weight in zip(paths, weights_of(paths, data_weights), strict=True):
-        files, pictures = find_records(path, image_dir, streaming=True)
-        for part in [1.0] * int(weight) + [weight % 1] * (weight % 1 > 0):
-            shards = [(path, [file], pictures, part) for file in files]
-            placed += [((i + 0.5) / len(shards), shard) for i, shard in enumerate(shards)]
-    # ranks and workers get stretches of the list: each is to have its part of every source
+        files, images = find_records(path, image_dir, streaming=True)
+        for share in [1.0] * int(weight) + [weight % 1] * (weight % 1 > 0):
+            for i, file in enumerate(files):
+                placed.append(((i + 0.5) / len(files), (path, [file], images, share)))
+    # Ranks and workers get stretches of the list. Sources are mixed, so that each stretch has a part of every source
     shards = [shard for _, shard in sorted(placed, key=lambda entry: entry[0])]
     settings = {"chat": chat, "log": log, "bad_samples": bad_samples, "max_bad_fraction": max_bad_fraction}
     return datasets.IterableDataset(Passes(good_samples, {"shards": shards, "seed": seed} | settings))
 
 
 class Passes(ExamplesIterable):
-    """What a rank or a worker reads, where `datasets` would read one shard to its end before the next.
+    """What a rank or a worker reads; `datasets` would read one shard to its end before the next.
 
-    `datasets` shares out the list among the keyword arguments of the generator.
+    `datasets` splits the list among the keyword arguments of the generator.
     """
 
     def __iter__(self) -> Iterator[tuple[int, Sample]]:
         return enumerate(self.generate_examples_fn(**self.kwargs))
 
     def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> "Passes":
-        # also among workers in stretches, which are mixed: every other shard could be one source's
+        # In stretches also among workers: every other shard could be of one source
         return Passes(self.generate_examples_fn, super().shard_data_sources(num_shards, index, True).kwargs)
 
 
 def good_samples(
     shards: list[Shard], seed: int, chat: Chat, log: Path, bad_samples: str, max_bad_fraction: float
 ) -> Iterator[Sample]:
-    """The good records of shards, pass after pass; see `stream_items`."""
+    """The samples of shards, pass after pass; see `stream_items`."""
     sources = ", ".join(sorted({path for path, *_ in shards}))
     for number in count():
         read = bad = 0
-        for read, (place, row, pictures) in enumerate(shuffled_rows(shards, np.random.default_rng([seed, number])), 1):
+        rows = shuffled_rows(shards, np.random.default_rng([seed, number]))
+        for read, (place, row, images) in enumerate(rows, 1):
             try:
-                sample = to_sample(to_item(row, pictures, chat.min_side), chat)
+                sample = to_sample(to_item(row, images, chat.min_side), chat)
             except BadRecordError as error:
                 if bad_samples == "error":
                     raise
@@ -84,6 +86,7 @@ def good_samples(
                     break
             else:
                 yield sample
+        # A pass that gave too little ends the run
         if not read:
             raise ValueError(f"{sources} gave a rank or worker nothing to read")
         if bad == read:
@@ -95,14 +98,15 @@ def good_samples(
 def shuffled_rows(
     shards: list[Shard], rng: np.random.Generator
 ) -> Iterator[tuple[str, dict[str, Any], PurePath | None]]:
-    """The rows of shards in random order, as far as a buffer reaches; each with its place, and its pictures'."""
+    """The rows of shards in random order, as far as a buffer reaches; each with its place and its folder of images."""
     buffer = []
     for i in rng.permutation(len(shards)):
-        path, files, pictures, part = shards[i]
-        draws = np.random.default_rng(0)  # the same in each pass, so that it takes the same part
-        for number, row in enumerate(table_rows(path, files, pictures)):
-            if draws.random() < part:
-                buffer.append((f"{files[0]}:{number}", row, pictures))
+        path, files, images, share = shards[i]
+        draws = np.random.default_rng(0)  # every pass takes the same share
+        for number, row in enumerate(table_rows(path, files, images)):
+            if draws.random() < share:
+                buffer.append((f"{files[0]}:{number}", row, images))
+            # A full buffer gives one of its rows
             if len(buffer) == BUFFER:
                 j = rng.integers(BUFFER)
                 buffer[j], buffer[-1] = buffer[-1], buffer[j]
