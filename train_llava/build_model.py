@@ -261,10 +261,8 @@ def assemble(
 def load_projector(path: str) -> dict[str, torch.Tensor]:
     """Reads a trained projector: its tensors by their names in a LLaVA, and `image_newline` where it has one.
 
-    `path` is a file of safetensors or of torch, or the folder of a run that trained the projector alone.
-
-    Raises:
-        OSError, ValueError: it cannot be opened, or is no projector of two linear layers.
+    `path` is a file of safetensors or of torch, or the folder of a run that trained the projector alone. An
+    OSError or a ValueError names what is wrong with it.
     """
     if Path(path).is_dir():
         path = str(Path(path) / PROJECTOR)

@@ -1,4 +1,8 @@
-"""Opens a LLaVA checkpoint, also from older versions, names its parts, and decides which parameters train."""
+"""Opens a LLaVA checkpoint, also from older versions, names its parts, and decides which parameters train.
+
+A checkpoint is a folder or a hub id. One that cannot be opened, or is no whole LLaVA, raises a ValueError
+that tells why.
+"""
 
 import json
 import os
@@ -65,11 +69,7 @@ def find_file(model_name_or_path: str, name: str) -> Path | None:
 
 
 def refuse_adapter(name_or_path: str) -> None:
-    """Refuses an adapter that is given in place of a model.
-
-    Raises:
-        ValueError: `name_or_path`, a folder or a hub id, is an adapter; the message tells how to use it.
-    """
+    """Raises a ValueError where an adapter is named in place of a model. The message tells how to use it."""
     with suppress(OSError):  # there is nothing of that name
         has_config = find_file(name_or_path, "config.json")
         if not has_config and (path := find_file(name_or_path, "adapter_config.json")):
@@ -81,11 +81,7 @@ def refuse_adapter(name_or_path: str) -> None:
 
 
 def load_config(model_name_or_path: str) -> LlavaConfig | LlavaNextConfig:
-    """Reads the configuration of a LLaVA checkpoint, a folder or a hub id.
-
-    Raises:
-        ValueError: there is no checkpoint of that name, or it is not a LLaVA; the message says which.
-    """
+    """Reads the configuration of a LLaVA checkpoint."""
     try:
         with opening(model_name_or_path):
             config = AutoConfig.from_pretrained(model_name_or_path)
@@ -101,10 +97,9 @@ def load_config(model_name_or_path: str) -> LlavaConfig | LlavaNextConfig:
 
 
 def load_processor(model_name_or_path: str) -> tuple[LlavaConfig | LlavaNextConfig, Processor]:
-    """Reads the configuration and the processor of a LLaVA checkpoint, a folder or a hub id.
+    """Reads the configuration and the processor of a LLaVA checkpoint.
 
-    Settings that older versions of transformers did not save are derived, with a line on standard error. See
-    `load_config` for what it raises.
+    Settings that older versions of transformers did not save are derived, with a line on standard error.
     """
     config = load_config(model_name_or_path)
     with opening(model_name_or_path):
@@ -141,11 +136,7 @@ def load_checkpoint(
     attn_implementation: str | None = None,
     bits: int | None = None,
 ) -> tuple[Llava, Processor]:
-    """Opens a LLaVA checkpoint, a folder or a hub id, with its processor; `bits`: see `quantization`.
-
-    Raises:
-        ValueError: there is no checkpoint of that name, or it is not a whole LLaVA; the message says which.
-    """
+    """Opens a LLaVA checkpoint with its processor; `bits`: see `quantization`."""
     config, processor = load_processor(model_name_or_path)
     # the weights, and settings that transformers would skip silently
     settings = quantization(bits, config.dtype if dtype == "auto" else dtype) if bits else {}
