@@ -21,6 +21,7 @@ from gguf import GGUFReader
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -137,9 +138,11 @@ def patch_edges(monkeypatch, seen: SimpleNamespace) -> None:
         seen.trusted |= bool(given.get("trust_remote_code"))
         return open_tokenizer(name, **given)
 
-    def starting(*_):
-        seen.processes += 1
-        raise HandedError
+    def loading_data(*args, num_workers, **options):
+        seen.processes += num_workers
+        if num_workers:
+            raise HandedError
+        return DataLoader(*args, **options)
 
     def typing(_):
         seen.typed += 1
@@ -151,7 +154,7 @@ def patch_edges(monkeypatch, seen: SimpleNamespace) -> None:
     monkeypatch.setattr(Image, "open", opening)
     monkeypatch.setattr(trainer.LlavaTrainer, "train", training)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", opening_tokenizer)
-    monkeypatch.setattr(check_data, "ProcessPoolExecutor", starting)
+    monkeypatch.setattr(check_data, "DataLoader", loading_data)
     monkeypatch.setattr("builtins.input", typing)
     if web_demo.find_spec("gradio"):
         monkeypatch.setattr(

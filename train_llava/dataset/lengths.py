@@ -54,21 +54,15 @@ def count_tokens(records: LlavaDataset, chat: Chat) -> np.ndarray:
     Zeros where the record is bad. Images are not opened. With tiles, the heads of their files are read.
     """
     counts = []
-    for table, rows in zip(records.tables, _rows_by_source(records), strict=True):
-        names, contents = (pc.list_value_length(table.data.column(name)) for name in ("images", "image_bytes"))
-        images = pc.add(names, contents).to_numpy()
-        counts.append(np.stack([_text_tokens(table, chat), images], axis=1)[rows])
-    counts = np.concatenate(counts)
-    text_tokens, images = counts.T
+    for source, table in enumerate(records.tables):
+        rows = records.index[records.index[:, 0] == source, 1]
+        lists = [pc.list_value_length(table.data.column(name)) for name in ("images", "image_bytes")]
+        counts.append(np.stack([_text_tokens(table, chat), pc.add(*lists).to_numpy()], axis=1)[rows])
+    text_tokens, images = np.concatenate(counts).T
     image_tokens = _image_tokens_by_size(records, chat) if chat.anyres else images * chat.image_tokens()
-    tokens = text_tokens - images + image_tokens
+    # The text has one token an image. Where no text or no image could be counted, the record is bad
     is_good = (text_tokens > 0) & ((images == 0) | (image_tokens > 0))
-    return np.stack([tokens, image_tokens], axis=1) * is_good[:, None]
-
-
-def _rows_by_source(records: LlavaDataset) -> list[np.ndarray]:
-    """The rows of each source's table, in the order of the records, which are sorted by source."""
-    return [records.index[records.index[:, 0] == source, 1] for source in range(len(records.tables))]
+    return np.stack([text_tokens - images + image_tokens, image_tokens], axis=1) * is_good[:, None]
 
 
 def _text_tokens(table: datasets.Dataset, chat: Chat) -> np.ndarray:
