@@ -78,10 +78,12 @@ def merge_lora(model_name_or_path: str, adapter_name_or_path: str, output_dir: s
         OSError, ValueError: an input cannot be opened, or the saved checkpoint differs; no file is left.
     """
     with written_whole(output_dir) as folder:
-        exact = {"dtype": torch.float32} if dtype == "float32" else {}
-        model, processor = load_checkpoint(model_name_or_path, **exact)
+        opened_in = torch.float32 if dtype == "float32" else "auto"
+        model, processor = load_checkpoint(model_name_or_path, opened_in)
         model = load_adapter(model, adapter_name_or_path, model_name_or_path).to(device())
         precision = model.dtype if dtype == "auto" else getattr(torch, dtype)
+
+        # Merge, and save what no longer needs PEFT
         outcome = merge_layers(model, precision)
         merged = model.unload()
         merged.save_pretrained(folder)

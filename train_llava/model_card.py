@@ -77,10 +77,13 @@ def put_section(text: str, section: str) -> str:
 
     Only the table and the lines that this command writes are replaced. Notes that people added to them stay.
     """
+    # Without an earlier section
     heading = re.search(rf"^{re.escape(HELD_OUT)}[ \t\r]*$", text, re.MULTILINE)
     if heading is None:
         before, licence, after = text.partition(LICENCE)
         return f"{before.rstrip()}\n\n{section}\n\n{licence}{after}"
+
+    # Remove this command's own lines from the earlier one; the rest are notes
     earlier, later = re.split(r"^(?=##? )|\Z", text[heading.end() :], maxsplit=1, flags=re.MULTILINE)
     for ours in (rf"{re.escape(TABLE)}.*\n(\|.*\n?)*", rf"({re.escape(INTERVAL)}|{re.escape(SHEET)}).*\n?"):
         earlier = re.sub(rf"^{ours}", "", earlier, flags=re.MULTILINE)

@@ -34,6 +34,7 @@ def opening(name: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        # A clear error passes; another one gets the name of the broken file
         broken, is_clear = _broken_file(Path(name)), isinstance(error, (OSError, ValueError))
         if broken is None and is_clear and name in str(error):
             raise
@@ -96,11 +97,14 @@ def written_whole(output_dir: str, remedy: str = ROOM) -> Iterator[Path]:
         ValueError: `output_dir` exists and is not an empty folder, or is a disk; nothing is overwritten.
         OSError: the disk is full; the message ends with the `remedy`.
     """
+    # Check the target before anything is written
     target = Path(os.path.realpath(output_dir))  # behind a link, on the disk of its final place
     if os.path.ismount(target):
         raise ValueError(f"--output_dir {output_dir} is a disk of its own: name a folder in it")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"--output_dir {output_dir} exists already: remove it or choose another name")
+
+    # Write beside it, on the same disk, and rename
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

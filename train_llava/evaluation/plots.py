@@ -67,6 +67,7 @@ def draw_sample_grid(
     Correct answers are green. The samples are spread evenly over the predictions. A sample is left out if the
     machine's fonts cannot write its texts, and long texts are cut; the metrics count them all.
     """
+    # The samples that the fonts of this machine can write
     installed = fontManager.get_font_names()
     fonts = [name for name in FONTS if name in installed]
     writable = {ord("\n")}
@@ -93,6 +94,8 @@ def draw_sample_grid(
     for texts in (titles, answers):
         lines += max((text.count("\n") + 1 for text in texts), default=0)
     size = (COLUMN * columns, (PICTURE + LINE * lines) * rows + 0.4)
+
+    # One cell of the grid a sample
     with matplotlib.rc_context({"font.family": fonts, "font.size": 11, "text.parse_math": False}):
         figure = Figure(size, layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"wspace": 0.1}).ravel()

@@ -83,6 +83,8 @@ def check_training_options(args: TrainingArguments, model: nn.Module, eval_answe
         raise ValueError(f"--metric_for_best_model {metric}: this run measures {', '.join(metrics)}")
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel")
+
+    # Each library makes its object from the arguments, or says why it cannot
     schedule = (args.lr_scheduler_type, SGD([torch.zeros(1)]), 1, 2, args.lr_scheduler_kwargs)
     compiling = {"mode": args.torch_compile_mode, "backend": args.torch_compile_backend}
     options = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")

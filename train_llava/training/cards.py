@@ -69,6 +69,7 @@ def write_run_card(
     is_adapter = args.train_type == "lora"
     plot_loss(state.log_history, folder / "loss.png")
 
+    # The settings of the run
     size, unit = args.tokens_per_batch or args.train_batch_size, " tokens" if args.tokens_per_batch else ""
     accumulated, ranks, decay = args.gradient_accumulation_steps, args.world_size, args.weight_decay
     table = {
@@ -158,6 +159,7 @@ def write_card(
     adapter_of: str | None = None,
 ) -> None:
     """Writes a model's card: sections of Markdown under a head that links the names of the hub."""
+    # The head, which the hub reads
     models, sources = [shown(model) for model in made_of], [shown(source) for source in data]
     head = ModelCardData(
         library_name="peft" if adapter_of else "transformers",
@@ -167,6 +169,8 @@ def write_card(
         datasets=hub_ids(data) or None,
         made_of=models,
     )
+
+    # Lists of the models and the data, then the sections
     lists = []
     for title, names in (("Made of", models), ("Trained on", sources)):
         if names:
@@ -184,6 +188,8 @@ def copy_card(adapter: str, base: str, merged: Path, name: str) -> None:
     if card is None or "made_of" not in card.data:
         write_card(merged, name, ancestors(base), [], [])
         return
+
+    # The adapter's card, without the sentence that says how to open an adapter, and its pictures
     card.data.library_name = "transformers"
     card.text = card.text.replace(ADAPTER, "")
     card.save(merged / FILE)
