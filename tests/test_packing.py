@@ -111,6 +111,12 @@ def test_tokens_are_counted_once_as_they_are_trained_on(mixed, processor, tmp_pa
     assert set(another[good, 0]) == {7, 7 + PICTURE - 1}
 
 
+def test_a_source_without_records_has_no_tokens(mixed, processor, tmp_path):
+    (tmp_path / "chat.json").write_text("[]")
+    dataset = LlavaDataset([str(tmp_path), str(mixed)], str(mixed / "images"))
+    assert len(count_tokens(dataset, Chat(processor))) == 40
+
+
 def test_records_that_do_not_fit_in_a_row_are_logged(mixed, processor, tmp_path):
     packed = PackedDataset(checked(mixed, processor, tmp_path), BUDGET)
     assert sorted(chain(*packed.rows)) == [i for i in range(40) if i != 9]

@@ -152,7 +152,7 @@ def test_every_type_trains_in_bf16_on_two_ranks_that_skip_bad_records(llava, cor
     done = run_zero2(
         llava, data, output, "--train_type", train_type, "--max_steps", "2", "--per_device_train_batch_size", "10",
         "--learning_rate", "1e-2", "--eval_data_path", str(data), "--eval_strategy", "steps", "--eval_steps", "1",
-        "--bf16", "true", "--dataloader_num_workers", "2", "--max_bad_fraction", "0.1",
+        "--bf16", "true", "--dataloader_num_workers", "2", "--max_bad_fraction", "0.1", "--eval_answers", "4",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "saved, read back alike" in done.stdout

@@ -190,6 +190,7 @@ def test_a_stopped_run_keeps_its_last_checkpoint_beside_the_best(llava, corpus, 
     monkeypatch.setattr(StopOnSignal, "on_step_end", stop_at_3)
     arguments = [*FAST, "--train_type", "projector", "--max_steps", "9", "--save_steps", "1", "--eval_steps", "1"]
     arguments += ["--eval_strategy", "steps", "--eval_data_path", corpus, "--load_best_model_at_end", "true"]
+    arguments += ["--eval_answers", "0"]
     arguments += ["--metric_for_best_model", "loss", "--greater_is_better", "true"]  # so that the first is the best
     run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments, "--save_total_limit", "1")
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
@@ -456,7 +457,7 @@ def test_every_type_trains_in_bf16(llava, corpus, tmp_path, monkeypatch, train_t
 def test_the_held_out_loss_is_that_of_all_answer_tokens(llava, corpus, tmp_path, monkeypatch):
     """Whatever the batch size: the sum of the tokens' losses over their number, as one batch of all records has it."""
     arguments = ["--max_steps", "1", "--learning_rate", "1e-20", "--eval_data_path", corpus, "--preflight", "false"]
-    arguments += ["--train_type", "projector", "--save_strategy", "no"]
+    arguments += ["--train_type", "projector", "--save_strategy", "no", "--eval_answers", "0"]
     losses = []
     for i, more in enumerate(
         ([1], [3], [10], [3, "--packing", "true"], [3, "--train_sampling_strategy", "group_by_length"])
@@ -477,6 +478,7 @@ def test_a_replacement_does_not_count_twice_in_the_held_out_loss(llava, corpus, 
         (tmp_path / name / "chat.json").write_text(json.dumps(held_out))
     arguments = ["--max_steps", "1", "--learning_rate", "1e-20", "--train_type", "projector", "--preflight", "false"]
     arguments += ["--save_strategy", "no", "--max_bad_fraction", "0.1", "--eval_image_dir", corpus / "images_dl"]
+    arguments += ["--eval_answers", "0"]
     losses = []
     for name in ("good", "bad"):
         data = ["--eval_data_path", tmp_path / name]

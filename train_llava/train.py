@@ -143,9 +143,8 @@ def run(
 
     # 6. The trainer, and a trial step
     count = None if streaming else len(dataset)
-    train_dataset = dataset
-    if args.tokens_per_batch is not None:
-        train_dataset = PackedDataset(dataset, args.tokens_per_batch, args.seed)
+    budget = args.tokens_per_batch
+    train_dataset = dataset if budget is None else PackedDataset(dataset, budget, args.seed)
     if not streaming:
         check_batches(len(train_dataset), args)
     rates = {part: learning_rates[part] for part, (number, _) in count_parameters(model).items() if number}

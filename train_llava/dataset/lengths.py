@@ -84,7 +84,7 @@ def _text_tokens(table: datasets.Dataset, chat: Chat) -> np.ndarray:
             )
             counts = list(tqdm(loader, "counting tokens", disable=not many, unit=" x 200 records"))
             with replacing(file) as new, open(new, "wb") as content:
-                np.save(content, np.concatenate(counts).astype(np.int32))
+                np.save(content, np.concatenate([[], *counts]).astype(np.int32))  # a table may be empty
     return np.load(file).astype(np.int64)
 
 
