@@ -10,7 +10,6 @@ runs in one process; `bash run_zero2.sh` takes the same arguments and trains wit
 from functools import partial
 from pathlib import Path
 
-from accelerate import PartialState
 from datasets import IterableDataset
 from transformers import IntervalStrategy, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -76,7 +75,7 @@ def run(
     all_arguments = (model_arguments, lora_arguments, data_arguments, args)
     model_name, adapter = model_arguments.model_name_or_path, model_arguments.adapter_name_or_path
     streaming, packing = data_arguments.streaming, data_arguments.packing
-    print_once = PartialState().print
+    print_once = print if args.process_index == 0 else lambda _: None
     learning_rates = {
         "vision tower": args.vision_learning_rate,
         "projector": args.projector_learning_rate,
