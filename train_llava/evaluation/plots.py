@@ -56,11 +56,7 @@ def draw(drawing: Callable[[Path], None], path: Path) -> None:
 
 
 def draw_sample_grid(
-    dataset: Any,
-    predictions: list[dict[str, Any]],
-    path: Path,
-    shape: tuple[int, int],
-    with_question: bool = False,
+    dataset: Any, predictions: list[dict], path: Path, shape: tuple[int, int], with_question: bool = False
 ) -> None:
     """Draws a grid of `shape` (rows, columns): pictures, the references above and the answers below them.
 

@@ -23,14 +23,11 @@ def check_argument_pairs(model_arguments: Any, data_arguments: Any, args: Traini
     """Raises a ValueError that names two arguments of training if one needs, or excludes, the other."""
     # What LoRA alone can do, and what it cannot
     if args.train_type != "lora" or is_deepspeed_zero3_enabled():
+        reason = "goes with --train_type lora, and not with ZeRO-3"
         if model_arguments.adapter_name_or_path is not None:
-            raise ValueError(
-                "--adapter_name_or_path goes with --train_type lora, and not with ZeRO-3: merge_lora it first"
-            )
+            raise ValueError(f"--adapter_name_or_path {reason}: merge_lora it first")
         if model_arguments.bits:
-            raise ValueError(
-                "--bits goes with --train_type lora, and not with ZeRO-3: weights in few bits cannot train"
-            )
+            raise ValueError(f"--bits {reason}: weights in few bits cannot train")
     if args.save_dtype != "auto" and args.train_type == "lora":
         raise ValueError("--save_dtype is for whole models, and lora writes an adapter: leave it out")
     for field in fields(args):

@@ -111,7 +111,7 @@ def write_run_card(
             table[f"held-out {name}, {which}"] = cell({metric: kept[f"eval_{metric}"]}, metric)
 
     section = f"## Training\n\n{markdown([('', ''), *table.items()])}\n\n![Loss](loss.png)"
-    name, adapter_of = folder.absolute().name, base if is_adapter else None
+    name, adapter_of = folder.absolute().name, base if is_adapter else ""
     write_card(folder, name, ancestors(base), data_arguments.data_path, [section], adapter_of)
 
 
@@ -151,12 +151,7 @@ def read_card(path: Path) -> ModelCard:
 
 
 def write_card(
-    folder: Path,
-    name: str,
-    made_of: list[str],
-    data: list[str],
-    sections: list[str],
-    adapter_of: str | None = None,
+    folder: Path, name: str, made_of: list[str], data: list[str], sections: list[str], adapter_of: str = ""
 ) -> None:
     """Writes a model's card: sections of Markdown under a head that links the names of the hub."""
     # The head, which the hub reads
