@@ -133,7 +133,7 @@ def answer(
     """Answers the last turn, in one chat after the other; yields whenever an answer has grown.
 
     Raises:
-        OSError, ValueError: a picture cannot be read, or the question cannot be answered.
+        ValueError: a picture cannot be read, or the question cannot be answered.
     """
     if not turns[-1].text:
         raise ValueError("there is no question yet")

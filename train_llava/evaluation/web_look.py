@@ -51,11 +51,7 @@ def shown(turns: list[Turn], column: int, waiting: bool = False) -> list[dict[st
 
 
 def example_pictures(folder: str) -> list[str]:
-    """The pictures of a folder, by name.
-
-    Raises:
-        OSError, ValueError: there is no such folder, or no picture in it.
-    """
+    """The pictures of a folder, by name; an OSError or ValueError if there is none."""
     suffixes = Image.registered_extensions()
     paths = sorted(str(path) for path in Path(folder).absolute().iterdir() if path.suffix.lower() in suffixes)
     if not paths:
@@ -90,34 +86,19 @@ def header(model: Llava | PeftModel, title: str, made_of: list[str], language: s
 
 def translations(model: Llava | PeftModel, title: str, made_of: list[str]) -> "gr.I18n":
     """The page's texts and header in every language. Gradio shows them in the browser's language."""
-    texts = {}
-    for language in TEXTS:
-        texts[language] = TEXTS[language] | {"model_header": header(model, title, made_of, language)}
-    return gr.I18n(**texts)
+    headers = {language: {"model_header": header(model, title, made_of, language)} for language in TEXTS}
+    return gr.I18n(**{language: TEXTS[language] | headers[language] for language in TEXTS})
 
 
 def lay_out(words: "gr.I18n", two_chats: bool, examples: list[str]) -> tuple[Any, ...]:
-    """Places the page's components, from top to bottom.
-
-    Returns:
-        The chats, the status line, the question's box, the buttons `stop`, `retry` and `clear`, the temperature, and
-        a button for each example picture.
-    """
+    """Places the page's components from top to bottom, and returns all that events need."""
     gr.HTML(words("model_header"), elem_id="model", padding=False)
     with gr.Row(elem_id="chats"):
-        chats = []
-        for label in ["with_adapter", "without_adapter"] if two_chats else ["chat"]:
-            chat = gr.Chatbot(
-                label=words(label),
-                show_label=two_chats,
-                placeholder=words("nothing_yet"),
-                render_markdown=False,
-                latex_delimiters=[],
-                height=f"calc(100dvh - {400 if examples else 300}px)",
-                min_height=240,
-                buttons=["copy"],
-            )
-            chats.append(chat)
+        height = f"calc(100dvh - {400 if examples else 300}px)"
+        look = {"height": height, "min_height": 240, "buttons": ["copy"], "show_label": two_chats}
+        plain_text = {"render_markdown": False, "latex_delimiters": [], "placeholder": words("nothing_yet")}
+        labels = ["with_adapter", "without_adapter"] if two_chats else ["chat"]
+        chats = [gr.Chatbot(label=words(label), **look, **plain_text) for label in labels]
     status = gr.HTML(elem_id="waiting", padding=False)
     box = gr.MultimodalTextbox(
         placeholder=words("ask_here"),

@@ -48,6 +48,7 @@ def check_exportable(config: LlavaConfig | LlavaNextConfig) -> None:
         models = "only CLIP or SigLIP with a Qwen2, Qwen3 or Llama language model"
         raise ValueError(f"{models} can be exported to GGUF, not {vision.model_type} and {text.model_type}")
     drops_first = config.vision_feature_select_strategy == "default"
+    has_class_token = vision.model_type == "clip_vision_model"  # in front of the patches; SigLIP has none
     rope_type = text.rope_parameters["rope_type"]
     obstacles = {
         f"the activation {text.hidden_act} in the language model": text.hidden_act != "silu",
@@ -55,8 +56,8 @@ def check_exportable(config: LlavaConfig | LlavaNextConfig) -> None:
         f"the activation {config.projector_hidden_act} in the projector": config.projector_hidden_act != "gelu",
         "a projector without bias": not config.multimodal_projector_bias,
         f"features of more than one layer ({layer})": not isinstance(layer, int),
-        "the class token among the features": has_class_token(config) and not drops_first,
-        "a SigLIP without its first patch": drops_first and not has_class_token(config),
+        "the class token among the features": has_class_token and not drops_first,
+        "a SigLIP without its first patch": drops_first and not has_class_token,
         "a vision tower whose MLP is as wide as its states": vision.intermediate_size == vision.hidden_size,
         f"rope scaling ({rope_type})": rope_type != "default",
         "sliding windows": getattr(text, "use_sliding_window", False),
@@ -67,17 +68,8 @@ def check_exportable(config: LlavaConfig | LlavaNextConfig) -> None:
             raise ValueError(f"{obstacle} cannot be exported to GGUF")
 
 
-def has_class_token(config: LlavaConfig) -> bool:
-    """Whether the tower puts a class token in front of the patches: CLIP does, SigLIP does not."""
-    return config.vision_config.model_type == "clip_vision_model"
-
-
 def pre_tokenizer(tokenizer_json: dict[str, Any]) -> str:
-    """llama.cpp's name of the pre-tokenizer in a `tokenizer.json`.
-
-    Raises:
-        ValueError: llama.cpp has no such pre-tokenizer, or the tokenizer is no byte-level BPE.
-    """
+    """llama.cpp's name of the pre-tokenizer in a `tokenizer.json`; a ValueError if it has none."""
     sequence = tokenizer_json["pre_tokenizer"] or {}
     steps = []
     for step in sequence.get("pretokenizers", [sequence]):
@@ -197,10 +189,11 @@ def picture_tensors(model: Llava, class_token: str) -> NamedTensors:
     one row, so that each patch gets its own position. Such an engine still drops the first patch from the
     features and keeps the class token.
     """
-    roll_positions = class_token == "last" and has_class_token(model.config)
-    for name, tensor in model.model.vision_tower.state_dict().items():
-        if roll_positions and name == "embeddings.position_embedding.weight":
-            tensor = tensor.roll(-1, dims=0)
+    tower_tensors = model.model.vision_tower.state_dict()
+    if class_token == "last" and "embeddings.class_embedding" in tower_tensors:
+        name = "embeddings.position_embedding.weight"
+        tower_tensors[name] = tower_tensors[name].roll(-1, dims=0)
+    for name, tensor in tower_tensors.items():
         # a LLaVA's features come before the last layer norm, which llama.cpp would apply, and SigLIP's head
         if not name.startswith(("post_layernorm.", "head.")):
             yield f"vision_tower.vision_model.{name}", tensor
@@ -210,11 +203,7 @@ def picture_tensors(model: Llava, class_token: str) -> NamedTensors:
 
 
 def write(writer: "gguf.GGUFWriter", names: "gguf.TensorNameMap", tensors: NamedTensors) -> None:
-    """Writes the fields that were added, then the tensors: matrices in float16, all others in float32.
-
-    Raises:
-        ValueError: the format has no name for a tensor, or a number is too large for float16.
-    """
+    """Writes the fields that were added, then the tensors: matrices in float16, all others in float32."""
     for name, tensor in tensors:
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
