@@ -47,7 +47,7 @@ SYSTEM = ("system", ("text",))
 
 
 def tried_pictures(side: int) -> list[tuple[str, bytes]]:
-    """Picture files that programs read differently, each after the name of its kind: noise of twice `side`."""
+    """Kinds of pictures that programs read differently, each with a file: noise, 2 * `side` pixels square."""
     noise = np.random.default_rng(0).integers(0, 256, (2 * side, 2 * side, 4), dtype=np.uint8)
     rgba, rgb = Image.fromarray(noise), Image.fromarray(noise[..., :3])
     gray, palette, exif = Image.fromarray(noise[..., 0] * np.uint16(257)), rgb.quantize(4), Image.Exif()

@@ -169,7 +169,7 @@ def make_page(
     max_new_tokens: int,
     examples: list[str],
 ) -> "gr.Blocks":
-    """The page. Each session has its own conversation; all share the model, which gives one answer at a time."""
+    """The page. Each session has its own conversation. All share the model, which gives one answer at a time."""
     lock, queue = Lock(), []  # of questions, each by the event that stops it; the first one is being answered
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         turns, running = gr.State([]), gr.State(None)

@@ -22,14 +22,14 @@ from train_llava.modeling.templates import QUESTION, TWO_TURNS, template_segment
 if is_gguf_available():
     import gguf
 
-# by llama.cpp's name for it, the steps by which a byte-level BPE splits a text into words before merging
+# llama.cpp's name of a pre-tokenizer, and the steps by which it splits a text into words before BPE merges
 PRE_TOKENIZERS = json.loads(Path(__file__).with_name("gguf_pre_tokenizers.json").read_text(encoding="utf-8"))
 WHOLE_WORDS = "llama-bpe"  # with this pre-tokenizer, llama.cpp takes a word that is a token without merging
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of added tokens; llama.cpp has none of them
 LANGUAGE_MODELS = ("llama", "qwen2", "qwen3")
 TOWERS = ("clip_vision_model", "siglip_vision_model")
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")  # llama.cpp computes "gelu" by tanh, too
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
-ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")  # llama.cpp computes both of the latter by tanh
 
 
 def check_exportable(config: LlavaConfig | LlavaNextConfig) -> None:
@@ -73,7 +73,8 @@ def pre_tokenizer(tokenizer_json: dict[str, Any]) -> str:
     sequence = tokenizer_json["pre_tokenizer"] or {}
     steps = []
     for step in sequence.get("pretokenizers", [sequence]):
-        steps.append({key: value for key, value in step.items() if key != "trim_offsets"})  # it changes no token
+        # offsets change no token
+        steps.append({key: value for key, value in step.items() if key != "trim_offsets"})
     if tokenizer_json["model"]["type"] == "BPE":
         for name, known_steps in PRE_TOKENIZERS.items():
             if steps == known_steps:
