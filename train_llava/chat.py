@@ -1,4 +1,4 @@
-"""From a conversation to token ids, and which of them are supervised; from a question to a prompt to generate from."""
+"""From a conversation to token ids, and which of them are supervised; from a question to a prompt."""
 
 import math
 import re
@@ -23,7 +23,10 @@ IGNORE = -100  # the label that cross entropy leaves out
 
 def turn_structure(messages: list[dict[str, Any]]) -> templates.TurnStructure:
     """Each message's role, and the types of its parts."""
-    return tuple((message["role"], tuple(part["type"] for part in message["content"])) for message in messages)
+    structure = []
+    for message in messages:
+        structure.append((message["role"], tuple(part["type"] for part in message["content"])))
+    return tuple(structure)
 
 
 def image_size(processor: Processor) -> int:
@@ -32,7 +35,7 @@ def image_size(processor: Processor) -> int:
 
 
 def image_tokens(processor: Processor, side: int, size: tuple[int, int]) -> int:
-    """The number of `<image>` tokens for an image of this width and height; `side` is that of `image_size`."""
+    """The number of `<image>` tokens for an image of this width and height; `side`: see `image_size`."""
     prepared = {"pixel_values": torch.empty(1, 3, side, side), "image_sizes": [size[::-1]]}
     return processor.replace_image_token(prepared, 0).count(processor.image_token)
 
@@ -48,7 +51,7 @@ class Chat:
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
         self.longest = min(max_length or math.inf, self.tokenizer.model_max_length)  # conversation in tokens
         self.side, self.anyres = image_size(processor), is_anyres(processor.image_processor)
-        # A large JPEG may be decoded smaller, down to this side. With tiles, its size sets the number of tokens
+        # A large JPEG may be decoded smaller, down to this side; not with tiles, which depend on its size
         self.min_side = None if self.anyres else self.side
         written = "".join(self.segments(templates.TWO_TURNS))
         # Added tokens that the template writes are control tokens, except for Gemma's line breaks
@@ -58,7 +61,7 @@ class Chat:
 
     @lru_cache(maxsize=4096)  # noqa: B019 - one a process
     def image_tokens(self, size: tuple[int, int] = (0, 0)) -> int:
-        """The number of `<image>` tokens for an image of this width and height; without tiles, always the same."""
+        """The number of `<image>` tokens for an image of this width and height. Without tiles, it is fixed."""
         return image_tokens(self.processor, self.side, size)
 
     def count_image_tokens(self, sizes: Iterable[tuple[int, int]], images: int) -> list[int]:
@@ -74,10 +77,10 @@ class Chat:
         return templates.template_segments(self.tokenizer, structure, answer_next)
 
     def answer_spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[range, str]]]:
-        """A conversation as its chat template writes it, and its answers: their character positions and end tokens.
+        """A conversation as its chat template writes it, and of each answer: its characters and its end token.
 
-        An answer begins where the generation prompt ends. It ends with the token that ends its turn. For example, in
-        `<u>What?<e><a>red<e>` the answer is `red<e>`: `(range(14, 20), "<e>")`.
+        An answer begins where the generation prompt ends. It ends with the token that ends its turn. For example,
+        in `<u>What?<e><a>red<e>` the answer is `red<e>`: `(range(14, 20), "<e>")`.
 
         Raises:
             ValueError: the template refuses the conversation, or changes its texts.
@@ -92,7 +95,8 @@ class Chat:
                 if part["type"] == "text":
                     place = templates.end_of_text(text, part["text"], place, *segments[number : number + 2])
                     if place is None:
-                        raise ValueError(f"the chat template changes the text of a turn of role {message['role']}")
+                        role = message["role"]
+                        raise ValueError(f"the chat template changes the text of a turn of role {role}")
                     number += 1
             # An answer has to follow the same segments as one that is generated
             if message["role"] == "assistant":
@@ -105,7 +109,7 @@ class Chat:
         return text, answers
 
     def tokenize(self, messages: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-        """A conversation's token ids, with one `<image>` an image, and which of them are supervised, `(T,)` each.
+        """A conversation's token ids, one `<image>` for each image, and which are supervised, `(T,)` each.
 
         The text is tokenised once. Each token belongs to the answer in which it begins.
 
@@ -119,13 +123,14 @@ class Chat:
                     raise ValueError(f"the control token {token} in a turn of role {message['role']}")
         text, answers = self.answer_spans(messages)
         token_ids, starts, stops = self._tokens(text, [])
-        # Generation begins behind the prompt's last token. A token that joins the prompt and an answer is cut there
+        # Generation begins behind the prompt's last token. A token that joins prompt and answer is cut there
         cuts = [span.start for span, _ in answers if ((starts < span.start) & (span.start < stops)).any()]
         if cuts:
             whole = self.tokenizer.decode(token_ids)
             token_ids, starts, stops = self._tokens(text, cuts)
             if self.tokenizer.decode(token_ids) != whole:
                 raise ValueError("an answer whose beginning is one token with what the chat template writes before it")
+        # A token without characters belongs to no answer
         supervised = np.zeros(len(token_ids), dtype=bool)
         for span, end in answers:
             inside = (span.start <= starts) & (starts < span.stop) & (starts < stops)
@@ -157,7 +162,8 @@ class Chat:
         return input_ids, np.where(supervised, input_ids, IGNORE)
 
     def _tokens(self, text: str, cuts: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A text's token ids, and where each token begins and ends; the parts between `cuts` are tokenised apart."""
+        """A text's token ids, and where each begins and ends. The parts between `cuts` are tokenised apart."""
+        # Each part counts its characters from 0
         bounds = [0, *cuts, len(text)]
         parts = [text[begin:end] for begin, end in pairwise(bounds)]
         encoding = self.tokenizer(parts, add_special_tokens=False, return_offsets_mapping=True)
@@ -179,7 +185,8 @@ class Chat:
         texts = [templates.render(self.tokenizer, messages, answer_next=True) for messages in conversations]
         count = sum(text.count(IMAGE_TOKEN) for text in texts)
         counts = iter(self.count_image_tokens([image.size for image in images], count))
-        texts = [re.sub(IMAGE_TOKEN, lambda _: self.processor.image_token * next(counts), text) for text in texts]
+        token = self.processor.image_token
+        texts = [re.sub(IMAGE_TOKEN, lambda _: token * next(counts), text) for text in texts]
         options = {"padding": True, "padding_side": "left", "return_token_type_ids": False}
         batch = self.tokenizer(texts, add_special_tokens=False, return_tensors="pt", **options)
         if images and prepare:

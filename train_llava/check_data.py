@@ -2,8 +2,8 @@
 
     python -m train_llava.check_data --data_path data --model_name_or_path output/llava --report report.json
 
-Every record is read, and every picture is opened unless `--decode_pictures false`. With a model, conversations are
-counted in its tokens, and one is shown as it is trained on. The exit code is 1 if a record is bad.
+Every record is read, and every picture is opened unless `--decode_pictures false`. With a model, conversations
+are counted in its tokens, and one is shown as it is trained on. The exit code is 1 if a record is bad.
 """
 
 import json
@@ -12,7 +12,7 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 from transformers.hf_argparser import HfArg
@@ -63,7 +63,7 @@ def scan(indices: list[int], dataset: LlavaDataset, chat: Chat | None) -> dict[s
             except BadRecordError as error:
                 found["errors"].append(error.args)
                 continue
-            parts = [part for message in item["messages"] for part in message["content"]]
+            parts = chain.from_iterable(message["content"] for message in item["messages"])
             found["characters"].append(sum(len(part.get("text", "")) for part in parts))
             for image in item["images"]:
                 found["sides"] += image.size
@@ -146,6 +146,7 @@ def main() -> None:
         **{name: summary(values) for name, values in sizes.items()},
     }
 
+    # Print the report, and write it
     print(f"{len(dataset):,} records, {len(errors):,} bad")
     for kind, bad in sorted(kinds.items(), key=lambda entry: -len(entry[1])):
         print(f"{len(bad):>9,}  {kind}")

@@ -1,4 +1,4 @@
-"""From records to batches: a data set opens records and tokenises each once, a collator pads or packs them."""
+"""From records to batches: a data set tokenises each record once, a collator pads or packs samples."""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -21,7 +21,7 @@ from train_llava.records import BadRecordError
 
 @dataclass
 class Sample:
-    """A record as the model is trained on it. `input_ids` and `labels` are `(T,)`; see `Chat.encode`."""
+    """A record as the model is trained on it. `input_ids` and `labels` are `(T,)`: see `Chat.encode`."""
 
     id: str
     messages: list[dict[str, Any]]
@@ -49,12 +49,11 @@ def to_sample(item: dict[str, Any], chat: Chat) -> Sample:
 class LlavaDataset(torch.utils.data.Dataset):
     """The records of one or several data sets.
 
-    `[i]` is a dict of `id`, `messages`, `images`, `image_sizes` (width, height), `language`, `answers`, `references`.
-
-    The records lie in Arrow files on disk and are mapped into memory. Images are opened when their record is read.
+    `[i]` is a dict of `id`, `messages`, `images`, `image_sizes` (width, height), `language`, `answers` and
+    `references`. Records are mapped from Arrow files on disk. Images are opened when their record is read.
 
     Args:
-        data_weights: how often a pass takes each source: 2 is twice, 0.5 is always the same half of its records.
+        data_weights: how often a pass takes each source: 2 is twice, 0.5 is always the same half of it.
         min_side: large JPEGs are decoded smaller, down to this side; see `open_image`.
         decode: False leaves out the images.
 
@@ -97,7 +96,7 @@ class CheckedDataset(torch.utils.data.Dataset):
     A bad record is written once, with index, id and reason, to `log`.
 
     Raises:
-        ValueError: at a bad record if `bad_samples` is `error`, or if more than `max_bad_fraction` of all are bad.
+        ValueError: at a bad record if `bad_samples` is `error`, or if more than `max_bad_fraction` are bad.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class CheckedDataset(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        # The index seeds the choice of a replacement: bad records in a row get different ones, the same in every pass
+        # The index seeds the choice of a replacement: it differs among bad records, and stays in every pass
         others = np.random.default_rng(index).integers(len(self), size=64)
         for i in chain([index], others, range(len(self))):
             if (sample := self.good_sample(int(i))) is not None:
@@ -127,12 +126,13 @@ class CheckedDataset(torch.utils.data.Dataset):
                 raise
             bad = log_bad_sample(self.log, index, *error.args)
         if bad > self.limit:
-            raise ValueError(f"{bad} of {len(self)} records are bad, more than --max_bad_fraction: see {self.log}")
+            reason = f"{bad} of {len(self)} records are bad, more than --max_bad_fraction"
+            raise ValueError(f"{reason}: see {self.log}")
         return None
 
 
 class LlavaCollator:
-    """Turns samples, or items of a `LlavaDataset`, into one batch. B conversations of at most T tokens, P images:
+    """Turns samples, or items of a `LlavaDataset`, into a batch of B conversations, at most T tokens, P images:
 
     - `input_ids`, `attention_mask` `(B, T)`: padded on the right; the mask is 0 on padding
     - `pixel_values` `(P, 3, H, W)`: the images in the order of their `<image>` tokens (see `prepare_pictures`)
@@ -140,9 +140,9 @@ class LlavaCollator:
     - `logits_to_keep` `(B, T)`, bool: the positions whose next token has a label
     - `shift_labels` `(N,)`: the labels of these positions' next tokens, row by row
 
-    By the last two, the model computes logits at N positions instead of B x T, to the same loss and gradients.
+    By the last two, the model computes logits at N positions, not at B x T, to the same loss and gradients.
 
-    With `packing`, the conversations stand in one row `(1, sum of lengths)`, without padding and `attention_mask`.
+    With `packing`, the conversations are one row `(1, sum of lengths)`, without padding and `attention_mask`.
     `position_ids` count from 0 in each, and `use_cache` is False: by both, a model keeps conversations apart.
     `conversation_lengths` spare `sdpa` the masked part.
     """
@@ -154,16 +154,17 @@ class LlavaCollator:
 
     def __call__(self, items: list[Sample | dict[str, Any]]) -> dict[str, Any]:
         samples = [item if isinstance(item, Sample) else to_sample(item, self.chat) for item in items]
-        images = [image for sample in samples for image in sample.images]
+        images = list(chain.from_iterable(sample.images for sample in samples))
         rows, labels = [sample.input_ids for sample in samples], [sample.labels for sample in samples]
         attended = torch.tensor([len(row) for row in rows])
-        # Without an image, the projector would get no gradient, and the other ranks would wait for it forever.
-        # A blank image behind the first row's last token is seen by no token: its gradient is zero
+        # Without an image, the projector would get no gradient, and other ranks would wait for it forever.
+        # No token sees a blank image behind the first row's last token: its gradient is zero
         if not images:
             images = [Image.new("RGB", (self.chat.side, self.chat.side))]
             tokens = self.chat.image_tokens(images[0].size)
             rows[0] = np.append(rows[0], [self.processor.image_token_id] * tokens)
             labels[0] = np.append(labels[0], [IGNORE] * tokens)
+        # All rows become one, or each is padded to the longest
         lengths = [len(row) for row in rows]
         if self.packing:
             rows, labels = [np.concatenate(rows)], [np.concatenate(labels)]

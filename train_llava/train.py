@@ -1,10 +1,10 @@
-"""Trains a LLaVA checkpoint on pictures and conversations: arguments, what trains, a plain Hugging Face `Trainer`.
+"""Trains a LLaVA checkpoint on pictures and conversations, with a plain Hugging Face `Trainer`.
 
     python -m train_llava.train --train_type lora \
         --model_name_or_path output/llava --data_path data --output_dir output/run
 
-runs in one process; `bash run_zero2.sh` takes the same arguments and trains with DeepSpeed ZeRO-2 on every GPU. All of
-`TrainingArguments` is accepted, and a recipe, a YAML file of arguments, may stand in front.
+runs in one process. `bash run_zero2.sh` takes the same arguments and trains with DeepSpeed ZeRO-2 on every GPU.
+All of `TrainingArguments` is accepted. A recipe, a YAML file of arguments, may stand first.
 """
 
 from functools import partial
@@ -41,6 +41,7 @@ def load_data(
     data_arguments: DataArguments, args: TrainArguments, chat: Chat
 ) -> tuple[CheckedDataset | IterableDataset, CheckedDataset | None]:
     """The data to train on and the held-out data, if there is any. Bad records are replaced or left out."""
+    # Each data set logs its bad records in a file of its own
     folder, settings = Path(args.output_dir), (data_arguments.bad_samples, data_arguments.max_bad_fraction)
     log, eval_dataset = folder / "bad_samples.jsonl", None
     if data_arguments.eval_data_path is not None:
@@ -104,7 +105,7 @@ def run(
         build_extensions(args)
     if is_deepspeed_zero3_enabled():
         # Weights are split among the ranks while they are loaded, before a Trainer connects these
-        from deepspeed import init_distributed  # here, since it takes seconds and complains if it is not needed
+        from deepspeed import init_distributed  # here, since it takes seconds
 
         init_distributed(verbose=False)
     model, processor = load_checkpoint(

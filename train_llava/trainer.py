@@ -196,7 +196,7 @@ class LlavaTrainer(Trainer):
             raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Writes a model and reads it back. A checkpoint has the precision of memory, the outcome that of `dtype`."""
+        """Writes a model and reads it back: a checkpoint in the precision of memory, the outcome in `dtype`."""
         if not self.args.should_save:
             return
         folder, output = Path(output_dir or self.args.output_dir), Path(self.args.output_dir)

@@ -1,4 +1,4 @@
-"""How many tokens each record has: counted once, and stored beside the table. Also the order that groups by length."""
+"""Counts the tokens of each record once, and stores them beside the table. Groups records by their length."""
 
 import hashlib
 import json
@@ -49,10 +49,11 @@ class GroupedByLength(LengthGroupedSampler):
 
 
 def count_tokens(records: LlavaDataset, chat: Chat) -> np.ndarray:
-    """How many tokens each record has, whatever its length, and how many of them are image tokens, `(records, 2)`.
+    """How many tokens each record has, however many, and how many of them are image tokens, `(records, 2)`.
 
     Zeros where the record is bad. Images are not opened. With tiles, the heads of their files are read.
     """
+    # Texts are counted by table, in which a record stands once whatever its weight
     counts = []
     for source, table in enumerate(records.tables):
         rows = records.index[records.index[:, 0] == source, 1]
@@ -80,7 +81,7 @@ def _text_tokens(table: datasets.Dataset, chat: Chat) -> np.ndarray:
                 batch_size=200,
                 num_workers=(os.cpu_count() or 1) * many,
                 collate_fn=partial(_count, chat=chat),
-                generator=torch.Generator(),  # a run's own random numbers do not depend on whether this is cached
+                generator=torch.Generator(),  # or a run would draw other random numbers if this is cached
             )
             counts = list(tqdm(loader, "counting tokens", disable=not many, unit=" x 200 records"))
             with replacing(file) as new, open(new, "wb") as content:
@@ -101,15 +102,17 @@ def _count(rows: list[dict[str, str | None]], chat: Chat) -> np.ndarray:
 
 
 def _fingerprint(chat: Chat) -> str:
-    """A hash of what decides how many tokens a text has: the tokenizer, and what its chat template writes today."""
+    """A hash of what decides how many tokens a text has."""
+    # Padding and truncation are those of the last call
     backend = json.loads(chat.tokenizer.backend_tokenizer.to_str())
     rules = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
+    # The chat template, and the segments that it writes today: some have a date
     template = chat.tokenizer.chat_template, chat.segments(TWO_TURNS), sorted(chat.control_tokens)
     return hashlib.sha256(json.dumps([COUNT_VERSION, rules, template]).encode()).hexdigest()[:24]
 
 
 def _image_tokens_by_size(records: LlavaDataset, chat: Chat) -> np.ndarray:
-    """How many image tokens each record has, by the sizes in its files' heads, `(records,)`; 0 where one is bad."""
+    """How many image tokens each record has, by the sizes in its files' heads, `(records,)`; 0 if one is bad."""
 
     def count(index: int) -> int:
         try:

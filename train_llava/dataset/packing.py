@@ -1,4 +1,6 @@
-"""Rows that fill a budget of tokens: records are put into rows by their lengths, and a row's records are opened."""
+"""Fills rows up to a budget of tokens with records, by their lengths."""
+
+from itertools import chain
 
 import numpy as np
 from accelerate import PartialState
@@ -7,15 +9,15 @@ from torch.utils.data import Dataset
 from train_llava.data import CheckedDataset, Sample
 from train_llava.dataset.lengths import count_tokens
 
-WINDOW = 4096  # records that are packed among each other: rows stay a random mixture, and the search for room short
+WINDOW = 4096  # records that are packed among each other: rows stay a random mixture, and the search short
 
 
 def pack(tokens: np.ndarray, has_image: np.ndarray, budget: int, blank: int = 0, seed: int = 0) -> list[np.ndarray]:
     """Puts each record into one row of at most `budget` tokens, by first-fit decreasing.
 
-    The longest record comes first, and each goes into the first row that has room (D. S. Johnson, Near-Optimal Bin
-    Packing Algorithms, 1973). This is done within windows of `WINDOW` records, which `seed` shuffles. For example,
-    records of 6, 4 and 3 tokens in rows of 10 give `[[0, 1], [2]]`.
+    The longest record comes first, and each goes into the first row that has room (D. S. Johnson, Near-Optimal
+    Bin Packing Algorithms, 1973). This is done within windows of `WINDOW` records, which `seed` shuffles. For
+    example, records of 6, 4 and 3 tokens in rows of 10 give `[[0, 1], [2]]`.
 
     Args:
         tokens: of each record, at most `budget`; a record of 0 is left out.
@@ -43,13 +45,13 @@ def pack(tokens: np.ndarray, has_image: np.ndarray, budget: int, blank: int = 0,
 
 
 class PackedDataset(Dataset):
-    """The good records of a data set in rows; `[i]` is the list of a row's samples, at most `budget` tokens together.
+    """The good records of a data set in rows; `[i]` is the list of a row's samples, at most `budget` tokens.
 
-    Rows are made once. To the `Trainer` a row is a sample, and a batch is one row: it shuffles the rows anew in each
-    pass, gives each rank as many, and resumes among them.
+    Rows are made once. To the `Trainer` a row is a sample, and a batch is one row: it shuffles the rows anew in
+    each pass, gives each rank as many, and resumes among them.
 
-    A broken image is found when its row is opened. Its record is left out, since a replacement might be longer. Only
-    a row that would be empty takes in one other record.
+    A broken image is found when its row is opened. Its record is left out, since a replacement might be longer.
+    Only a row that would be empty takes in one other record.
 
     Raises:
         ValueError: see `CheckedDataset`; or a record is longer than `budget`, or none is good.
@@ -66,6 +68,7 @@ class PackedDataset(Dataset):
         # The collator puts a blank image into a row without one, and a broken image may make such a row
         blank = chat.image_tokens((chat.side, chat.side))
         tokens[has_image] = np.maximum(tokens[has_image], blank)
+        # A row of one record has to fit
         alone = tokens + blank * ((tokens > 0) & ~has_image)
         if alone.max() > budget:
             longest = int(alone.argmax())
@@ -93,4 +96,4 @@ class PackedDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[Sample]:
         """The batch of these rows; PyTorch's loader calls it."""
-        return [sample for index in indices for sample in self[index]]
+        return list(chain.from_iterable(self[index] for index in indices))

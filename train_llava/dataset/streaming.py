@@ -33,8 +33,8 @@ def stream_items(
 ) -> datasets.IterableDataset:
     """The samples of data sets of shards, without an end. Every rank and worker reads its own shards.
 
-    A bad record is logged and left out. Each rank and worker counts its own: it stops at the end of a pass with too
-    many, or once they are more than `max_bad_fraction` of the records read so far, or of a thousand.
+    A bad record is logged and left out. Each rank and worker counts its own. It stops at the end of a pass with
+    too many, or once they are more than `max_bad_fraction` of the records read so far, or of a thousand.
 
     Raises:
         OSError, ValueError: a source does not exist; while it is read, too many records are bad, or all.
@@ -46,7 +46,7 @@ def stream_items(
         for share in [1.0] * int(weight) + [weight % 1] * (weight % 1 > 0):
             for i, file in enumerate(files):
                 placed.append(((i + 0.5) / len(files), (path, [file], images, share)))
-    # Ranks and workers get stretches of the list. Sources are mixed, so that each stretch has a part of every source
+    # Ranks and workers get stretches of the list. Sources are mixed, so that each stretch has a part of all
     shards = [shard for _, shard in sorted(placed, key=lambda entry: entry[0])]
     settings = {"chat": chat, "log": log, "bad_samples": bad_samples, "max_bad_fraction": max_bad_fraction}
     return datasets.IterableDataset(Passes(good_samples, {"shards": shards, "seed": seed} | settings))
@@ -98,7 +98,7 @@ def good_samples(
 def shuffled_rows(
     shards: list[Shard], rng: np.random.Generator
 ) -> Iterator[tuple[str, dict[str, Any], PurePath | None]]:
-    """The rows of shards in random order, as far as a buffer reaches; each with its place and its folder of images."""
+    """The rows of shards in random order, as far as a buffer reaches, with their places and image folders."""
     buffer = []
     for i in rng.permutation(len(shards)):
         path, files, images, share = shards[i]

@@ -18,9 +18,10 @@ def weights_of(paths: list[str], data_weights: list[float] | None) -> list[float
 
 
 def weighted_rows(sizes: list[int], weights: list[float]) -> np.ndarray:
-    """The records of one pass, `(records, 2)`: source and row. A source of weight 0.5 gives always the same half.
+    """The records of one pass, `(records, 2)`: source and row.
 
-    For example, two records each with weights 2 and 0.5 give `[[0, 0], [0, 1], [0, 0], [0, 1], [1, 0]]`.
+    A source of weight 0.5 always gives the same half. For example, two records each with weights 2 and 0.5 give
+    `[[0, 0], [0, 1], [0, 0], [0, 1], [1, 0]]`.
     """
     rng, places = np.random.default_rng(0), []
     for source, (size, weight) in enumerate(zip(sizes, weights, strict=True)):

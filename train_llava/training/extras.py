@@ -13,8 +13,8 @@ from train_llava.data import LlavaCollator, Sample
 def with_extras(samples: list[Sample], collator: LlavaCollator) -> dict[str, Any]:
     """The collator's batch, and under `extras` what the trainer alone needs of its samples:
 
-    `ids`; `supervised`, each sample's number of supervised tokens, `(samples,)`; `is_replacement`, `(samples,)`; and
-    the batch's numbers of `tokens` and `images`.
+    `ids`; `supervised`, each sample's number of supervised tokens, `(samples,)`; `is_replacement`, `(samples,)`;
+    and the batch's numbers of `tokens` and `images`.
     """
     extras = {
         "ids": [sample.id for sample in samples],
@@ -27,7 +27,7 @@ def with_extras(samples: list[Sample], collator: LlavaCollator) -> dict[str, Any
 
 
 def loss_sums(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    """The sum of each sample's losses and its number of supervised tokens, `(samples, 2)`; zeros of replacements."""
+    """Each sample's sum of losses and its number of supervised tokens, `(samples, 2)`; zeros of replacements."""
     extras, labels = inputs.pop("extras"), inputs.pop("shift_labels")
     del inputs["labels"]  # or the model would compute its own loss, too
     with torch.no_grad():

@@ -32,7 +32,7 @@ def check_finite(model: nn.Module, where: str) -> None:
 
 
 def split_by_part(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rates: dict[str, float]) -> None:
-    """Splits an optimizer's groups (with and without weight decay) by part of the model, each at its rate.
+    """Splits an optimizer's groups, with and without weight decay, by part of the model, each at its rate.
 
     Args:
         learning_rates: the rate of each part, by the names of `part_of`. The log shows that of the last part.
@@ -49,19 +49,23 @@ def split_by_part(optimizer: torch.optim.Optimizer, model: nn.Module, learning_r
 
 def settings_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """The rates, decay and other settings of each group."""
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    settings = [dict(group) for group in optimizer.param_groups]
+    for group in settings:
+        del group["params"]
+    return settings
 
 
 def restore_settings(
     optimizer: torch.optim.Optimizer, scheduler: LRScheduler, group_settings: list[dict[str, Any]]
 ) -> None:
-    """Puts rates, decay and schedule of a run's arguments in force, where a checkpoint has loaded earlier ones.
+    """Puts rates, decay and schedule of the arguments in force, after a checkpoint has loaded earlier ones.
 
     A schedule that is no `LambdaLR` takes its rate from the scores so far, and keeps it.
     """
     groups = optimizer.param_groups
     for group, settings in zip(groups, group_settings, strict=True):
         group |= {name: settings[name] for name in ("weight_decay", "betas", "eps") if name in settings}
+    # A schedule is a factor of the first rate for each step
     if isinstance(scheduler, LambdaLR):
         scheduler.base_lrs = [settings["initial_lr"] for settings in group_settings]
         for group, rate, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):

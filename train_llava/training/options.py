@@ -86,9 +86,10 @@ class TrainArguments(TrainingArguments):
     prediction_loss_only: bool = HfArg(default=True, help="Stays true: only logits with labels are computed.")
 
     def __post_init__(self) -> None:
-        """Fills in the defaults that depend on other arguments, under the names that `Trainer` and a resume read."""
+        """Fills in the defaults that depend on other arguments; `Trainer` and a resume read these names."""
         if self.output_dir is None:
             raise ValueError("--output_dir is missing: name the folder to write to")
+        # What trains, and at which rates
         self.train_type = TUTORIAL_NAMES.get(self.train_type, self.train_type)
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.train_type]
@@ -99,6 +100,7 @@ class TrainArguments(TrainingArguments):
         # With packed rows, a batch is one row
         if self.tokens_per_batch is not None:
             self.per_device_train_batch_size = 1
+        # The device and its precision
         if self.bf16 is None:
             on_gpu = device().type == "cuda" and not self.fp16
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -106,6 +108,7 @@ class TrainArguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         if self.fp16 and self.use_cpu:
             raise ValueError("--fp16 takes a GPU: on a CPU take --bf16 true, or neither")
+        # The score that decides which checkpoint is best
         if self.early_stopping_patience is not None or self.save_strategy == "best":
             self.metric_for_best_model = self.metric_for_best_model or "loss"
         super().__post_init__()
