@@ -40,7 +40,7 @@ def test_an_example_skips_finished_stages(tmp_path):
     train finished recipe.yaml
     for file in finished nothing; do if missing $file; then echo make $file; fi; done"""
     done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    kept = "finished is there from an earlier start and is kept; to make it anew, remove it and what was made of it"
+    kept = "finished exists from an earlier start and is kept; to make it anew, remove it and everything made from it"
     assert done.stdout.splitlines() == ["finished is trained", kept, kept, "make nothing"]
 
 

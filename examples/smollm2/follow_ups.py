@@ -56,18 +56,18 @@ def chosen(records: list[dict], kind: str, folder: Path) -> list[dict[str, Any]]
 
 
 def load_pictures(data: Path) -> list[dict[str, Any]]:
-    """All pictures that are asked about."""
+    """All pictures that the questions are about."""
     train = json.loads((data / "train" / "captions.json").read_text(encoding="utf-8"))
     heldout = json.loads((data / "heldout" / "english.json").read_text(encoding="utf-8"))
     return chosen(train, "seen", data / "train") + chosen(heldout, "held out", data / "heldout")
 
 
-def answer(model: Any, processor: Any, asked: list[tuple[list[dict], list[Image.Image]]], name: str) -> list[str]:
+def answer(model: Any, processor: Any, conversations: list[tuple[list[dict], list[Any]]], name: str) -> list[str]:
     """Greedy answers to conversations, each with its pictures."""
     answers = []
-    for start in tqdm(range(0, len(asked), BATCH), desc=name):
-        batch = asked[start : start + BATCH]
-        images = [image for _, shown in batch for image in shown]
+    for start in tqdm(range(0, len(conversations), BATCH), desc=name):
+        batch = conversations[start : start + BATCH]
+        images = [image for _, pictures in batch for image in pictures]
         answers += generate(model, processor, [messages for messages, _ in batch], images, NEW_TOKENS)
     return answers
 
@@ -84,9 +84,9 @@ def references(pictures: list[dict[str, Any]], untrained: Path, file: Path) -> l
     """
     model, processor = load_model(str(untrained))
     texts = [f"{p['caption']}\n{text}" for p in pictures for text in QUESTIONS]
-    asked = {"model": weights_digest(model), "system": SYSTEM, "new_tokens": NEW_TOKENS, "texts": texts}
+    request = {"model": weights_digest(model), "system": SYSTEM, "new_tokens": NEW_TOKENS, "texts": texts}
     saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"asked": None}
-    if saved["asked"] != asked:
+    if saved["asked"] != request:
         system = {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
         own_turn = [([user_message(text, 0)], []) for text in texts]
         another_turn = [([system, user_message(text, 0)], []) for text in texts]
@@ -94,7 +94,7 @@ def references(pictures: list[dict[str, Any]], untrained: Path, file: Path) -> l
             answer(model, processor, own_turn, "captions in words"),
             answer(model, processor, another_turn, "under another system turn"),
         ]
-        saved = {"asked": asked, "answers": answers}
+        saved = {"asked": request, "answers": answers}
         with replacing(file) as temporary:
             temporary.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
     return list(map(by_picture, saved["answers"]))
@@ -187,9 +187,11 @@ def main() -> None:
         pictures = load_pictures(args.data)
         right, reworded = references(pictures, args.untrained, args.data / "references.json")
         model, processor = load_model(args.model_name_or_path, args.adapter_name_or_path)
-        asked = [([user_message(text, 1)], [Image.open(p["file"])]) for p in pictures for text in QUESTIONS]
+        questions = []
+        for picture in pictures:
+            questions += [([user_message(text, 1)], [Image.open(picture["file"])]) for text in QUESTIONS]
         white = Image.new("RGB", Image.open(pictures[0]["file"]).size, "white")
-        answers = answer(model, processor, asked, "pictures")
+        answers = answer(model, processor, questions, "pictures")
         blank = answer(model, processor, [([user_message(text, 1)], [white]) for text in QUESTIONS], "a white picture")
 
         # the scores, every answer, and some conversations
