@@ -155,21 +155,22 @@ class LlavaCollator:
     def __call__(self, items: list[Sample | dict[str, Any]]) -> dict[str, Any]:
         samples = [item if isinstance(item, Sample) else to_sample(item, self.chat) for item in items]
         images = list(chain.from_iterable(sample.images for sample in samples))
-        rows, labels = [sample.input_ids for sample in samples], [sample.labels for sample in samples]
+        rows = [torch.from_numpy(sample.input_ids) for sample in samples]
+        labels = [torch.from_numpy(sample.labels) for sample in samples]
         attended = torch.tensor([len(row) for row in rows])
         # Without an image, the projector would get no gradient, and other ranks would wait for it forever.
         # No token sees a blank image behind the first row's last token: its gradient is zero
         if not images:
             images = [Image.new("RGB", (self.chat.side, self.chat.side))]
             tokens = self.chat.image_tokens(images[0].size)
-            rows[0] = np.append(rows[0], [self.processor.image_token_id] * tokens)
-            labels[0] = np.append(labels[0], [IGNORE] * tokens)
+            rows[0] = torch.cat([rows[0], torch.full((tokens,), self.processor.image_token_id)])
+            labels[0] = torch.cat([labels[0], torch.full((tokens,), IGNORE)])
         # All rows become one, or each is padded to the longest
         lengths = [len(row) for row in rows]
         if self.packing:
-            rows, labels = [np.concatenate(rows)], [np.concatenate(labels)]
-        input_ids = _pad(rows, self.processor.tokenizer.pad_token_id)
-        labels = _pad(labels, IGNORE)
+            rows, labels = [torch.cat(rows)], [torch.cat(labels)]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=self.processor.tokenizer.pad_token_id)
+        labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)
         # The token before each label predicts it
         logits_to_keep = torch.zeros_like(labels, dtype=torch.bool)
         logits_to_keep[:, :-1] = labels[:, 1:] != IGNORE
@@ -181,7 +182,3 @@ class LlavaCollator:
         else:
             batch["attention_mask"] = (torch.arange(input_ids.shape[1]) < attended[:, None]).long()
         return batch | prepare_pictures(self.processor.image_processor, images)
-
-
-def _pad(rows: list[np.ndarray], value: int) -> torch.Tensor:
-    return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=value)
