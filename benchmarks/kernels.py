@@ -35,12 +35,17 @@ RUNS = {
     "`--packing true`": ["--packing", "true"],
     "padded, ZeRO-2": ZERO2,
 }
-VIEWS = set(
-    "view _unsafe_view t transpose expand slice select unsqueeze squeeze permute detach alias split split_with_sizes "
-    "as_strided _reshape_alias unbind empty empty_like empty_strided new_empty new_empty_strided lift_fresh chunk "
-    "is_same_size narrow diagonal unfold reshape view_as set_data is_pinned _local_scalar_dense".split()
-)
-WAITS = set("_local_scalar_dense nonzero masked_select _unique2 unique_consecutive unique_dim equal item".split())
+VIEWS = {
+    "view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "unsqueeze",
+    "squeeze", "permute", "detach", "alias", "split", "split_with_sizes", "as_strided", "_reshape_alias",
+    "unbind", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "chunk",
+    "is_same_size", "narrow", "diagonal", "unfold", "reshape", "view_as", "set_data", "is_pinned",
+    "_local_scalar_dense",
+}  # fmt: skip
+WAITS = {
+    "_local_scalar_dense", "nonzero", "masked_select", "_unique2",
+    "unique_consecutive", "unique_dim", "equal", "item",
+}  # fmt: skip
 WORDS = ["a", "small", "red", "square", "on", "white", "with", "blue"]
 
 
@@ -68,8 +73,14 @@ class CallCounter(TorchDispatchMode):
 
 def make_model_and_data(folder: Path) -> None:
     """Writes a LLaVA of real depth and small width, and records with answers of 16 to 47 words."""
-    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import (
+        AutoTokenizer,
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
 
     from train_llava.build_model import build_model
 
@@ -106,13 +117,13 @@ def count_step(folder: Path, arguments: list[str]) -> dict[str, Any]:
     step = 0
     attention = torch.nn.functional.scaled_dot_product_attention
 
-    def watched_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        tensors = [query, key, value, *(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))]
+    def watched_attention(*args: Any, **kwargs: Any) -> Any:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         shape = tuple((tuple(x.shape), tuple(x.stride())) for x in tensors)
         if shape not in shapes:
             shapes.add(shape)
             new_shapes[step] += 1
-        return attention(query, key, value, *args, **kwargs)
+        return attention(*args, **kwargs)
 
     # before transformers binds the function's name
     torch.nn.functional.scaled_dot_product_attention = watched_attention
@@ -146,7 +157,16 @@ def count_step(folder: Path, arguments: list[str]) -> dict[str, Any]:
 
         DeepSpeedEngine.step = counted_engine_step
     sys.argv = ["train", "--model_name_or_path", str(folder / "llava"), "--data_path", str(folder / "data")]
-    sys.argv += ["--output_dir", str(folder / "run"), "--max_steps", str(STEPS), "--logging_steps", "1", "--bf16", "true"]
+    sys.argv += [
+        "--output_dir",
+        str(folder / "run"),
+        "--max_steps",
+        str(STEPS),
+        "--logging_steps",
+        "1",
+        "--bf16",
+        "true",
+    ]
     sys.argv += ["--per_device_train_batch_size", str(ROWS), "--save_strategy", "no", "--report_to", "none"]
     sys.argv += ["--preflight", "false", "--dataloader_num_workers", "0", "--disable_tqdm", "true", *arguments]
     train.main()
@@ -178,7 +198,13 @@ def main() -> None:
         folder = Path(scratch)
         make_model_and_data(folder)
         for name in RUNS:
-            rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29637"}
+            rank = {
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "29637",
+            }
             environment = os.environ | (rank if "--deepspeed" in RUNS[name] else {})
             command = [sys.executable, __file__, name, str(folder)]
             done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)

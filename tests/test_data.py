@@ -13,6 +13,7 @@ from train_llava.chat import Chat
 from train_llava.data import LlavaCollator, LlavaDataset
 from train_llava.dataset.images import open_image, upright_rgb
 from train_llava.model import load_processor
+from train_llava.modeling.verification import padding_is_invisible
 from train_llava.records import text_of, to_messages
 
 RED = Image.new("RGB", (40, 40), "red")
@@ -90,6 +91,30 @@ def gradients(model, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     loss = model(**inputs).loss
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_padding_on_the_right_needs_no_mask(processor, model):
+    """On a GPU: lengths are multiples of 64, and loss and gradients are those of the masked batch."""
+    items = list(ITEMS.values())
+    masked = LlavaCollator(processor)(items)
+    batch = LlavaCollator(processor, padding_mask=False, multiple=64)(items)
+    assert "attention_mask" not in batch
+    assert batch["input_ids"].shape[1] == -(-masked["input_ids"].shape[1] // 64) * 64
+    assert padding_is_invisible(model, Chat(processor))
+    (loss, grads), (masked_loss, masked_grads) = gradients(model, **batch), gradients(model, **masked)
+    assert abs(loss - masked_loss) <= 1e-6 * masked_loss
+    for name, grad in masked_grads.items():
+        assert (grads[name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-10, name
+
+
+def test_a_model_that_sees_padding_keeps_its_mask(processor, model, monkeypatch):
+    forward = model.model.language_model.forward
+
+    def look_ahead(inputs_embeds, **kwargs):
+        return forward(inputs_embeds=inputs_embeds + inputs_embeds.mean(1, keepdim=True), **kwargs)
+
+    monkeypatch.setattr(model.model.language_model, "forward", look_ahead)
+    assert not padding_is_invisible(model, Chat(processor))
 
 
 def test_loss_and_gradients_equal_the_full_computation(processor, model):

@@ -3,15 +3,17 @@
 import json
 import re
 import shutil
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.data_loader import BatchSamplerShard
-from conftest import logged, run_train, run_zero2, turns
+from conftest import NARROW, logged, run_train, run_zero2, turns
 from test_data import gradients
 from torch.utils.data import BatchSampler
+from transformers import AutoModel, MistralConfig
 
 from train_llava.chat import Chat
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
@@ -216,7 +218,7 @@ def test_attention_is_computed_for_each_conversation(llava, mixed, monkeypatch):
     model, processor = load_checkpoint(str(llava))
     dataset, seen = LlavaDataset(str(mixed)), []
     batch = LlavaCollator(processor, packing=True)([dataset[i] for i in (0, 1, 2, 4)])
-    lengths, forward = batch["conversation_lengths"], attention.sdpa_attention_forward
+    lengths, forward = batch["cu_seq_lens_q"].diff().tolist(), attention.sdpa_attention_forward
 
     def remember(module, query, *args, **kwargs):
         seen.append(query.shape[2])
@@ -225,11 +227,57 @@ def test_attention_is_computed_for_each_conversation(llava, mixed, monkeypatch):
     monkeypatch.setattr(attention, "sdpa_attention_forward", remember)
     loss, grads = gradients(model, **batch)
     assert [length for length in seen if length in lengths] == lengths * 2  # in each of two layers
-    whole_loss, whole_grads = gradients(model, **batch | {"conversation_lengths": None})
+    whole_loss, whole_grads = gradients(model, **batch | {"cu_seq_lens_q": None})
     assert batch["input_ids"].shape[1] in seen
     assert abs(loss - whole_loss) <= 1e-6 * whole_loss
     for name, grad in whole_grads.items():
         assert (grads[name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-10, name
+
+
+@pytest.fixture
+def varlen_kernel():
+    """The CUDA kernel behind `varlen_attn`, as a function that computes one conversation after the other."""
+    calls = []
+
+    def kernel(q, k, v, starts, _, longest, *args, scale=None, window_size_left=None, **kwargs):
+        calls.append((starts.tolist(), longest, window_size_left))
+        outputs = []
+        for start, stop in pairwise(starts.tolist()):
+            parts = [x[start:stop].transpose(0, 1)[None] for x in (q, k, v)]
+            mask = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+            if window_size_left >= 0:
+                mask = mask.triu(-window_size_left)
+            output = torch.nn.functional.scaled_dot_product_attention(*parts, mask, scale=scale, enable_gqa=True)
+            outputs.append(output[0].transpose(0, 1))
+        return torch.cat(outputs), q.new_zeros(q.shape[1], len(q)), torch.zeros(2), torch.zeros(1), torch.zeros(1)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", kernel, "CPU")
+    yield calls
+    library._destroy()
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_gpu_computes_a_packed_row_in_one_call_a_layer(llava, mixed, varlen_kernel, window):
+    """To the logits of the masked row, with grouped heads and with a window."""
+    model, processor = load_checkpoint(str(llava))
+    vocabulary = model.config.text_config.vocab_size
+    text = MistralConfig(
+        **NARROW, num_hidden_layers=2, num_key_value_heads=1, vocab_size=vocabulary, sliding_window=window
+    )
+    model.model.language_model = AutoModel.from_config(text)
+    model.eval()
+    dataset = LlavaDataset(str(mixed))
+    batch = LlavaCollator(processor, packing=True)([dataset[i] for i in (0, 1, 2, 4)])
+    inputs = {name: batch[name] for name in batch if name not in ("labels", "shift_labels", "logits_to_keep")}
+    with torch.no_grad():
+        masked = model(**inputs | {"cu_seq_lens_q": None}).logits
+        with attention.in_one_call(model.model.language_model, enabled=True):
+            in_one_call = model(**inputs).logits
+    starts = batch["cu_seq_lens_q"].tolist()
+    assert varlen_kernel == [(starts, max(np.diff(starts)), -1 if window is None else window - 1)] * 2
+    assert (in_one_call - masked).abs().max() <= 1e-5 * masked.abs().max()
+    assert model.model.language_model.config._attn_implementation == "sdpa"
 
 
 def test_a_run_resumes_among_the_rows(llava, mixed, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from train_llava.chat import IGNORE, Chat, Processor, chat_of
@@ -15,7 +16,7 @@ from train_llava.dataset.bad_samples import log_bad_sample
 from train_llava.dataset.images import prepare_pictures
 from train_llava.dataset.table import load_records, to_item
 from train_llava.dataset.weights import weighted_rows, weights_of
-from train_llava.modeling.attention import use_conversation_lengths
+from train_llava.modeling.attention import packed_arguments, use_packed_attention
 from train_llava.records import BadRecordError
 
 
@@ -142,15 +143,26 @@ class LlavaCollator:
 
     By the last two, the model computes logits at N positions, not at B x T, to the same loss and gradients.
 
-    With `packing`, the conversations are one row `(1, sum of lengths)`, without padding and `attention_mask`.
-    `position_ids` count from 0 in each, and `use_cache` is False: by both, a model keeps conversations apart.
-    `conversation_lengths` spare `sdpa` the masked part.
+    With `packing`, the conversations stand in one row `(1, sum of lengths)`, without padding and `attention_mask`;
+    `packed_arguments` keep them apart.
+
+    Args:
+        padding_mask: False leaves out `attention_mask`, for models to which padding on the right is invisible.
+        multiple: T is rounded up to a multiple of it, so that batches have few distinct lengths.
     """
 
-    def __init__(self, processor: Processor, max_length: int | None = None, packing: bool = False):
+    def __init__(
+        self,
+        processor: Processor,
+        max_length: int | None = None,
+        packing: bool = False,
+        padding_mask: bool = True,
+        multiple: int = 1,
+    ):
         self.processor, self.packing, self.chat = processor, packing, chat_of(processor, max_length)
+        self.padding_mask, self.multiple = padding_mask, multiple
         if packing:
-            use_conversation_lengths()
+            use_packed_attention()
 
     def __call__(self, items: list[Sample | dict[str, Any]]) -> dict[str, Any]:
         samples = [item if isinstance(item, Sample) else to_sample(item, self.chat) for item in items]
@@ -169,16 +181,20 @@ class LlavaCollator:
         lengths = [len(row) for row in rows]
         if self.packing:
             rows, labels = [torch.cat(rows)], [torch.cat(labels)]
-        input_ids = pad_sequence(rows, batch_first=True, padding_value=self.processor.tokenizer.pad_token_id)
+        pad_id = self.processor.tokenizer.pad_token_id
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
         labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)
+        if not self.packing:
+            more = -input_ids.shape[1] % self.multiple
+            input_ids = nn.functional.pad(input_ids, (0, more), value=pad_id)
+            labels = nn.functional.pad(labels, (0, more), value=IGNORE)
         # The token before each label predicts it
         logits_to_keep = torch.zeros_like(labels, dtype=torch.bool)
         logits_to_keep[:, :-1] = labels[:, 1:] != IGNORE
         batch = {"input_ids": input_ids, "labels": labels, "logits_to_keep": logits_to_keep}
         batch["shift_labels"] = labels[:, 1:][logits_to_keep[:, :-1]]
         if self.packing:
-            batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
-            batch |= {"use_cache": False, "conversation_lengths": lengths}
-        else:
+            batch |= packed_arguments(lengths)
+        elif self.padding_mask:
             batch["attention_mask"] = (torch.arange(input_ids.shape[1]) < attended[:, None]).long()
         return batch | prepare_pictures(self.processor.image_processor, images)

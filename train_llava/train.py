@@ -10,11 +10,12 @@ All of `TrainingArguments` is accepted. A recipe, a YAML file of arguments, may 
 from functools import partial
 from pathlib import Path
 
+import torch
 from datasets import IterableDataset
 from transformers import IntervalStrategy, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from train_llava.chat import Chat
+from train_llava.chat import Chat, chat_of
 from train_llava.cli import given_arguments, parse_arguments, run_command
 from train_llava.common.files import writing
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
@@ -23,13 +24,14 @@ from train_llava.dataset.packing import PackedDataset
 from train_llava.dataset.streaming import stream_items
 from train_llava.model import LoraArguments, count_parameters, describe_trainable, load_checkpoint, set_trainable
 from train_llava.modeling.adapter import continued, load_adapter
-from train_llava.modeling.verification import verify_for_training
+from train_llava.modeling.verification import padding_is_invisible, verify_for_training
 from train_llava.modeling.weights import save_projector
 from train_llava.trainer import LlavaTrainer
 from train_llava.training import resume
 from train_llava.training.arguments import check_argument_pairs, check_batches, check_training_options
 from train_llava.training.cards import write_run_card
 from train_llava.training.checkpointing import locked, on_first_rank, starting_point, write_recipe
+from train_llava.training.compilation import compile_layers
 from train_llava.training.memory import precision, print_estimate
 from train_llava.training.optimizer import use_float32
 from train_llava.training.options import DataArguments, ModelArguments, TrainArguments
@@ -108,14 +110,18 @@ def run(
         from deepspeed import init_distributed  # here, since it takes seconds
 
         init_distributed(verbose=False)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for each new length
     model, processor = load_checkpoint(
         model_name, precision(args), model_arguments.attn_implementation, model_arguments.bits
     )
     check_training_options(args, model, data_arguments.eval_answers)
     verify_for_training(model, processor, packing)
 
-    # 4. The data
-    collator = LlavaCollator(processor, data_arguments.max_length, packing)
+    # 4. The data. On a GPU, few distinct lengths and no mask let attention run its fastest kernel
+    on_gpu, padding_mask = args.device.type == "cuda", True
+    if on_gpu and not is_deepspeed_zero3_enabled():
+        padding_mask = not padding_is_invisible(model, chat_of(processor))
+    collator = LlavaCollator(processor, data_arguments.max_length, packing, padding_mask, 64 if on_gpu else 1)
     dataset, eval_dataset = load_data(data_arguments, args, collator.chat)
 
     def compare_fingerprints() -> None:
@@ -140,6 +146,9 @@ def run(
         # Of the language model alone: the Trainer would recompute a frozen vision tower, too
         language_model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
         args.activation_checkpointing = False
+
+    if args.torch_compile:  # the layers alone: a whole LLaVA has code that cannot be compiled
+        compile_layers(language_model, args)
 
     # 6. The trainer, and a trial step
     count = None if streaming else len(dataset)

@@ -31,6 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from train_llava.dataset.lengths import GroupedByLength, count_tokens, order_seed
 from train_llava.evaluation.answers import score_answers
 from train_llava.model import load_checkpoint, load_config
+from train_llava.modeling.attention import in_one_call
 from train_llava.modeling.weights import base_tensors, check_base, read_back, save_base_fingerprint, save_weights
 from train_llava.training.checkpointing import RECIPE, number_of, rotate_checkpoints, unfinished
 from train_llava.training.extras import loss_sums, with_extras
@@ -53,7 +54,10 @@ class LlavaTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self.packs_on_gpu = self.data_collator.packing and self.args.device.type == "cuda"
         self.data_collator = partial(with_extras, collator=self.data_collator)
+        modules = self.model.named_modules()
+        self.language_model = next(module for name, module in modules if name.endswith("model.language_model"))
         self.learning_rates, self.write_card, self.eval_answers = learning_rates, write_card, eval_answers
         # Trainer would remove older checkpoints too early; `_save_checkpoint` removes them
         self.limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -117,6 +121,10 @@ class LlavaTrainer(Trainer):
         return outcome
 
     # Steps and evaluation
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with in_one_call(self.language_model, self.packs_on_gpu):
+            return super().training_step(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if is_run_complete(self.state, self.args):  # the final model alone is missing

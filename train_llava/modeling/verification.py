@@ -26,6 +26,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from train_llava.chat import IGNORE, Chat, Processor, chat_of, turn_structure
 from train_llava.cli import ROOT
 from train_llava.model import Llava, load_checkpoint
+from train_llava.modeling.attention import in_one_call, packed_arguments, use_packed_attention
 from train_llava.modeling.parts import decoder_of, running_as_one
 from train_llava.modeling.weights import base_tensors, differing_tensor, save_weights
 from train_llava.records import IMAGE_TOKEN
@@ -308,11 +309,17 @@ def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, bool]:
         messages[0]["content"].pop(0)  # the picture
         rows.append(torch.from_numpy(chat.encode(messages)[0])[None].to(model.device))
     first, second = rows
-    position_ids = torch.cat([torch.arange(row.shape[1], device=model.device) for row in rows])[None]
+    arguments = packed_arguments([row.shape[1] for row in rows], model.device)
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        use_packed_attention()
+    else:  # a CPU's loop would keep apart what the model's own mask does not
+        arguments = {name: arguments[name] for name in ("position_ids", "use_cache")}
 
     def packed(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, ...]:
         input_ids = torch.cat([first, second], dim=1)
-        logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        with in_one_call(model.model.language_model, on_gpu):
+            logits = model(input_ids=input_ids, **arguments).logits
         return logits.split([first.shape[1], second.shape[1]], dim=1)
 
     # each conversation packed, with another text behind or in front of it, and alone
@@ -323,6 +330,16 @@ def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, bool]:
     second_apart = difference(second_packed, model(input_ids=second, use_cache=False).logits)
     within = all(apart <= tolerance(model.dtype) for apart in (noise, first_apart, second_apart))
     return max(leak, first_apart, second_apart), within and leak <= max(1e-5, 3 * noise)
+
+
+@torch.inference_mode()
+def padding_is_invisible(model: nn.Module, chat: Chat) -> bool:
+    """Whether a row's logits are the same with padding on its right that no attention mask covers."""
+    row = torch.from_numpy(chat.encode(conversation(*CONVERSATION), [(8, 8)])[0])
+    row = row[row != model.config.image_token_id][None].to(model.device)
+    padded = nn.functional.pad(row, (0, 16), value=chat.tokenizer.pad_token_id)
+    logits = model(input_ids=padded, use_cache=False).logits[:, : row.shape[1]]
+    return difference(logits, model(input_ids=row, use_cache=False).logits) <= tolerance(model.dtype)
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ from train_llava.dataset.images import prepare_pictures
 from train_llava.dataset.lengths import count_tokens
 from train_llava.dataset.packing import PackedDataset
 from train_llava.model import part_of
+from train_llava.modeling.attention import in_one_call
 from train_llava.modeling.templates import context_length
 from train_llava.trainer import LlavaTrainer
 from train_llava.training.memory import (
@@ -69,7 +70,7 @@ def preflight(trainer: LlavaTrainer) -> None:
         if is_deepspeed_zero3_enabled():
             print("preflight left out: under ZeRO-3 no rank holds the whole model")
         else:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), in_one_call(trainer.language_model, trainer.packs_on_gpu):
                 untrained = [_try_once(trainer)]
     for name in broadcast_object_list(untrained)[0]:
         trainer.model.get_parameter(name).requires_grad_(False)
