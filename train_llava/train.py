@@ -14,6 +14,7 @@ import torch
 from datasets import IterableDataset
 from transformers import IntervalStrategy, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from train_llava.chat import Chat, chat_of
 from train_llava.cli import given_arguments, parse_arguments, run_command
@@ -31,7 +32,6 @@ from train_llava.training import resume
 from train_llava.training.arguments import check_argument_pairs, check_batches, check_training_options
 from train_llava.training.cards import write_run_card
 from train_llava.training.checkpointing import locked, on_first_rank, starting_point, write_recipe
-from train_llava.training.compilation import compile_layers
 from train_llava.training.memory import precision, print_estimate
 from train_llava.training.optimizer import use_float32
 from train_llava.training.options import DataArguments, ModelArguments, TrainArguments
@@ -147,8 +147,12 @@ def run(
         language_model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
         args.activation_checkpointing = False
 
-    if args.torch_compile:  # the layers alone: a whole LLaVA has code that cannot be compiled
-        compile_layers(language_model, args)
+    if args.torch_compile:
+        # The layers alone, in one graph for all lengths: the Trainer would compile code that cannot be
+        for layer in language_model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
+        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
 
     # 6. The trainer, and a trial step
     count = None if streaming else len(dataset)
