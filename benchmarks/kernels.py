@@ -1,6 +1,6 @@
 """Counts, without a GPU, what a training step asks of one: kernels, waits of the host, and new attention shapes.
 
-    PYTHONPATH=. python benchmarks/kernels.py
+    PYTHONPATH=. python benchmarks/kernels.py > benchmarks/results/kernels.md
 
 The model has the depth of the 4B setup and a small width, so that a step has the kernels of a real one and takes a
 second here. Each row is a run of `train_llava.train` on one rank, in a process of its own:
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,8 @@ def main() -> None:
     counts = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        make_model_and_data(folder)
+        with redirect_stdout(sys.stderr):
+            make_model_and_data(folder)
         for name in RUNS:
             rank = {
                 "RANK": "0",

@@ -10,8 +10,8 @@ COMPILE = ["--torch_compile", "true", "--torch_compile_backend", "aot_eager"]
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_layers_are_compiled_in_one_graph_for_all_lengths(llava, corpus, tmp_path, monkeypatch, checkpointing):
-    arguments = ["--train_type", "lora", "--max_steps", "5", "--per_device_train_batch_size", "3", "--lora_dropout", "0"]
-    arguments += ["--activation_checkpointing", checkpointing, "--preflight", "false"]
+    arguments = ["--train_type", "lora", "--lora_dropout", "0", "--activation_checkpointing", checkpointing]
+    arguments += ["--max_steps", "5", "--per_device_train_batch_size", "3", "--preflight", "false"]
     plain = run_train(monkeypatch, llava, corpus, tmp_path / "plain", *arguments)
     torch.compiler.reset()
     counters.clear()
