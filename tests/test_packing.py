@@ -272,7 +272,7 @@ def test_a_gpu_computes_a_packed_row_in_one_call_a_layer(llava, mixed, varlen_ke
     inputs = {name: batch[name] for name in batch if name not in ("labels", "shift_labels", "logits_to_keep")}
     with torch.no_grad():
         masked = model(**inputs | {"cu_seq_lens_q": None}).logits
-        with attention.in_one_call(model.model.language_model, enabled=True):
+        with attention.in_one_call(model.model.language_model):
             in_one_call = model(**inputs).logits
     starts = batch["cu_seq_lens_q"].tolist()
     assert varlen_kernel == [(starts, max(np.diff(starts)), -1 if window is None else window - 1)] * 2

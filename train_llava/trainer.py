@@ -43,7 +43,12 @@ from train_llava.training.throughput import Throughput
 
 
 class LlavaTrainer(Trainer):
-    """See the head of this file. `eval_answers`: how many questions an evaluation asks."""
+    """See the head of this file.
+
+    Args:
+        eval_answers: how many questions an evaluation asks.
+        packed_model: the language model, if it computes packed rows in one call; see `in_one_call`.
+    """
 
     def __init__(
         self,
@@ -51,14 +56,13 @@ class LlavaTrainer(Trainer):
         learning_rates: dict[str, float],
         write_card: Callable[[TrainerState], None],
         eval_answers: int = 0,
+        packed_model: nn.Module | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.packs_on_gpu = self.data_collator.packing and self.args.device.type == "cuda"
         self.data_collator = partial(with_extras, collator=self.data_collator)
-        modules = self.model.named_modules()
-        self.language_model = next(module for name, module in modules if name.endswith("model.language_model"))
         self.learning_rates, self.write_card, self.eval_answers = learning_rates, write_card, eval_answers
+        self.packed_model = packed_model
         # Trainer would remove older checkpoints too early; `_save_checkpoint` removes them
         self.limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.throughput = Throughput(self.args.device, precision(self.args), self.args.world_size)
@@ -123,7 +127,7 @@ class LlavaTrainer(Trainer):
     # Steps and evaluation
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with in_one_call(self.language_model, self.packs_on_gpu):
+        with in_one_call(self.packed_model):
             return super().training_step(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

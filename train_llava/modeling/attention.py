@@ -73,15 +73,15 @@ def use_packed_attention() -> None:
 
 
 @contextmanager
-def in_one_call(language_model: nn.Module, enabled: bool) -> Iterator[None]:
-    """If `enabled`, a model with `sdpa` computes the attention of packed rows in one call a layer.
+def in_one_call(language_model: nn.Module | None) -> Iterator[None]:
+    """A model with `sdpa`, if there is one, computes the attention of packed rows in one call a layer.
 
     It must enclose the backward pass, too: activation checkpointing computes the attention again.
     """
-    config = language_model.config
-    if not enabled or config._attn_implementation != "sdpa":
+    if language_model is None or language_model.config._attn_implementation != "sdpa":
         yield
         return
+    config = language_model.config
     config._attn_implementation = PACKED
     try:
         yield

@@ -318,7 +318,7 @@ def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, bool]:
 
     def packed(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, ...]:
         input_ids = torch.cat([first, second], dim=1)
-        with in_one_call(model.model.language_model, on_gpu):
+        with in_one_call(model.model.language_model if on_gpu else None):
             logits = model(input_ids=input_ids, **arguments).logits
         return logits.split([first.shape[1], second.shape[1]], dim=1)
 

@@ -70,7 +70,7 @@ def preflight(trainer: LlavaTrainer) -> None:
         if is_deepspeed_zero3_enabled():
             print("preflight left out: under ZeRO-3 no rank holds the whole model")
         else:
-            with torch.random.fork_rng(), in_one_call(trainer.language_model, trainer.packs_on_gpu):
+            with torch.random.fork_rng(), in_one_call(trainer.packed_model):
                 untrained = [_try_once(trainer)]
     for name in broadcast_object_list(untrained)[0]:
         trainer.model.get_parameter(name).requires_grad_(False)
