@@ -12,9 +12,11 @@ weights, processor, chat template and generation config. Its class is `LlavaForC
 
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from transformers.hf_argparser import HfArg
 
 from train_llava.cli import parse_arguments, parse_first, run_command
 from train_llava.common.files import opening, written_whole
@@ -24,34 +26,30 @@ PINPOINTS = ["1x2", "2x1", "2x2", "3x1", "1x3"]  # LLaVA-NeXT's
 
 @dataclass
 class BuildArguments:
-    vision_model_name_or_path: str = field(
-        metadata={"help": "A vision model over a grid of patches, such as CLIP or SigLIP: folder or hub id."}
+    vision_model_name_or_path: str = HfArg(
+        help="A vision model over a grid of patches, such as CLIP or SigLIP: folder or hub id."
     )
-    language_model_name_or_path: str = field(metadata={"help": "A causal language model with a chat template."})
-    output_dir: str = field(metadata={"help": "The LLaVA checkpoint to write; it must not exist yet."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "What the weights are written in; auto: the language model's own."}
+    language_model_name_or_path: str = HfArg(help="A causal language model with a chat template.")
+    output_dir: str = HfArg(help="The LLaVA checkpoint to write; it must not exist yet.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
+        default="auto", help="What the weights are written in; auto: the language model's own."
     )
-    vision_feature_layer: int = field(default=-2, metadata={"help": "The hidden state for the projector."})
-    vision_feature_select_strategy: Literal["auto", "default", "full"] = field(
+    vision_feature_layer: int = HfArg(default=-2, help="The hidden state for the projector.")
+    vision_feature_select_strategy: Literal["auto", "default", "full"] = HfArg(
         default="auto",
-        metadata={"help": "default drops the class token, full keeps all; auto: default if there is one."},
+        help="default drops the class token, full keeps all; auto: default if there is one.",
     )
-    image_aspect_ratio: Literal["crop", "pad", "anyres"] = field(
+    image_aspect_ratio: Literal["crop", "pad", "anyres"] = HfArg(
         default="crop",
-        metadata={
-            "help": "crop: as the tower's own processor does; pad: to a square, as LLaVA-1.5; "
-            "anyres: the whole picture and its tiles, as LLaVA-NeXT."
-        },
+        help="crop: as the tower's own processor does; pad: to a square, as LLaVA-1.5; "
+        "anyres: the whole picture and its tiles, as LLaVA-NeXT.",
     )
-    image_grid_pinpoints: list[str] | None = field(
-        default=None, metadata={"help": f"With anyres, the grids of tiles; default: {' '.join(PINPOINTS)}."}
+    image_grid_pinpoints: list[str] | None = HfArg(
+        default=None, help=f"With anyres, the grids of tiles; default: {' '.join(PINPOINTS)}."
     )
-    projector: str | None = field(
-        default=None, metadata={"help": "A trained projector.safetensors, or LLaVA's mm_projector.bin."}
-    )
-    skip_checks: bool = field(default=False, metadata={"help": "Do not run the assembled model."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a tokenizer."})
+    projector: str | None = HfArg(default=None, help="A trained projector.safetensors, or LLaVA's mm_projector.bin.")
+    skip_checks: bool = HfArg(default=False, help="Do not run the assembled model.")
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a tokenizer.")
 
     def __post_init__(self) -> None:
         check_grids(self.image_aspect_ratio, self.image_grid_pinpoints)

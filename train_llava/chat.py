@@ -61,7 +61,7 @@ class Chat:
 
     @lru_cache(maxsize=4096)  # noqa: B019 - one a process
     def image_tokens(self, size: tuple[int, int] = (0, 0)) -> int:
-        """The number of `<image>` tokens for an image of this width and height. Without tiles, it is fixed."""
+        """See the function `image_tokens`. Without tiles, the number is the same for all sizes."""
         return image_tokens(self.processor, self.side, size)
 
     def count_image_tokens(self, sizes: Iterable[tuple[int, int]], images: int) -> list[int]:
@@ -77,7 +77,7 @@ class Chat:
         return templates.template_segments(self.tokenizer, structure, answer_next)
 
     def answer_spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[range, str]]]:
-        """A conversation as its chat template writes it, and of each answer: its characters and its end token.
+        """Renders a conversation, and locates each answer in the text: its characters, and the token at its end.
 
         An answer begins where the generation prompt ends. It ends with the token that ends its turn. For example,
         in `<u>What?<e><a>red<e>` the answer is `red<e>`: `(range(14, 20), "<e>")`.
@@ -87,24 +87,23 @@ class Chat:
         """
         text, structure, answers = templates.render(self.tokenizer, messages), turn_structure(messages), []
         segments = self.segments(structure)
-        number, place = 0, 0  # the segment before the next text, and where that segment begins in `text`
+        index, position = 0, 0  # of the segment before the next text: its index, and where it begins in `text`
         for i, message in enumerate(messages):
-            first, begin = number, place
+            first, begin = index, position
             # Step over the texts of this message
             for part in message["content"]:
                 if part["type"] == "text":
-                    place = templates.end_of_text(text, part["text"], place, *segments[number : number + 2])
-                    if place is None:
-                        role = message["role"]
-                        raise ValueError(f"the chat template changes the text of a turn of role {role}")
-                    number += 1
+                    position = templates.end_of_text(text, part["text"], position, *segments[index : index + 2])
+                    if position is None:
+                        raise ValueError(f"the chat template changes the text of a turn of role {message['role']}")
+                    index += 1
             # An answer has to follow the same segments as one that is generated
             if message["role"] == "assistant":
                 *before, prompt = self.segments(structure[:i], answer_next=True)
-                end = templates.end_of(self.tokenizer, segments[number])
+                end = templates.end_of(self.tokenizer, segments[index])
                 if before != segments[:first] or not templates.opens_like(segments[first], prompt) or end is None:
                     raise ValueError("the chat template writes an answer otherwise than one that is generated")
-                stop = place + segments[number].index(end) + len(end)
+                stop = position + segments[index].index(end) + len(end)
                 answers.append((range(begin + len(prompt), stop), end))
         return text, answers
 
@@ -145,7 +144,7 @@ class Chat:
         """A conversation's token ids and labels, `(T,)` each. Each `<image>` is repeated for its features.
 
         Args:
-            sizes: the images' widths and heights, needed with tiles alone.
+            sizes: the images' widths and heights, needed only with tiles.
 
         Raises:
             ValueError: see `tokenize`; or it is too long, or has no supervised token.
@@ -163,7 +162,7 @@ class Chat:
 
     def _tokens(self, text: str, cuts: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A text's token ids, and where each begins and ends. The parts between `cuts` are tokenised apart."""
-        # Each part counts its characters from 0
+        # The tokenizer counts the characters of each part from 0; `begin` makes them places in the whole text
         bounds = [0, *cuts, len(text)]
         parts = [text[begin:end] for begin, end in pairwise(bounds)]
         encoding = self.tokenizer(parts, add_special_tokens=False, return_offsets_mapping=True)
@@ -182,6 +181,7 @@ class Chat:
 
         Texts and images are prepared as in training. Without `prepare`, the texts alone.
         """
+        # Each <image> is repeated for its features
         texts = [templates.render(self.tokenizer, messages, answer_next=True) for messages in conversations]
         count = sum(text.count(IMAGE_TOKEN) for text in texts)
         counts = iter(self.count_image_tokens([image.size for image in images], count))

@@ -76,8 +76,8 @@ class LlavaDataset(torch.utils.data.Dataset):
         self.min_side, self.decode = min_side, decode
         self.index = weighted_rows(list(map(len, self.tables)), weights)  # (records, 2): source and row
         if not len(self.index):
-            weighted = f": --data_weights {' '.join(map(str, weights))}" * any(map(len, self.tables))
-            raise ValueError(f"--data_path {' '.join(paths)} holds no records" + weighted)
+            reason = f": --data_weights {' '.join(map(str, weights))}" if any(map(len, self.tables)) else ""
+            raise ValueError(f"--data_path {' '.join(paths)} holds no records{reason}")
 
     def __len__(self) -> int:
         return len(self.index)
@@ -141,9 +141,9 @@ class LlavaCollator:
     - `logits_to_keep` `(B, T)`, bool: the positions whose next token has a label
     - `shift_labels` `(N,)`: the labels of these positions' next tokens, row by row
 
-    By the last two, the model computes logits at N positions, not at B x T, to the same loss and gradients.
+    With the last two, the model computes logits at N positions instead of B x T. Loss and gradients are the same.
 
-    With `packing`, the conversations stand in one row `(1, sum of lengths)`, without padding and `attention_mask`;
+    With `packing`, the conversations are one row `(1, sum of lengths)`, without padding and `attention_mask`;
     `packed_arguments` keep them apart.
 
     Args:
@@ -165,11 +165,12 @@ class LlavaCollator:
             use_packed_attention()
 
     def __call__(self, items: list[Sample | dict[str, Any]]) -> dict[str, Any]:
+        # The tokens, labels and images of all samples
         samples = [item if isinstance(item, Sample) else to_sample(item, self.chat) for item in items]
         images = list(chain.from_iterable(sample.images for sample in samples))
         rows = [torch.from_numpy(sample.input_ids) for sample in samples]
         labels = [torch.from_numpy(sample.labels) for sample in samples]
-        attended = torch.tensor([len(row) for row in rows])
+        attended_lengths = torch.tensor([len(row) for row in rows])
         # Without an image, the projector would get no gradient, and other ranks would wait for it forever.
         # No token sees a blank image behind the first row's last token: its gradient is zero
         if not images:
@@ -196,5 +197,5 @@ class LlavaCollator:
         if self.packing:
             batch |= packed_arguments(lengths)
         elif self.padding_mask:
-            batch["attention_mask"] = (torch.arange(input_ids.shape[1]) < attended[:, None]).long()
+            batch["attention_mask"] = (torch.arange(input_ids.shape[1]) < attended_lengths[:, None]).long()
         return batch | prepare_pictures(self.processor.image_processor, images)

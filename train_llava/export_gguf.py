@@ -8,8 +8,10 @@ tower and the projector. `ollama create` takes the `Modelfile`. Merge an adapter
 
 import io
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from transformers.hf_argparser import HfArg
 
 from train_llava.cli import parse_arguments, parse_first, run_command
 from train_llava.common.files import written_whole
@@ -17,14 +19,12 @@ from train_llava.common.files import written_whole
 
 @dataclass
 class ExportArguments:
-    model_name_or_path: str = field(metadata={"help": "A LLaVA checkpoint, a folder or a hub id."})
-    output_dir: str = field(metadata={"help": "The folder to write; it must not exist yet."})
-    class_token: Literal["last", "first"] = field(
+    model_name_or_path: str = HfArg(help="A LLaVA checkpoint, a folder or a hub id.")
+    output_dir: str = HfArg(help="The folder to write; it must not exist yet.")
+    class_token: Literal["last", "first"] = HfArg(
         default="last",
-        metadata={
-            "help": "Where the engine puts CLIP's class token. llama.cpp has put it last, after the patches, "
-            "since May 2025 (its issue 25814); a version that mends this puts it first."
-        },
+        help="Where the engine puts CLIP's class token. llama.cpp has put it last, after the patches, "
+        "since May 2025 (its issue 25814); a version that mends this puts it first.",
     )
 
 

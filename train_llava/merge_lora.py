@@ -5,9 +5,11 @@
 """
 
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from transformers.hf_argparser import HfArg
 
 from train_llava.cli import parse_arguments, parse_first, run_command
 from train_llava.common.files import written_whole
@@ -15,11 +17,11 @@ from train_llava.common.files import written_whole
 
 @dataclass
 class MergeArguments:
-    model_name_or_path: str = field(metadata={"help": "The LLaVA checkpoint the adapter was trained on."})
-    adapter_name_or_path: str = field(metadata={"help": "The adapter."})
-    output_dir: str = field(metadata={"help": "The checkpoint to write; it must not exist yet."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "The precision to write; auto: the base's, which may lose much."}
+    model_name_or_path: str = HfArg(help="The LLaVA checkpoint the adapter was trained on.")
+    adapter_name_or_path: str = HfArg(help="The adapter.")
+    output_dir: str = HfArg(help="The checkpoint to write; it must not exist yet.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
+        default="auto", help="The precision to write; auto: the base's, which may lose much."
     )
 
 

@@ -1,14 +1,13 @@
 """Opens a LLaVA checkpoint, also from older versions, names its parts, and decides which parameters train.
 
-A checkpoint is a folder or a hub id. One that cannot be opened, or is no whole LLaVA, raises a ValueError
-that tells why.
+A checkpoint is a folder or a hub id. A ValueError says why one cannot be opened, or is no whole LLaVA.
 """
 
 import json
 import os
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
 )
+from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file
 
 from train_llava.chat import Processor, image_size, image_tokens
@@ -50,11 +50,11 @@ TRAIN_TYPES = {
 
 @dataclass
 class LoraArguments:
-    lora_r: int = field(default=128, metadata={"help": "LoRA's rank."})
-    lora_alpha: int = field(default=256, metadata={"help": "LoRA's scale: updates count lora_alpha / lora_r times."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices."})
-    use_dora: bool = field(default=False, metadata={"help": "DoRA (Liu et al., 2024): directions and lengths apart."})
-    use_rslora: bool = field(default=False, metadata={"help": "rsLoRA: lora_alpha / sqrt(lora_r) times instead."})
+    lora_r: int = HfArg(default=128, help="LoRA's rank.")
+    lora_alpha: int = HfArg(default=256, help="LoRA's scale: updates count lora_alpha / lora_r times.")
+    lora_dropout: float = HfArg(default=0.05, help="Dropout before LoRA's matrices.")
+    use_dora: bool = HfArg(default=False, help="DoRA (Liu et al., 2024): directions and lengths apart.")
+    use_rslora: bool = HfArg(default=False, help="rsLoRA: lora_alpha / sqrt(lora_r) times instead.")
 
 
 def find_file(model_name_or_path: str, name: str) -> Path | None:
@@ -69,7 +69,7 @@ def find_file(model_name_or_path: str, name: str) -> Path | None:
 
 
 def refuse_adapter(name_or_path: str) -> None:
-    """Raises a ValueError where an adapter is named in place of a model. The message tells how to use it."""
+    """Raises a ValueError where an adapter is named in place of a model. The message says how to use it."""
     with suppress(OSError):  # there is nothing of that name
         has_config = find_file(name_or_path, "config.json")
         if not has_config and (path := find_file(name_or_path, "adapter_config.json")):
@@ -115,8 +115,8 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig | LlavaNextConf
     saved_tokens = None if processor.patch_size is None else image_tokens(processor, side, (side, side))
     processor.patch_size = config.vision_config.patch_size
     processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-    features = tower_states(config.vision_config, side, num_hidden_layers=1)[1][0].shape[1]
-    processor.num_additional_image_tokens = features - (side // processor.patch_size) ** 2
+    _, states = tower_states(config.vision_config, side, num_hidden_layers=1)
+    processor.num_additional_image_tokens = states[0].shape[1] - (side // processor.patch_size) ** 2
     if saved_tokens != image_tokens(processor, side, (side, side)):
         derived.append("the number of tokens a picture has")
 
@@ -187,11 +187,15 @@ def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> st
     for part, (trainable, total) in count_parameters(model).items():
         rate = f"{learning_rates[part]:g}" if trainable else ""
         lines.append(f"{part:<16}{trainable:>16,}{total:>16,}{rate:>16}".rstrip())
+    # With LoRA: parameters of the layers that get no adapter, such as a mixture's experts
     if isinstance(model, PeftModel):
         layers = model.base_model.model.model.language_model.layers
-        bare = {name.partition(".")[2] for name, p in layers.named_parameters() if p.ndim > 2 and "lora_" not in name}
-        if bare:
-            lines.append(f"no adapter on {', '.join(sorted(bare))}: no linear layers")
+        without_adapter = set()
+        for name, parameter in layers.named_parameters():
+            if parameter.ndim > 2 and "lora_" not in name:
+                without_adapter.add(name.partition(".")[2])
+        if without_adapter:
+            lines.append(f"no adapter on {', '.join(sorted(without_adapter))}: no linear layers")
         if any(name.endswith("image_newline") for name, _ in model.named_parameters()):
             lines.append("image_newline stays as it is: PEFT saves modules, and this is none")
     return "\n".join(lines)

@@ -8,8 +8,10 @@
 
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
 
 from train_llava.cli import parse_arguments, parse_first, run_command
 from train_llava.common.files import replacing
@@ -17,8 +19,8 @@ from train_llava.common.files import replacing
 
 @dataclass
 class CardArguments:
-    model_name_or_path: str = field(metadata={"help": "A folder with a model or an adapter of training."})
-    evaluation_dir: str = field(metadata={"help": "The folder that evaluate wrote for it."})
+    model_name_or_path: str = HfArg(help="A folder with a model or an adapter of training.")
+    evaluation_dir: str = HfArg(help="The folder that evaluate wrote for it.")
 
 
 if __name__ == "__main__":

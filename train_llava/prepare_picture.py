@@ -6,8 +6,10 @@ Training rotates a picture by its EXIF, puts transparency on white and scales 16
 `pipeline`, llama.cpp and others do some of this, or none. Each picture becomes a PNG that needs none of it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
 
 from train_llava.cli import parse_arguments, parse_first, run_command
 from train_llava.common.files import written_whole
@@ -15,9 +17,9 @@ from train_llava.common.files import written_whole
 
 @dataclass
 class PictureArguments:
-    model_name_or_path: str = field(metadata={"help": "The LLaVA that will be asked, a folder or a hub id."})
-    image: list[str] = field(metadata={"help": "One or more pictures."})
-    output_dir: str = field(metadata={"help": "The folder to write; it must not exist yet."})
+    model_name_or_path: str = HfArg(help="The LLaVA that will be asked, a folder or a hub id.")
+    image: list[str] = HfArg(help="One or more pictures.")
+    output_dir: str = HfArg(help="The folder to write; it must not exist yet.")
 
 
 if __name__ == "__main__":

@@ -62,11 +62,16 @@ def _turns(record: Record, key: str) -> list[dict[str, Any]]:
 
 
 def _dialogue(*pairs: tuple[Any, Any]) -> list[dict[str, Any]]:
-    """The turns of pairs of a question and its answer."""
+    """Turns from pairs of a question and its answer."""
     turns = []
     for question, answer in pairs:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return turns
+
+
+def _texts(record: Record) -> list[dict[str, Any]]:
+    pairs = [(turn.get("user"), turn.get("assistant")) for turn in _turns(record, "texts")]
+    return _dialogue(*pairs)
 
 
 def _completion(record: Record) -> list[dict[str, Any]]:
@@ -79,6 +84,7 @@ def _visual_question(record: Record) -> list[dict[str, Any]]:
     """A question and its answer, in one of the forms that the head of this file lists."""
     question, answer = record["question"], record.get("answer")
     choices = record.get("choices") or record.get("options")
+    # Multiple choice: the choices follow the question, and the answer becomes the text of its choice
     if isinstance(choices, list):
         choices = texts_of(choices)
         question = "\n".join([*texts_of(record.get("hint") or None), str(question), *choices])
@@ -89,6 +95,7 @@ def _visual_question(record: Record) -> list[dict[str, Any]]:
             if not 0 <= number < len(choices):
                 raise ValueError(f"its answer {reprlib.repr(answer)} is none of its {len(choices)} choices")
             answer = choices[number]
+    # The most frequent of several answers
     elif not isinstance(answer, str) and (answers := texts_of(answer) or answers_of(record)):
         answer = Counter(answers).most_common(1)[0][0]
     return _dialogue((question, answer))
@@ -96,14 +103,16 @@ def _visual_question(record: Record) -> list[dict[str, Any]]:
 
 def _caption(record: Record) -> list[dict[str, Any]]:
     caption = record["text"] if record.get("caption") is None else record["caption"]
-    return _dialogue((CAPTION_QUESTION, caption[0] if isinstance(caption, list) and caption else caption))
+    if isinstance(caption, list) and caption:
+        caption = caption[0]
+    return _dialogue((CAPTION_QUESTION, caption))
 
 
 # Each record format by its key; the first key that a record has decides
 RECORD_FORMATS: dict[str, Callable[[Record], list[dict[str, Any]]]] = {
     "conversations": lambda record: _turns(record, "conversations"),
     "messages": lambda record: _turns(record, "messages"),
-    "texts": lambda record: _dialogue(*((t.get("user"), t.get("assistant")) for t in _turns(record, "texts"))),
+    "texts": _texts,
     "completion": _completion,
     "question": _visual_question,
     "caption": _caption,
@@ -133,11 +142,11 @@ def to_messages(record: Record) -> list[dict[str, Any]]:
         raise ValueError("questions and answers do not take turns, a question first and an answer last")
 
     # One tag for each image, or none: then the images come before the first question
-    tags = sum(part["type"] == "image" for message in messages for part in message["content"])
+    tags = sum(message["content"].count({"type": "image"}) for message in messages)
     images = len(images_of(record))
     if tags == 0 and record.get("conversations") is None:
         question = next(message for message in messages if message["role"] == "user")
-        question["content"] = [{"type": "image"} for _ in range(images)] + question["content"]
+        question["content"] = [{"type": "image"}] * images + question["content"]
     elif tags != images:
         raise ValueError(f"{tags} {IMAGE_TOKEN} tags for {images} pictures")
     return messages

@@ -4,7 +4,7 @@
         --model_name_or_path output/llava --data_path data --output_dir output/run
 
 runs in one process. `bash run_zero2.sh` takes the same arguments and trains with DeepSpeed ZeRO-2 on every GPU.
-All of `TrainingArguments` is accepted. A recipe, a YAML file of arguments, may stand first.
+All of `TrainingArguments` is accepted. A recipe, a YAML file of arguments, may come first.
 """
 
 from functools import partial
@@ -74,7 +74,7 @@ def main() -> None:
 def run(
     model_arguments: ModelArguments, lora_arguments: LoraArguments, data_arguments: DataArguments, args: TrainArguments
 ) -> None:
-    """A run in a folder that it has locked."""
+    """Runs training in a folder that is locked."""
     all_arguments = (model_arguments, lora_arguments, data_arguments, args)
     model_name, adapter = model_arguments.model_name_or_path, model_arguments.adapter_name_or_path
     streaming, packing = data_arguments.streaming, data_arguments.packing
@@ -87,14 +87,15 @@ def run(
 
     # 2. Where the run starts: anew or at a checkpoint, with the changes that a resume may make
     settings = resume.settings_of(*all_arguments)
-    if (line := on_first_rank(args, lambda: resume.completed(args, settings))) is not None:
-        print_once(line)
+    completed = on_first_rank(args, lambda: resume.completed(args, settings))
+    if completed is not None:
+        print_once(completed)
         return
     print_once(f"train_type {args.train_type}, learning rate {args.learning_rate:g}, bf16 {args.bf16}")
     checkpoint = starting_point(args)
     changes = resume.compare(checkpoint, settings, args)
     if checkpoint is not None and not (Path(checkpoint) / resume.SETTINGS).exists():
-        print_once(f"{checkpoint} does not tell its run's settings, which have to be given again as they were")
+        print_once(f"{checkpoint} does not tell its run's settings: repeat them unchanged")
     for change in changes:
         print_once(change)
 
@@ -134,7 +135,7 @@ def run(
 
     # 5. What trains
     language_model = model.model.language_model
-    set_seed(args.seed)  # LoRA's matrices are drawn now, before a Trainer sets the seed
+    set_seed(args.seed)  # LoRA's random matrices are made now, before a Trainer sets the seed
     model = set_trainable(model, args.train_type if adapter is None else "projector", lora_arguments)
     if adapter is not None:
         model = load_adapter(model, adapter, model_name, trains=True)
@@ -155,12 +156,13 @@ def run(
         args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
 
     # 6. The trainer, and a trial step
-    count = None if streaming else len(dataset)
-    budget = args.tokens_per_batch
-    train_dataset = dataset if budget is None else PackedDataset(dataset, budget, args.seed)
+    train_dataset = dataset
+    if args.tokens_per_batch is not None:
+        train_dataset = PackedDataset(dataset, args.tokens_per_batch, args.seed)
     if not streaming:
         check_batches(len(train_dataset), args)
-    rates = {part: learning_rates[part] for part, (number, _) in count_parameters(model).items() if number}
+    records = None if streaming else len(dataset)
+    trained_rates = {part: learning_rates[part] for part, (n, _) in count_parameters(model).items() if n}
     trainer = LlavaTrainer(
         model=model,
         args=args,
@@ -169,7 +171,7 @@ def run(
         eval_dataset=eval_dataset,
         processing_class=processor,
         learning_rates=learning_rates,
-        write_card=partial(write_run_card, *all_arguments, count, rates),
+        write_card=partial(write_run_card, *all_arguments, records, trained_rates),
         eval_answers=data_arguments.eval_answers,
         packed_model=language_model if packing and on_gpu else None,
     )
@@ -189,7 +191,7 @@ def run(
         trainer.create_model_card()
     print_once(describe_throughput(trainer.state.log_history))
     print_once(f"written to {args.output_dir}")
-    trainer.accelerator.end_training()  # ranks that leave without parting from each other may abort at exit
+    trainer.accelerator.end_training()  # otherwise ranks may abort at exit
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class LlavaTrainer(Trainer):
     """See the head of this file.
 
     Args:
-        eval_answers: how many questions an evaluation asks.
+        eval_answers: the number of questions that an evaluation asks.
         packed_model: the language model, if it computes packed rows in one call; see `in_one_call`.
     """
 
@@ -203,8 +203,9 @@ class LlavaTrainer(Trainer):
         try:
             super().save_model(output_dir, _internal_call)
         except Exception:  # a full disk raises any type; no part of a model is left behind
-            for written in folder.glob("*.safetensors") if self.args.should_save else []:
-                written.unlink()
+            if self.args.should_save:
+                for file in folder.glob("*.safetensors"):
+                    file.unlink()
             raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -213,7 +214,9 @@ class LlavaTrainer(Trainer):
             return
         folder, output = Path(output_dir or self.args.output_dir), Path(self.args.output_dir)
         is_checkpoint = folder.parent == output and number_of(folder) is not None
-        write_in = "held" if is_checkpoint else "base" if self.args.save_dtype == "auto" else "dtype"
+        write_in = "base" if self.args.save_dtype == "auto" else "dtype"
+        if is_checkpoint:
+            write_in = "memory"
         tensors = save_weights(self.model, folder, state_dict, self.base, self.dtype, write_in)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from html import escape
 from importlib.util import find_spec
@@ -22,6 +22,8 @@ from threading import Event, Lock, Thread
 from time import sleep
 from typing import Any, Literal
 
+from transformers.hf_argparser import HfArg
+
 from train_llava.cli import BITS_HELP, parse_arguments, parse_first, run_command
 
 MAX_EXAMPLES = 10
@@ -29,17 +31,15 @@ MAX_EXAMPLES = 10
 
 @dataclass
 class WebDemoArguments:
-    model_name_or_path: str = field(metadata={"help": "A LLaVA checkpoint, a folder or a hub id."})
-    adapter_name_or_path: str | None = field(default=None, metadata={"help": "A LoRA adapter trained on that model."})
-    host: str = field(default="127.0.0.1", metadata={"help": "0.0.0.0 serves the page to other machines, too."})
-    port: int = field(default=7860, metadata={"help": "The port of the page."})
-    max_new_tokens: int = field(default=256, metadata={"help": "The longest answer, in tokens."})
-    bits: Literal[4, 8] | None = field(default=None, metadata={"help": BITS_HELP})
-    examples: str | None = field(
+    model_name_or_path: str = HfArg(help="A LLaVA checkpoint, a folder or a hub id.")
+    adapter_name_or_path: str | None = HfArg(default=None, help="A LoRA adapter trained on that model.")
+    host: str = HfArg(default="127.0.0.1", help="0.0.0.0 serves the page to other machines, too.")
+    port: int = HfArg(default=7860, help="The port of the page.")
+    max_new_tokens: int = HfArg(default=256, help="The longest answer, in tokens.")
+    bits: Literal[4, 8] | None = HfArg(default=None, help=BITS_HELP)
+    examples: str | None = HfArg(
         default=None,
-        metadata={
-            "help": f"A folder of pictures to choose from; its first {MAX_EXAMPLES} are shown, with their names."
-        },
+        help=f"A folder of pictures to choose from; its first {MAX_EXAMPLES} are shown, with their names.",
     )
 
 

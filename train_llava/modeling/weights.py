@@ -73,22 +73,23 @@ def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return ours.equal(theirs)
 
 
-def as_read(name: str, held: torch.Tensor, base: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The tensor of `base` that gives `held` when it is opened; `held` itself where training has changed it.
+def as_read(name: str, tensor: torch.Tensor, base: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The tensor of `base` with the same values, in the precision of its file; `tensor` itself if there is none.
 
-    For example, a float16 tensor of `base` is held in float32: unchanged, it is written in float16 again.
+    For example, training holds a float16 tensor of `base` in float32: unchanged, it is written in float16 again.
     Where `base` lacks the name (a tied weight's other name, or any under ZeRO-3), the values find the tensor.
     """
+    dtype = tensor.dtype
     if name in base:
-        other_dtype = base[name].dtype != held.dtype
-        return base[name] if other_dtype and same_bits(base[name].to(held.dtype), held) else held
-    for tensor in base.values():
-        if tensor.shape != held.shape:
+        read = base[name]
+        return read if read.dtype != dtype and same_bits(read.to(dtype), tensor) else tensor
+    for read in base.values():
+        if read.shape != tensor.shape:
             continue
-        beginning = tensor.flatten()[:64].to(held.dtype)  # tells most tensors apart
-        if same_bits(beginning, held.flatten()[:64]) and same_bits(tensor.to(held.dtype), held):
-            return tensor.clone()  # norms may have the same values, and each needs its own storage
-    return held
+        beginning = read.flatten()[:64].to(dtype)  # tells most tensors apart
+        if same_bits(beginning, tensor.flatten()[:64]) and same_bits(read.to(dtype), tensor):
+            return read.clone()  # norms may have the same values, and each needs its own storage
+    return tensor
 
 
 def save_weights(
@@ -97,7 +98,7 @@ def save_weights(
     state_dict: dict[str, torch.Tensor] | None = None,
     base: dict[str, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
-    write_in: Literal["held", "base", "dtype"] = "held",
+    write_in: Literal["memory", "base", "dtype"] = "memory",
 ) -> dict[str, torch.Tensor]:
     """Writes a model's weights and configuration, or an adapter's. Returns the tensors for `read_back`.
 
@@ -107,8 +108,8 @@ def save_weights(
         state_dict: see `tensors_in_files`, which may raise an OSError.
         base: the tensors of the checkpoint that the model was read from: see `base_tensors`.
         dtype: the precision in the configuration, in which the model is opened; float32 for too large values.
-        write_in: the precision of changed tensors: as the model holds them, or that of `base`. With "dtype",
-            all tensors are written in that.
+        write_in: the precision of changed tensors: that of the model in memory, or that of `base`. With
+            "dtype", all tensors are written in that.
     """
     tensors, base, dtype = tensors_in_files(model, state_dict), base or {}, dtype or model.dtype
     if isinstance(model, PeftModel):
@@ -116,12 +117,12 @@ def save_weights(
         apply_umask(*folder.glob("*.safetensors"))
         return tensors
 
-    for name, held in tensors.items():
-        if not held.is_floating_point():
+    for name, in_memory in tensors.items():
+        if not in_memory.is_floating_point():
             continue
         # the precision that it is written in
-        tensor = as_read(name, held, base)
-        if write_in == "held":
+        tensor = as_read(name, in_memory, base)
+        if write_in == "memory":
             target = tensor.dtype
         else:
             target = base[name].dtype if write_in == "base" and name in base else dtype
@@ -178,7 +179,7 @@ def in_saved_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Gives a model in training, for a while, the precision that it will have when its files are opened.
 
     Training without DeepSpeed holds trained weights in float32, training with it LoRA's in half precision.
-    Opened, LoRA's are float32 and all others `dtype`, or the model's own where it is not held in float32.
+    Opened, LoRA's are float32. All others are `dtype`, or the model's own where that is not float32.
     """
     opened_in = dtype if model.dtype == torch.float32 else model.dtype
     data_in_training = {}
