@@ -36,8 +36,7 @@ class BuildArguments:
     )
     vision_feature_layer: int = HfArg(default=-2, help="The hidden state for the projector.")
     vision_feature_select_strategy: Literal["auto", "default", "full"] = HfArg(
-        default="auto",
-        help="default drops the class token, full keeps all; auto: default if there is one.",
+        default="auto", help="default drops the class token, full keeps all; auto: default if there is one."
     )
     image_aspect_ratio: Literal["crop", "pad", "anyres"] = HfArg(
         default="crop",
@@ -133,9 +132,8 @@ def build_model(
             vision_tower, vision_model_name_or_path, image_aspect_ratio, image_grid_pinpoints or PINPOINTS
         )
 
-        # what the tower gives for a picture, and what of it the projector reads
-        probe = probe_tower(vision_tower, image_processor, vision_model_name_or_path)
-        tokens, num_prefix_tokens, states = probe
+        # the tower's tokens for a picture, and which of them the projector reads
+        tokens, num_prefix_tokens, states = probe_tower(vision_tower, image_processor, vision_model_name_or_path)
         if not -states <= vision_feature_layer < states:
             layers = f"the tower has hidden states {-states} to {states - 1}"
             raise ValueError(f"--vision_feature_layer {vision_feature_layer}: {layers}")
@@ -162,7 +160,7 @@ def build_model(
                 verify_text_path(language_model, processor)
                 references = reference_outputs(vision_tower, language_model, processor, vision_feature_layer)
             model = assemble(vision_tower, language_model, processor, tokens - dropped, vision_feature_layer)
-        note = "Put together and not trained yet: the projector is random."
+        note = "Put together and not trained yet: the projector is random."  # in the model card
         if trained_projector is not None:
             put_projector(model, trained_projector, projector)
             note = "Put together with a trained projector."
@@ -259,8 +257,10 @@ def assemble(
 def load_projector(path: str) -> dict[str, torch.Tensor]:
     """Reads a trained projector: its tensors by their names in a LLaVA, and `image_newline` where it has one.
 
-    `path` is a file of safetensors or of torch, or the folder of a run that trained the projector alone. An
-    OSError or a ValueError names what is wrong with it.
+    `path` is a file of safetensors or of torch, or the folder of a run that trained the projector alone.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or holds no such projector.
     """
     if Path(path).is_dir():
         path = str(Path(path) / PROJECTOR)
@@ -285,7 +285,7 @@ def load_projector(path: str) -> dict[str, torch.Tensor]:
 def load_torch_tensors(path: str) -> dict[str, torch.Tensor]:
     """Reads a dictionary of tensors that `torch.save` wrote."""
     try:
-        with open(path, "rb") as file:  # given a path that ends with .safetensors, torch would believe it
+        with open(path, "rb") as file:  # torch would believe the name of a path that ends with .safetensors
             saved = torch.load(file, "cpu", weights_only=True)
     except Exception as error:  # of any type
         raise ValueError("it is neither safetensors nor torch's file of tensors") from error
@@ -308,10 +308,10 @@ def put_projector(model: Llava, projector: dict[str, torch.Tensor], path: str) -
 
 
 def published_names(model: Llava) -> dict[str, torch.Tensor]:
-    """A LLaVA's weights, with the tower's named as in published checkpoints.
+    """A LLaVA's weights, with the tower's under the names of published checkpoints.
 
-    Other engines look for these names; the towers that they know in a LLaVA are CLIP and SigLIP. transformers
-    renames the other weights itself.
+    Other engines look for these names in the towers that they know, CLIP and SigLIP. transformers renames the
+    other weights itself.
     """
     known = model.config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
     prefix = ".vision_tower.vision_model." if known else ".vision_tower."

@@ -50,24 +50,25 @@ TITLES = {"tokens": "tokens a conversation", "characters": "characters a convers
 
 
 def scan(indices: list[int], dataset: LlavaDataset, chat: Chat | None) -> dict[str, list]:
-    """The errors of some records, and the sizes of the good ones; in a worker."""
-    found: dict[str, list] = {"errors": [], "tokens": [], "characters": [], "sides": []}
+    """The errors of some records, and the sizes of the good ones. A data-loading worker calls it."""
+    results: dict[str, list] = {"errors": [], "tokens": [], "characters": [], "sides": []}
     for source, places in groupby(dataset.index[indices].tolist(), key=lambda place: place[0]):
         # Rows are read at once, several times faster than one by one
         for row in dataset.tables[source].__getitems__([row for _, row in places]):
             try:
-                by_size = chat is not None and chat.anyres
-                item = to_item(row, dataset.image_dirs[source], None, dataset.decode, measure=by_size)
+                anyres = chat is not None and chat.anyres  # the tokens depend on the pictures' sizes
+                item = to_item(row, dataset.image_dirs[source], None, dataset.decode, measure=anyres)
                 if chat is not None:
-                    found["tokens"].append(len(to_sample(item, chat).input_ids))
+                    results["tokens"].append(len(to_sample(item, chat).input_ids))
             except BadRecordError as error:
-                found["errors"].append(error.args)
+                results["errors"].append(error.args)
                 continue
+            # Texts and pictures of a good record
             parts = chain.from_iterable(message["content"] for message in item["messages"])
-            found["characters"].append(sum(len(part.get("text", "")) for part in parts))
+            results["characters"].append(sum(len(part.get("text", "")) for part in parts))
             for image in item["images"]:
-                found["sides"] += image.size
-    return found
+                results["sides"] += image.size
+    return results
 
 
 def kind_of(reason: str) -> str:
@@ -118,24 +119,23 @@ def main() -> None:
     if arguments.report is not None:
         Path(arguments.report).absolute().parent.mkdir(parents=True, exist_ok=True)
 
-    # Scan the records. Texts alone are read sooner than another process starts
+    # Scan the records. Without pictures and a model, more processes would take longer than one
     dataset = LlavaDataset(arguments.data_path, arguments.image_dir, decode=arguments.decode_pictures)
     chat = None
     if arguments.model_name_or_path is not None:
         chat = chat_of(load_processor(arguments.model_name_or_path)[1], arguments.max_length)
-    many = arguments.num_proc > 1 and (arguments.decode_pictures or chat is not None)
-    workers = arguments.num_proc if many else 0
-    loader = DataLoader(
-        range(len(dataset)), CHUNK, num_workers=workers, collate_fn=partial(scan, dataset=dataset, chat=chat)
-    )
-    found: dict[str, list] = {}
+    in_parallel = arguments.num_proc > 1 and (arguments.decode_pictures or chat is not None)
+    workers = arguments.num_proc if in_parallel else 0
+    scan_chunk = partial(scan, dataset=dataset, chat=chat)
+    loader = DataLoader(range(len(dataset)), CHUNK, num_workers=workers, collate_fn=scan_chunk)
+    results: dict[str, list] = {}
     for part in tqdm(loader, "scanning", unit=f" x {CHUNK} records"):
         for name, values in part.items():
-            found.setdefault(name, []).extend(values)
+            results.setdefault(name, []).extend(values)
 
     # Put similar errors together, the most frequent first in print
-    errors = found.pop("errors")
-    sizes = {name: values for name, values in found.items() if values}
+    errors = results.pop("errors")
+    sizes = {name: values for name, values in results.items() if values}
     kinds: dict[str, list] = {}
     for record_id, reason in errors:
         kinds.setdefault(kind_of(reason), []).append({"id": record_id, "reason": reason})

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).parent.parent
-# What DeepSpeed's launcher and run_zero2.sh put in front of a command's own words; a recipe overrides them
-LAUNCHERS_OWN = ("--local_rank=", "--deepspeed=")
+# Options that DeepSpeed's launcher and run_zero2.sh put in front of the user's own; a recipe overrides them
+LAUNCHER_OPTIONS = ("--local_rank=", "--deepspeed=")
 RECIPES = (".yaml", ".yml")
 BATCH, NEW_TOKENS = 16, 128  # by default: the questions answered at once, and the longest answer
 BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
@@ -51,11 +51,12 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
     """Parses the command line into one instance of each dataclass; the fields' `help` is the documentation.
 
-    A recipe, a YAML file of arguments, may stand first. Arguments after it override it.
+    A recipe, a YAML file of arguments, may come first. Arguments after it override it.
 
     Raises:
         ValueError: an argument is wrong, or names something that does not exist.
     """
+    # Every required argument is there, and every value lies in its interval
     arguments, parser = given_arguments(dataclasses), HfArgumentParser(dataclasses)
     defaults = {action.dest: action.default for action in parser._actions}
     required = [action.dest for action in parser._actions if action.required]
@@ -101,6 +102,7 @@ def given_arguments(dataclasses: Iterable[type], words: list[str] | None = None)
     words = sys.argv[1:] if words is None else words
     parser = HfArgumentParser(dataclasses)
     known = [action.dest for action in parser._actions]
+    # Help, which argparse prints, and a parser that leaves out absent arguments
     if "-h" in words or "--help" in words:
         parser.parse_args(["--help"])
     for action in parser._actions:
@@ -108,18 +110,19 @@ def given_arguments(dataclasses: Iterable[type], words: list[str] | None = None)
     parser.error = _refuse  # argparse's own prints the usage, which has hundreds of lines
 
     # A recipe overrides a launcher's words in front of it; words behind it override both
-    arguments, place = {}, 0
-    while place < len(words) and words[place].startswith(LAUNCHERS_OWN):
-        place += 1
-    if place < len(words) and words[place].lower().endswith(RECIPES):
-        arguments = vars(parser.parse_args(words[:place])) | read_recipe(words[place], parser, known)
-        words = words[place + 1 :]
+    arguments, first = {}, 0
+    while first < len(words) and words[first].startswith(LAUNCHER_OPTIONS):
+        first += 1
+    if first < len(words) and words[first].lower().endswith(RECIPES):
+        arguments = vars(parser.parse_args(words[:first])) | read_recipe(words[first], parser, known)
+        words = words[first + 1 :]
     parsed, rest = parser.parse_known_args(words)
     for word in rest:
         if word.startswith("--"):
             _refuse(unknown(word.partition("=")[0], known))
     if rest:
-        _refuse(f"{rest[0]} belongs to no argument" + ": a recipe stands first" * rest[0].endswith(RECIPES))
+        remedy = ": a recipe stands first" if rest[0].endswith(RECIPES) else ""
+        _refuse(f"{rest[0]} belongs to no argument{remedy}")
     arguments |= vars(parsed)
 
     # DeepSpeed's settings are files of the caller's folder or of this one
@@ -175,9 +178,9 @@ def _error_of(main: Callable[[], Any]) -> str | int | None:
 def _once(message: str) -> str | int:
     """The message, or the exit code 1 alone where another rank of the run has printed the same.
 
-    The first rank leaves an empty file in `ERROR_DIR`, which run_zero2.sh makes. A bad record may stop one rank
-    alone, so rank 0 cannot be the only one to print. torch's `record` does not help: measured under DeepSpeed's
-    launcher, it writes no file, and each rank prints its traceback.
+    The first rank that fails leaves an empty file in `ERROR_DIR`, a folder of run_zero2.sh. It need not be rank
+    0: a bad record may stop one rank alone. torch's `record` does not help: measured under DeepSpeed's launcher,
+    it writes no file, and each rank prints its traceback.
     """
     folder = os.environ.get("ERROR_DIR")
     if folder is not None and os.path.isdir(folder):

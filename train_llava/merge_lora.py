@@ -37,13 +37,13 @@ from train_llava.model import load_checkpoint
 from train_llava.modeling.adapter import load_adapter
 from train_llava.training.cards import copy_card
 
-MUCH = 0.1  # of an adapter's change: above it, rounding is worth a remedy
+TOLERATED = 0.1  # share of an adapter's change that rounding may take without advice
 
 
 def merge_layers(model: PeftModel, dtype: torch.dtype) -> str:
     """Adds each layer's update to its weights in float32, and rounds once to `dtype`.
 
-    Returns a line: the share of the updates' norm that rounding took, and the layer that lost most.
+    Returns a line for the user: the share of the updates' norm that rounding took, and the layer that lost most.
 
     Raises:
         ValueError: a weight is not finite, or not in `dtype`.
@@ -59,8 +59,9 @@ def merge_layers(model: PeftModel, dtype: torch.dtype) -> str:
         for weight, merged in weights:
             rounded = merged.data.to(dtype)
             if not rounded.isfinite().all():
-                remedy = ": take --dtype float32" * bool(merged.isfinite().all())
+                remedy = ": take --dtype float32" if merged.isfinite().all() else ""
                 raise ValueError(f"{name} is not finite in {dtype}{remedy}")
+            # squared sums of what rounding took, and of the adapter's change
             error += (rounded.float() - merged).square().sum().item()
             change += (merged - weight.float()).square().sum().item()
             weight.data = rounded
@@ -68,7 +69,7 @@ def merge_layers(model: PeftModel, dtype: torch.dtype) -> str:
         share = (error / change) ** 0.5 if change else 0.0
         worst = max(worst, (share, name.removeprefix("base_model.model.")))
     share = (lost / changed) ** 0.5 if changed else 0.0
-    remedy = "; --dtype float32 loses nothing" if share > MUCH else ""
+    remedy = "; --dtype float32 loses nothing" if share > TOLERATED else ""
     line = f"rounding to {dtype} took {share:.1%} of the adapter's change"
     return f"{line}, {worst[0]:.1%} in {worst[1]}{remedy}"
 

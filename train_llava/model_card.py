@@ -36,7 +36,7 @@ LICENCE = "## Licence\n"  # the last section of a card
 HELD_OUT = "## Held-out answers"
 TABLE = "|  | all |"
 INTERVAL = "The exact match of all"
-SHEET = "![Held-out pictures, references and answers]"
+SAMPLE_GRID = "![Held-out pictures, references and answers]"
 DATASET = "held-out"  # of the results in the card's head
 
 
@@ -64,9 +64,10 @@ def add_evaluation(folder: Path, evaluation_dir: Path) -> None:
     low, high = metrics["intervals"]["exact_match"]
     section = [HELD_OUT, markdown(rows), f"{INTERVAL} lies between {low:.1%} and {high:.1%} (95 %)."]
     if (evaluation_dir / "captions.png").exists():
-        section.append(f"{SHEET}(captions.png)")
+        section.append(f"{SAMPLE_GRID}(captions.png)")
         shutil.copy(evaluation_dir / "captions.png", folder / "captions.png")
 
+    # The card, in place of the one before
     card.text = put_section(card.text, "\n\n".join(section))
     card.data.model_name = card.data.model_name or folder.absolute().name
     card.data.eval_results = results
@@ -87,7 +88,7 @@ def put_section(text: str, section: str) -> str:
 
     # Remove this command's own lines from the earlier one; the rest are notes
     earlier, later = re.split(r"^(?=##? )|\Z", text[heading.end() :], maxsplit=1, flags=re.MULTILINE)
-    for ours in (rf"{re.escape(TABLE)}.*\n(\|.*\n?)*", rf"({re.escape(INTERVAL)}|{re.escape(SHEET)}).*\n?"):
+    for ours in (rf"{re.escape(TABLE)}.*\n(\|.*\n?)*", rf"({re.escape(INTERVAL)}|{re.escape(SAMPLE_GRID)}).*\n?"):
         earlier = re.sub(rf"^{ours}", "", earlier, flags=re.MULTILINE)
     notes = re.sub(r"\n{3,}", "\n\n", earlier).strip()
     return text[: heading.start()] + "\n\n".join([section, notes, later] if notes else [section, later])

@@ -1,4 +1,4 @@
-"""Writes pictures as a model was trained to see them, for programs that read the same files otherwise.
+"""Writes pictures as a model was trained to see them, for programs that read the same files differently.
 
     python -m train_llava.prepare_picture --model_name_or_path output/run --image cat.jpg --output_dir prepared
 

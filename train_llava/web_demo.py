@@ -108,7 +108,7 @@ def stream(
 
     def run() -> None:
         try:
-            # the adapter is switched off for the whole model, so no one else may generate meanwhile
+            # the adapter is switched off for the whole model: only one answer may be generated at a time
             with lock, torch.inference_mode(), nullcontext() if with_adapter else model.disable_adapter():
                 output.set_result(model.generate(**inputs, streamer=streamer, **options))
         except Exception as error:  # of any type: the page must not wait for ever
@@ -170,7 +170,7 @@ def make_page(
     examples: list[str],
 ) -> "gr.Blocks":
     """The page. Each session has its own conversation. All share the model, which gives one answer at a time."""
-    lock, queue = Lock(), []  # of questions, each by the event that stops it; the first one is being answered
+    lock, queue = Lock(), []  # the events that stop the questions, in order; the first is being answered
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         turns, running = gr.State([]), gr.State(None)
         two_chats = isinstance(model, PeftModel)
@@ -181,22 +181,24 @@ def make_page(
 
         def ask(history: list[Turn], message: dict, heat: float, again: bool = False) -> Iterator[dict]:
             """Answers the question in the box, or the last one `again`. An error leaves everything as it was."""
+            # the conversation with a turn that has no answer yet
             again = again and bool(history)
             earlier = history[:-1] if again else history
             question = history[-1] if again else Turn(message["text"].strip(), message["files"], [])
-            grown, stopped = [*earlier, Turn(question.text, question.files, [""] * len(chats))], Event()
-            begun = {running: stopped, stop: gr.update(interactive=True)} | ({} if again else {box: None})
+            new_history = [*earlier, Turn(question.text, question.files, [""] * len(chats))]
+            stopped = Event()
+            started = {running: stopped, stop: gr.update(interactive=True)} | ({} if again else {box: None})
             # generation refuses an int, which the slider gives for a whole number
             options = sampling(float(heat), 1.0) | {"max_new_tokens": max_new_tokens}
             queue.append(stopped)
             try:
                 # wait until this question is the first in the queue
                 while (ahead := queue.index(stopped)) and not stopped.is_set():
-                    yield show(grown, waiting=True) | begun | {status: f"<p>{words('waiting')}{ahead}</p>"}
+                    yield show(new_history, waiting=True) | started | {status: f"<p>{words('waiting')}{ahead}</p>"}
                     sleep(0.3)
-                for _ in answer(model, processor, grown, stopped, lock, **options):
-                    yield show(grown, waiting=True) | begun
-                yield show(grown) | {turns: grown}
+                for _ in answer(model, processor, new_history, stopped, lock, **options):
+                    yield show(new_history, waiting=True) | started
+                yield show(new_history) | {turns: new_history}
             except (OSError, ValueError, RuntimeError) as error:
                 gr.Warning(escape(str(error), quote=False))
                 yield show(history) | ({} if again else {box: message})
