@@ -1,1 +1,1 @@
-"""What every room uses."""
+"""Used by every part of the package: files, recipes, checks of single arguments."""

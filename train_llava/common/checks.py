@@ -29,6 +29,7 @@ INTERVALS = {
 
 def check_number(name: str, value: Any) -> None:
     """Raises a ValueError if a number, or one of a list, lies outside its argument's interval."""
+    # The interval, such as "(0, 1]": its bounds, and by the brackets whether they belong to it
     interval = next((key for key, names in INTERVALS.items() if name in names.split()), "[0, inf)")
     low, high = map(float, interval[1:-1].split(","))
     for number in value if isinstance(value, list) else [value]:
@@ -50,7 +51,7 @@ def check_json(name: str, value: str) -> None:
 
 
 def check_name(option: str, name_or_path: str) -> None:
-    """Raises a ValueError if a model is no folder and, as far as can be seen at once, not on the hub."""
+    """Raises a ValueError if a model is no folder, and cannot be on the hub as far as its name and the cache tell."""
     if os.path.isdir(name_or_path):
         return
     try:
@@ -62,6 +63,7 @@ def check_name(option: str, name_or_path: str) -> None:
         raise ValueError(f"{option} is a file: name the folder of the model")
     if hub_answers():
         return
+    # Without the hub, one of its files has to be in the cache
     cached = [try_to_load_from_cache(name_or_path, name) for name in ("config.json", "adapter_config.json")]
     if not any(isinstance(path, str) for path in cached):
         raise ValueError(f"{option} is no folder here, and the hub cannot be reached to ask for it")

@@ -73,10 +73,10 @@ def _is_lfs_pointer(file: Path) -> bool:
 
 @contextmanager
 def writing(path: Path | str, remedy: str = ROOM) -> Iterator[None]:
-    """Names the file or folder that a block writes if the disk is full, where libraries raise any error.
+    """If the disk is full, raises an error that names the file or folder that the block writes.
 
     Raises:
-        OSError: the disk is full, or a limit on files is reached. Other errors pass as they are.
+        OSError: the disk is full, or a limit on files is reached; libraries raise any type. Other errors pass.
     """
     try:
         yield

@@ -52,6 +52,7 @@ def read_recipe(path: str, parser: ArgumentParser, known: Collection[str]) -> di
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
 
+    # Every key once, and each by the parser
     arguments, seen = {}, set()
     for node, _ in nodes:
         key, where = node.value, f"{path}, line {node.start_mark.line + 1}"

@@ -92,14 +92,14 @@ def zip_members(archive: Path) -> Members:
     except zipfile.BadZipFile as error:
         raise ValueError(f"{archive} is not a whole zip archive: {error}") from error
     path = str(archive.absolute())
-    full: Members = {}
-    short: Members = {}
+    full: Members = {}  # by the whole path
+    short: Members = {}  # without the top folder
     for info in infos:
         if info.filename.endswith(("/", "\\")):  # a folder
             continue
         stored = (info.header_offset, info.compress_size, info.compress_type, info.file_size, info.CRC)
         member = ArchiveMember(path, info.filename, *stored)
-        # A name that different files share stands for none of them
+        # A name that different files share leads to none of them
         for name in map(normal_path, _decoded_names(info)):
             for members, key in ((full, name), (short, name.partition("/")[2])):
                 other = members.setdefault(key, member)
@@ -207,7 +207,7 @@ def data_uri(image: bytes) -> str:
 
 
 def label(name: str) -> str:
-    """An image's name for messages, shortened. For a member of an archive the archive is named too."""
+    """An image's name for messages, shortened. A member of an archive has the archive's name, too."""
     archive, *fields = name.split("\0")
     name = f"{fields[0]} in {archive}" if fields else name
     return name if len(name) <= 200 else f"{name[:40]}…"
@@ -223,6 +223,7 @@ def read_image(image_dir: PurePath, name: str) -> bytes | Path:
         return base64.b64decode(name.partition(",")[2])
     if "\0" in name:
         return _read_member(name)
+    # A file in the folder, in the first of these spellings that exists
     spellings = [name]
     for candidate in candidate_names(name, image_dir.name):
         spellings += [candidate, unicodedata.normalize("NFD", candidate)]
@@ -237,7 +238,7 @@ def read_image(image_dir: PurePath, name: str) -> bytes | Path:
 
 
 def _read_member(text: str) -> bytes:
-    """The content of an `ArchiveMember`, given as the table's text."""
+    """The content of an `ArchiveMember`, from its text in the table."""
     archive, name, *numbers = text.split("\0")
     member = ArchiveMember(archive, name, *map(int, numbers))
     try:

@@ -12,8 +12,8 @@ _logs: dict[Path, tuple[int, set[int | str]]] = {}  # for each log: bytes read, 
 def log_bad_sample(log: Path, record: int | str, record_id: str, reason: str) -> int:
     """Adds a bad record to a log that ranks and workers share, once; returns the number of records in it.
 
-    `record` is the record's place in the data, because ids may be missing or repeat. There may be many bad
-    records, and each comes again in every epoch. So a process reads only the lines added since it last looked.
+    `record` is the record's place in the data, because ids may be missing or repeat. A process reads only the
+    lines added since its last call, because a long log would be read again at each bad record of each epoch.
     """
     position, records = _logs.get(log, (0, set()))
     size = log.stat().st_size if log.exists() else 0

@@ -56,8 +56,8 @@ def find_on_hub(
     """The files of records of a data set on the hub, and the folder or archive of its images.
 
     Files with one of the `extensions` are fetched, with `with_images` their images too. `streaming` leaves on the
-    hub what can be read piece by piece. If no file has such an extension, the path of the data set itself stands
-    for them: `rows_on_hub` reads it.
+    hub what can be read piece by piece. If no file has such an extension, the path of the data set itself is
+    returned, which `rows_on_hub` reads.
 
     Raises:
         OSError, ValueError: the hub refuses it, or it has no such configuration or split.

@@ -52,6 +52,7 @@ def _opened(source: Path | str | bytes, name: str, min_side: int | None = None) 
 
     A JPEG has the size at which it will be decoded; for `min_side` see `open_image`.
     """
+    # A large JPEG is decoded smaller; any other image has to be small enough
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = image.size
@@ -66,6 +67,7 @@ def _opened(source: Path | str | bytes, name: str, min_side: int | None = None) 
     except FileNotFoundError:
         raise FileNotFoundError(f"{name} does not exist") from None
     except Exception as error:  # decoders raise anything: struct.error, EOFError, MemoryError, …
+        # What kind of file it is, if Pillow does not know it
         reason = str(error)
         if isinstance(error, UnidentifiedImageError):  # its text is only the name
             reason = "it is of no format that Pillow knows"
@@ -137,10 +139,12 @@ def shortened_strip(image_processor: BaseImageProcessor, image: Image.Image) -> 
     size = image_processor.size
     if long <= 4 * short:
         return image
+    # To be padded: made smaller
     if getattr(image_processor, "do_pad", False):
         limit = 4 * (size.shortest_edge or max(size.height, size.width))
         image = image.copy()
         image.thumbnail((limit, limit))
+    # To be cropped: the middle alone, resized
     elif size.shortest_edge and image_processor.do_center_crop:
         crop = image_processor.crop_size
         length = int(size.shortest_edge * long / short)  # the longer side after resizing
@@ -178,9 +182,10 @@ def prepare_fast(image_processor: BaseImageProcessor, images: list[Image.Image])
 @lru_cache
 def matches_processor(image_processor: BaseImageProcessor) -> bool:
     """Whether `prepare_fast` gives the pixels of this image processor, tried on two images of noise."""
-    crops = image_processor.do_center_crop and image_processor.crop_size
-    if not (crops and image_processor.size.shortest_edge):
+    has_crop = image_processor.do_center_crop and image_processor.crop_size
+    if not (has_crop and image_processor.size.shortest_edge):
         return False
+    # The pixels of both may differ by two of the 256 levels
     rng = np.random.default_rng(0)
     shapes = ((50, 161, 3), (133, 64, 3))  # one is wide, one is tall
     noise = [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]

@@ -24,8 +24,8 @@ from train_llava.data import LlavaDataset
 from train_llava.modeling.templates import TWO_TURNS
 from train_llava.records import BadRecordError
 
-MANY = 10_000  # records from which on several processes and a progress bar pay
-COUNT_VERSION = 1  # of the rules in `Chat.tokenize`; another number makes all tokens be counted anew
+MANY = 10_000  # records; several processes and a progress bar pay from here on
+COUNT_VERSION = 1  # of the rules in `Chat.tokenize`: raise it to have all tokens counted again
 
 
 def order_seed(args: TrainingArguments) -> int:
@@ -49,11 +49,11 @@ class GroupedByLength(LengthGroupedSampler):
 
 
 def count_tokens(records: LlavaDataset, chat: Chat) -> np.ndarray:
-    """How many tokens each record has, however many, and how many of them are image tokens, `(records, 2)`.
+    """How many tokens each record has, and how many of them are image tokens, `(records, 2)`.
 
     Zeros where the record is bad. Images are not opened. With tiles, the heads of their files are read.
     """
-    # Texts are counted by table, in which a record stands once whatever its weight
+    # Texts are counted by table, which has each record once whatever its weight
     counts = []
     for source, table in enumerate(records.tables):
         rows = records.index[records.index[:, 0] == source, 1]
@@ -75,15 +75,15 @@ def _text_tokens(table: datasets.Dataset, chat: Chat) -> np.ndarray:
     file = folder / f"tokens-{_fingerprint(chat)}.npy"
     with FileLock(f"{file}.lock"):  # one rank counts, the others wait for it
         if not file.exists():
-            many = len(table) >= MANY
+            is_large = len(table) >= MANY
             loader = DataLoader(
                 table.select_columns(["messages", "error"]),
                 batch_size=200,
-                num_workers=(os.cpu_count() or 1) * many,
+                num_workers=(os.cpu_count() or 1) if is_large else 0,
                 collate_fn=partial(_count, chat=chat),
                 generator=torch.Generator(),  # or a run would draw other random numbers if this is cached
             )
-            counts = list(tqdm(loader, "counting tokens", disable=not many, unit=" x 200 records"))
+            counts = list(tqdm(loader, "counting tokens", disable=not is_large, unit=" x 200 records"))
             with replacing(file) as new, open(new, "wb") as content:
                 np.save(content, np.concatenate([[], *counts]).astype(np.int32))  # a table may be empty
     return np.load(file).astype(np.int64)
@@ -97,13 +97,13 @@ def _count(rows: list[dict[str, str | None]], chat: Chat) -> np.ndarray:
             try:
                 counts[i] = len(chat.tokenize(json.loads(row["messages"]))[0])
             except ValueError:
-                counts[i] = 0  # whoever opens the record gets the reason
+                counts[i] = 0  # the reason is reported when the record is opened
     return counts
 
 
 def _fingerprint(chat: Chat) -> str:
     """A hash of what decides how many tokens a text has."""
-    # Padding and truncation are those of the last call
+    # The tokenizer's own rules. Padding and truncation are those of its last call
     backend = json.loads(chat.tokenizer.backend_tokenizer.to_str())
     rules = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
     # The chat template, and the segments that it writes today: some have a date

@@ -22,14 +22,14 @@ def pack(tokens: np.ndarray, has_image: np.ndarray, budget: int, blank: int = 0,
     Args:
         tokens: of each record, at most `budget`; a record of 0 is left out.
         has_image: whether a record has an image, `(records,)`.
-        blank: the tokens that a row takes besides, as long as it has no image.
+        blank: the tokens of the blank image that a row without images gets.
 
     Returns:
         The records' numbers, row by row.
     """
     order, rows = np.random.default_rng(seed).permutation(np.flatnonzero(tokens)), []
     for window in np.split(order, range(WINDOW, len(order), WINDOW)):
-        # What is left in each row, and the part of it that is reserved for a blank image
+        # The free tokens of each row, and how many of them are reserved for a blank image
         room, reserved = np.full(len(window), budget), np.full(len(window), blank)
         filled: list[list[int]] = [[]]  # the last is empty
         for i in window[np.argsort(-tokens[window], kind="stable")]:
@@ -79,12 +79,13 @@ class PackedDataset(Dataset):
                 f"--tokens_per_batch {budget}: record {name!r} takes {alone.max()}{reason}: "
                 "give as many, or leave it out by a lower --max_length"
             )
+        # The rows
         self.rows = pack(tokens, has_image, budget, blank, seed)
         if not self.rows:
             raise ValueError("no record is good")
         self.tokens = np.array([tokens[row].sum() for row in self.rows])  # of each row
-        full, number = self.tokens.mean() / budget, (tokens > 0).sum()
-        PartialState().print(f"{number:,} records in {len(self):,} rows of up to {budget:,} tokens, {full:.1%} full")
+        share, number = self.tokens.mean() / budget, (tokens > 0).sum()
+        PartialState().print(f"{number:,} records in {len(self):,} rows of up to {budget:,} tokens, {share:.1%} full")
 
     def __len__(self) -> int:
         return len(self.rows)

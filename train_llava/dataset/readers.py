@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from train_llava.dataset import archives
 from train_llava.dataset.hub import HUB_ID, IMAGE_PLACES, METADATA, find_on_hub, opened, rows_on_hub
 
-BATCH_BYTES = 64 << 20  # of Parquet rows that are held at once, as they may hold images
+BATCH_BYTES = 64 << 20  # of Parquet rows in memory at once, as they may hold images
 ID_KEYS = ("id", "question_id", "questionId", "image_id")
 PART_KEYS = ("image", "image_url", "url", "path")  # where a part of a message names its image
 SPLITS = {"train", "val", "valid", "validation", "dev", "test"}  # first words of published files
@@ -242,7 +242,7 @@ READERS = {".json": read_json, ".jsonl": read_jsonl, ".csv": read_csv, ".parquet
 
 
 def raw_records(data_path: str, files: list[PurePath]) -> Iterator[Any]:
-    """The records of files, or of the data set on the hub that a file stands for; a good record is a dict."""
+    """The records of files, or of a data set on the hub (see `find_on_hub`); a good record is a dict."""
     for file in files:
         read = READERS.get(file.suffix.lower())
         yield from read(file) if read else rows_on_hub(data_path, file)
@@ -278,7 +278,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
     """The files of records in a folder: `chat.json`, else Parquet files, else shards, else the metadata."""
     if (folder / "chat.json").exists():
         return [folder / "chat.json"]
-    # All files of one kind
+    # All files of one kind: the first kind that the folder has
     entries = sorted(entry for entry in folder.iterdir() if not archives.is_hidden(entry.name))
     files = [entry for entry in entries if entry.suffix.lower() == ".parquet"]
     files = files or [entry for entry in entries if entry.suffix.lower() == ".tar"]

@@ -39,11 +39,12 @@ def stream_items(
     Raises:
         OSError, ValueError: a source does not exist; while it is read, too many records are bad, or all.
     """
-    # A source of weight 2.5 stands in the list twice whole and once with half of its records
+    # A source of weight 2.5 is in the list twice whole and once with half of its records
     paths, placed = [data_path] if isinstance(data_path, str) else data_path, []
     for path, weight in zip(paths, weights_of(paths, data_weights), strict=True):
         files, images = find_records(path, image_dir, streaming=True)
-        for share in [1.0] * int(weight) + [weight % 1] * (weight % 1 > 0):
+        shares = [1.0] * int(weight) + ([weight % 1] if weight % 1 else [])
+        for share in shares:
             for i, file in enumerate(files):
                 placed.append(((i + 0.5) / len(files), (path, [file], images, share)))
     # Ranks and workers get stretches of the list. Sources are mixed, so that each stretch has a part of all
@@ -53,7 +54,7 @@ def stream_items(
 
 
 class Passes(ExamplesIterable):
-    """What a rank or a worker reads; `datasets` would read one shard to its end before the next.
+    """The samples of a rank or a worker; `datasets` itself would read one shard to its end before the next.
 
     `datasets` splits the list among the keyword arguments of the generator.
     """

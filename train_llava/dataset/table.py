@@ -77,6 +77,7 @@ def to_item(
     Raises:
         BadRecordError: the record or one of its images cannot be used.
     """
+    # Only as much of the images as is needed: nothing, their sizes, or their pixels
     images, sizes = [], []
     try:
         if row["error"] is not None:

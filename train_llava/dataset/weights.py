@@ -25,6 +25,7 @@ def weighted_rows(sizes: list[int], weights: list[float]) -> np.ndarray:
     """
     rng, places = np.random.default_rng(0), []
     for source, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        # The whole source as often as its weight has ones, then the same part of it
         part = np.sort(rng.permutation(size)[: round(weight % 1 * size)])
         rows = np.concatenate([np.arange(size)] * int(weight) + [part])
         places.append(np.stack([np.full(len(rows), source), rows], axis=1).astype(np.int32))
