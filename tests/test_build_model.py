@@ -41,12 +41,13 @@ from train_llava.build_model import BuildArguments, build_model, load_projector
 from train_llava.chat import Chat
 from train_llava.data import LlavaCollator
 from train_llava.evaluation.generation import generate, sampling, user_message
-from train_llava.model import LoraArguments, describe_trainable, load_checkpoint, set_trainable
+from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.modeling.adapter import load_model
 from train_llava.modeling.parts import part_config
 from train_llava.modeling.templates import end_of_turn_tokens, patch_chat_template
 from train_llava.modeling.verification import packing_difference, reference_outputs, tolerance, verify_for_training
 from train_llava.records import to_messages
+from train_llava.training.optimizer import describe_trainable
 
 PICTURE = Image.new("RGB", (50, 30), "red")
 

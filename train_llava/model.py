@@ -181,26 +181,6 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> str:
-    """Writes a table of each part's trainable parameters, all its parameters, and its learning rate."""
-    lines = [f"{'':<16}{'trainable':>16}{'of':>16}{'learning rate':>16}"]
-    for part, (trainable, total) in count_parameters(model).items():
-        rate = f"{learning_rates[part]:g}" if trainable else ""
-        lines.append(f"{part:<16}{trainable:>16,}{total:>16,}{rate:>16}".rstrip())
-    # With LoRA: parameters of the layers that get no adapter, such as a mixture's experts
-    if isinstance(model, PeftModel):
-        layers = model.base_model.model.model.language_model.layers
-        without_adapter = set()
-        for name, parameter in layers.named_parameters():
-            if parameter.ndim > 2 and "lora_" not in name:
-                without_adapter.add(name.partition(".")[2])
-        if without_adapter:
-            lines.append(f"no adapter on {', '.join(sorted(without_adapter))}: no linear layers")
-        if any(name.endswith("image_newline") for name, _ in model.named_parameters()):
-            lines.append("image_newline stays as it is: PEFT saves modules, and this is none")
-    return "\n".join(lines)
-
-
 def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConfig:
     """Configures low-rank adapters on every linear layer of the language model; the projector trains in full.
 

@@ -23,7 +23,7 @@ from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.dataset.lengths import order_seed
 from train_llava.dataset.packing import PackedDataset
 from train_llava.dataset.streaming import stream_items
-from train_llava.model import LoraArguments, count_parameters, describe_trainable, load_checkpoint, set_trainable
+from train_llava.model import LoraArguments, count_parameters, load_checkpoint, set_trainable
 from train_llava.modeling.adapter import continued, load_adapter
 from train_llava.modeling.verification import padding_is_invisible, verify_for_training
 from train_llava.modeling.weights import save_projector
@@ -33,7 +33,7 @@ from train_llava.training.arguments import check_argument_pairs, check_batches, 
 from train_llava.training.cards import write_run_card
 from train_llava.training.checkpointing import locked, on_first_rank, starting_point, write_recipe
 from train_llava.training.memory import precision, print_estimate
-from train_llava.training.optimizer import use_float32
+from train_llava.training.optimizer import describe_trainable, use_float32
 from train_llava.training.options import DataArguments, ModelArguments, TrainArguments
 from train_llava.training.preflight import preflight
 from train_llava.training.throughput import describe_throughput

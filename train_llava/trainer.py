@@ -214,9 +214,8 @@ class LlavaTrainer(Trainer):
             return
         folder, output = Path(output_dir or self.args.output_dir), Path(self.args.output_dir)
         is_checkpoint = folder.parent == output and number_of(folder) is not None
-        write_in = "base" if self.args.save_dtype == "auto" else "dtype"
-        if is_checkpoint:
-            write_in = "memory"
+        outcome_in = "base" if self.args.save_dtype == "auto" else "dtype"
+        write_in = "memory" if is_checkpoint else outcome_in
         tensors = save_weights(self.model, folder, state_dict, self.base, self.dtype, write_in)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)

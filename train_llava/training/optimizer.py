@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from train_llava.model import TRAIN_TYPES, part_of
+from train_llava.model import TRAIN_TYPES, count_parameters, part_of
 
 
 def use_float32(model: nn.Module, train_type: str) -> None:
@@ -17,6 +18,23 @@ def use_float32(model: nn.Module, train_type: str) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad or "vision tower" in TRAIN_TYPES[train_type][1]:
             parameter.data = parameter.data.float()
+
+
+def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> str:
+    """Writes a table of each part's trainable parameters, all its parameters, and its learning rate."""
+    lines = [f"{'':<16}{'trainable':>16}{'of':>16}{'learning rate':>16}"]
+    for part, (trainable, total) in count_parameters(model).items():
+        rate = f"{learning_rates[part]:g}" if trainable else ""
+        lines.append(f"{part:<16}{trainable:>16,}{total:>16,}{rate:>16}".rstrip())
+    # With LoRA: parameters of the layers that get no adapter, such as a mixture's experts
+    if isinstance(model, PeftModel):
+        parameters = model.base_model.model.model.language_model.layers.named_parameters()
+        uncovered = {name.partition(".")[2] for name, p in parameters if p.ndim > 2 and "lora_" not in name}
+        if uncovered:
+            lines.append(f"no adapter on {', '.join(sorted(uncovered))}: no linear layers")
+        if any(name.endswith("image_newline") for name, _ in model.named_parameters()):
+            lines.append("image_newline stays as it is: PEFT saves modules, and this is none")
+    return "\n".join(lines)
 
 
 def check_finite(model: nn.Module, where: str) -> None:
