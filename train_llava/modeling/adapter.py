@@ -82,10 +82,10 @@ def continued(adapter_name_or_path: str, arguments: dict[str, Any]) -> LoraArgum
 
 
 def load_adapter(model: Llava, adapter_name_or_path: str, model_name: str, trains: bool = False) -> PeftModel:
-    """Puts a LoRA adapter on a model, and makes sure that every tensor of it found its place there.
+    """Puts a LoRA adapter on a model, and makes sure that the model takes every tensor of it.
 
-    With `trains` it goes on training, its projector with it. An adapter from transformers before 4.52, with
-    other names for a LLaVA's parts, is read, too.
+    With `trains`, the adapter and its projector continue to train. An adapter from transformers before 4.52,
+    which names a LLaVA's parts differently, can be read, too.
 
     Raises:
         ValueError: it cannot be opened, or was trained on another model; the message says which.

@@ -1,4 +1,4 @@
-"""Attention in a packed row, one conversation at a time: the cost is not that of the whole row squared."""
+"""Attention in a packed row, one conversation at a time, so that the cost is not that of one long text."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

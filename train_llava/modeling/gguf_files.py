@@ -1,7 +1,7 @@
 """Writes a LLaVA's two GGUF files, and refuses a model or a tokenizer that llama.cpp would read differently.
 
-The names of tensors and fields come from the gguf package. What llama.cpp does with them was read in its
-source (tools/mtmd and src/models).
+The names of tensors and fields come from the gguf package. Their use follows llama.cpp's source (tools/mtmd and
+src/models).
 """
 
 import json
@@ -132,8 +132,8 @@ def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase, rows: int, ends: list[int]) -> None:
-    """Adds tokens, merges and the chat template, for `rows` rows of the embedding and tokens that end an answer."""
-    # one token and its type for each row; rows to spare are unused
+    """Adds a tokenizer with one token for each of the embedding's `rows`; the ids in `ends` end an answer."""
+    # the type of each row's token; spare rows are unused
     tokenizer_json = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     added_tokens = tokenizer.added_tokens_decoder

@@ -37,7 +37,7 @@ from train_llava.records import IMAGE_TOKEN
 
 @contextmanager
 def running_as_one() -> Iterator[None]:
-    """Turns whatever an architecture raises that does not run inside a LLaVA into one ValueError."""
+    """Turns any error of an architecture that does not run inside a LLaVA into one ValueError."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
@@ -49,7 +49,8 @@ def part_config(name_or_path: str) -> PreTrainedConfig:
     refuse_adapter(name_or_path)
     with opening(name_or_path):
         settings, _ = PreTrainedConfig.get_config_dict(name_or_path)
-        if (model_type := settings.get("model_type")) not in CONFIG_MAPPING:
+        model_type = settings.get("model_type")
+        if model_type not in CONFIG_MAPPING:
             raise ValueError(f"transformers has no code for a {model_type}, and a LLaVA cannot bring its own")
         if settings.get("quantization_config"):
             raise ValueError("its weights are quantised: take the model that they were made from")
@@ -151,7 +152,7 @@ def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
 
 
 def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
-    """Finds a language model's decoder, which is all that a LLaVA takes of it besides the output layer.
+    """Finds a language model's decoder: a LLaVA takes this and the output layer.
 
     Its class is the one that transformers opens for the same configuration without an output layer.
     """
@@ -172,7 +173,7 @@ def load_image_processor(
     Args:
         grids: the grids of tiles of `anyres`, such as "2x3".
     """
-    # what it makes of a square and of a wide picture
+    # its output for a square and for a wide picture
     with opening(name_or_path):
         image_processor = AutoImageProcessor.from_pretrained(name_or_path)
         square = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")
@@ -219,8 +220,7 @@ def probe_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, nam
     """Runs a tower on two pictures from its image processor.
 
     Returns:
-        How many tokens it gives a picture, how many of these are no patches (class token, registers), and how
-        many hidden states it has.
+        Three numbers: tokens for a picture; those of them that are no patches (class token, registers); hidden states.
     """
     # two pictures, or tiles, of the size that the image processor makes
     picture = Image.new("RGB", (64, 64))
@@ -267,7 +267,7 @@ def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool) ->
         taken = f"{IMAGE_TOKEN} would get {image_id}, which is {words[0]!r}"
         hole = f"the ids of its vocabulary have a hole, and {taken}: give the missing ids a token each"
         raise ValueError(f"{language_model_name_or_path}: {hole}")
-    if hasattr(tokenizer, "image_token"):  # a family with vision has its own, which the processor would take
+    if hasattr(tokenizer, "image_token"):  # tokenizers of vision models have their own, which the processor would take
         tokenizer.image_token = IMAGE_TOKEN
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or end_of_turn_tokens(tokenizer)[0]

@@ -1,11 +1,11 @@
-r"""Measures what a chat template writes around each text, and patches it so that it fits a LLaVA.
+r"""Measures a chat template by its output, and patches it so that it fits a LLaVA.
 
-No template is known by name. It renders a conversation whose texts are marks; the template segments stand
+No template is known by name. It renders a conversation whose texts are marks. The template segments are the texts
 between the marks. Around a question and an answer, for example, ChatML's segments are
 
     "<|im_start|>user\n"    "<|im_end|>\n<|im_start|>assistant\n"    "<|im_end|>\n"
 
-A ValueError tells why a template refuses a conversation, or cannot be used.
+A ValueError says why a template refuses a conversation, or cannot be used.
 """
 
 import json
@@ -43,7 +43,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], a
 def template_segments(
     tokenizer: PreTrainedTokenizerBase, structure: TurnStructure, answer_next: bool = False
 ) -> list[str]:
-    """What a template writes around a conversation's texts: before the first, between two, after the last."""
+    """A template's own text around the texts of a conversation: before the first, between two, after the last."""
     messages, numbers = [], []
     for role, part_types in structure:
         content = []
@@ -62,13 +62,13 @@ def template_segments(
 
 
 def assistant_prefixes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """What a template writes before an earlier answer, before the last one, and as the generation prompt."""
+    """A template's text before an earlier answer and before the last one, and its generation prompt."""
     _, earlier, _, last, _ = template_segments(tokenizer, TWO_TURNS)
     return earlier, last, template_segments(tokenizer, (QUESTION,), answer_next=True)[1]
 
 
 def opens_like(prefix: str, prompt: str) -> bool:
-    """Whether an answer's prefix is the generation prompt, and at most white space that the model writes."""
+    """Whether an answer's prefix is the generation prompt, perhaps with white space for the model to write."""
     return prefix.startswith(prompt) and not prefix.removeprefix(prompt).strip()
 
 
@@ -81,6 +81,7 @@ def end_of_text(written: str, text: str, begin: int, before: str, after: str) ->
     """
     core = text.strip()
     leading, trailing = text.split(core, 1)
+    # as much of the leading white space as the template has kept, then of the trailing
     for first in range(len(leading) + 1):
         opening = before + leading[first:] + core
         if written.startswith(opening, begin):
@@ -95,7 +96,7 @@ def end_of_text(written: str, text: str, begin: int, before: str, after: str) ->
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The tokens that are no text. A template builds turns of them."""
+    """The special tokens, by which a template marks turns."""
     return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
@@ -128,7 +129,7 @@ def patch_chat_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     The tokenizer pads on the left, as batched generation in plain transformers needs it. The template then
     takes pictures, in strings and in lists of parts alike, and begins a text as the tokenizer does. It ends
     every answer with a special token, and writes the same before earlier, last and generated answers.
-    Returns what the template lacked, in words.
+    Returns, in words, each feature that it lacked.
     """
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what is saved
     name, template, lacked = tokenizer.name_or_path, tokenizer.chat_template, []
@@ -140,7 +141,8 @@ def patch_chat_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     try:
         # pictures
         if prelude := _take_pictures(tokenizer):
-            lacked.append(f"a chat template that takes pictures{' in strings' * (prelude == AS_PARTS)}")
+            kind = " in strings" if prelude == AS_PARTS else ""
+            lacked.append(f"a chat template that takes pictures{kind}")
         # the token that begins a text
         begins = tokenizer("?")["input_ids"][0] == tokenizer.bos_token_id
         if begins and not template_segments(tokenizer, TWO_TURNS)[0].startswith(tokenizer.bos_token):
@@ -178,8 +180,10 @@ def _take_pictures(tokenizer: PreTrainedTokenizerBase) -> str:
             render(tokenizer, strings)
             required.append((messages, strings))
         except ValueError:  # a template need not take a system turn, and some take no strings yet
-            required += [(messages, strings)] * (messages is turns)
+            if messages is turns:
+                required.append((messages, strings))
 
+    # the first prelude with which it writes both alike
     for prelude in ("", AS_PARTS, AS_STRING, AS_STRING + AS_ONE_PART):
         tokenizer.chat_template = prelude + template
         try:
@@ -279,15 +283,15 @@ def _quoted(text: str) -> str:
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """How many tokens a language model reads: its positions, or as far as its rotations are stretched.
+    """How many tokens a language model reads: its positions, or more if its rotary embedding is scaled.
 
-    Some rotations change for all tokens of a text longer than those of pretraining. Beyond that length a
-    cache holds wrong values, and a short text's depend on a long one in its batch. So the context ends there.
+    Two kinds of rotary embedding (longrope, dynamic) change for all tokens of a longer text. Then a cache holds
+    wrong values, and a short text depends on a long one in its batch. So the context ends before.
     """
     positions = getattr(config, "max_position_embeddings", sys.maxsize)
     rope = getattr(config, "rope_parameters", None)
     stretched, limits = [positions], []
-    for settings in (rope, *(rope or {}).values()):  # those of all layers, or of each kind of them
+    for settings in (rope, *(rope or {}).values()):  # of all layers, or of each kind of layer
         if not isinstance(settings, dict):
             continue
         pretrained = settings.get("original_max_position_embeddings") or positions

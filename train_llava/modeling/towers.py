@@ -15,8 +15,7 @@ def tower_states(
     """Makes a vision tower with unset weights, and runs it on a picture of `side` x `side` pixels.
 
     `settings` replace values of its configuration, to make it small. It runs on the CPU and outside inference
-    mode: some architectures cache tensors for the whole process, and these have to be what they would cache
-    anyway.
+    mode, because some architectures cache tensors for the whole process: these have to be the usual ones.
 
     Returns:
         The tower and its hidden states, `(1, tokens, width)` each.
@@ -29,7 +28,7 @@ def tower_states(
         torch.enable_grad(),
         torch.device("cpu"),
         torch.random.fork_rng([]),  # the run's own random numbers stay as they are
-        no_init_weights(),  # memory that nobody writes to costs nothing
+        no_init_weights(),  # memory that is never written costs nothing
     ):
         # not by `from_config`, which would partition the weights under ZeRO-3
         tower = AutoModel._model_mapping[type(config)](config).eval()

@@ -37,7 +37,7 @@ CONVERSATION = ("What is this?", "A red square.", "And this?", "It is blue.")
 PACKED = (("What is the capital of France?", "Paris."), ("Name a colour.", "Red, or blue."))
 
 
-# What the commands call
+# Called by the commands
 
 
 @torch.inference_mode()
@@ -195,10 +195,10 @@ def verify_part(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> str:
 
 
 def verify_conversations(chat: Chat, generation_config: GenerationConfig) -> Rows:
-    """Verifies, on conversations of one and of two turns, what is learnt and what generation begins from.
+    """Verifies the supervised tokens and the generation prompt, on conversations of one and of two turns.
 
-    Supervised is each answer with the token that ends its turn, and nothing else. Generation stops at these
-    tokens, and begins from the same tokens as the answer had before it in training.
+    Only the answers are supervised, each with the token that ends its turn. Generation stops at these tokens. It
+    begins from the tokens that precede the answer in training.
 
     Returns:
         Two rows of the table: "what is learnt" and "generation prompt".
@@ -214,15 +214,13 @@ def verify_conversations(chat: Chat, generation_config: GenerationConfig) -> Row
         stretches = np.split(supervised, np.flatnonzero(np.diff(supervised) > 1) + 1)
         answers = texts[1::2]
         if len(stretches) != len(answers):
-            count = f"a conversation with {len(answers)} answers"
-            raise ValueError(f"{len(stretches)} stretches are learnt of {count}")
+            raise ValueError(f"{len(stretches)} stretches are learnt of a conversation with {len(answers)} answers")
         for i, (stretch, answer) in enumerate(zip(stretches, answers, strict=True)):
             # the answer, and the token that ends its turn
             begin, last_id = stretch[0], int(input_ids[stretch[-1]])
             end = tokenizer.convert_ids_to_tokens(last_id)
             if tokenizer.decode(input_ids[stretch[:-1]]).strip() != answer:
-                learnt = tokenizer.decode(input_ids[stretch])
-                raise ValueError(f"{learnt!r} is learnt as the answer {answer!r}")
+                raise ValueError(f"{tokenizer.decode(input_ids[stretch])!r} is learnt as the answer {answer!r}")
             if last_id not in stops:
                 raise ValueError(f"answers are taught to end with {end}, and generation does not stop there")
             # the generation prompt, and the tokens before the answer in training
@@ -246,7 +244,7 @@ def verify_packing(model: Llava, chat: Chat) -> str:
 
 
 def verify_noise(where: str, apart: float, model: Llava) -> str:
-    """Verifies that a text's logits are, but for noise, the same `where` they were compared as alone."""
+    """Verifies that a text's logits differ by noise alone; `where` says what they were compared in."""
     if not apart <= tolerance(model.dtype):
         raise ValueError(f"{where} its logits differ from those alone by {apart:.0e} of the largest")
     return f"equal (difference {apart:.0e})"
@@ -275,10 +273,9 @@ def verify_image_tokens(model: Llava, processor: Processor) -> str:
 
 
 def verify_generation(model: Llava, processor: Processor) -> str:
-    """Verifies that the model answers a question about a picture. It keeps the first layer alone, in place.
+    """Verifies that the model answers a question about a picture. It removes all layers but the first, in place.
 
-    The logits of all layers are verified already. On a CPU they would take minutes for a large picture's
-    tokens.
+    The logits of all layers are verified already, and on a CPU a large picture would take minutes.
     """
     for layers in model.model.language_model.modules():
         if isinstance(layers, nn.ModuleList) and len(layers) == model.config.text_config.num_hidden_layers:
@@ -288,7 +285,7 @@ def verify_generation(model: Llava, processor: Processor) -> str:
     return f"{output.shape[1] - inputs['input_ids'].shape[1]} tokens generated"
 
 
-# What the checks measure
+# Measurements of the checks
 
 
 @torch.inference_mode()
@@ -296,8 +293,8 @@ def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, bool]:
     """Compares the logits of two packed conversations with those of each alone.
 
     Some architectures cannot tell conversations apart by `position_ids`: linear attention, convolutions,
-    masks made without them. The text behind a conversation cannot be seen, so its effect is noise. The text
-    in front may have three times that effect. Neither may exceed the precision.
+    masks made without them. A conversation cannot see the text behind it, so that text's effect is noise. The
+    text in front may have three times this effect. Neither may exceed the precision.
 
     Returns:
         The largest difference, and whether it is noise.
@@ -364,7 +361,7 @@ def batching_difference(model: nn.Module, processor: Processor) -> float:
 def cached_difference(model: nn.Module, input_ids: torch.Tensor, length: int) -> float:
     """Compares a text's logits read at once and, with the cache, token by token.
 
-    The text is read as the first and as the last of `length` tokens.
+    The text is at the first and at the last positions of `length` tokens.
     """
     number = input_ids.shape[1]
     sizes, differences = [number - 4, 1, 1, 1, 1], []  # the last four tokens one at a time
@@ -383,9 +380,9 @@ def cached_difference(model: nn.Module, input_ids: torch.Tensor, length: int) ->
 
 @torch.inference_mode()
 def longest_difference(model: nn.Module, input_ids: torch.Tensor, length: int) -> float:
-    """Compares a text's logits in a batch with a copy of itself and in one with the last of `length` tokens.
+    """Compares a text's logits beside a copy of itself with those beside the last of `length` tokens.
 
-    The longest text of a batch may choose the rotations of all.
+    In some models, the longest text of a batch decides the rotary embedding of all.
     """
     short = torch.arange(input_ids.shape[1])
     pair = input_ids.expand(2, -1)
@@ -405,7 +402,7 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-4 if dtype == torch.float32 else 3e-2
 
 
-# What they are measured on
+# Inputs of the measurements
 
 
 def example_inputs(processor: Processor) -> tuple[torch.Tensor, torch.Tensor]:
