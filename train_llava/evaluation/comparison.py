@@ -57,7 +57,7 @@ def compare(folders: list[Path | str], output_dir: Path) -> str:
 
 
 def _questions(predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Predictions without the answers: the questions and their references."""
+    """The questions of predictions, with their references."""
     return [p | {"prediction": None} for p in predictions]
 
 

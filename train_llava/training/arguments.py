@@ -20,8 +20,8 @@ UNSUPPORTED |= {"label_smoothing_factor", "prediction_loss_only", "remove_unused
 
 
 def check_argument_pairs(model_arguments: Any, data_arguments: Any, args: TrainingArguments) -> None:
-    """Raises a ValueError that names two arguments of training if one needs, or excludes, the other."""
-    # What LoRA alone can do, and what it cannot
+    """Raises a ValueError if one argument of training needs, or excludes, another; the message names both."""
+    # Options that only LoRA has, and one that it has not
     if args.train_type != "lora" or is_deepspeed_zero3_enabled():
         reason = "goes with --train_type lora, and not with ZeRO-3"
         if model_arguments.adapter_name_or_path is not None:
@@ -30,6 +30,7 @@ def check_argument_pairs(model_arguments: Any, data_arguments: Any, args: Traini
             raise ValueError(f"--bits {reason}: weights in few bits cannot train")
     if args.save_dtype != "auto" and args.train_type == "lora":
         raise ValueError("--save_dtype is for whole models, and lora writes an adapter: leave it out")
+    # Arguments of `TrainingArguments` that a LLaVA cannot follow
     for field in fields(args):
         value = getattr(args, field.name)
         if field.name in UNSUPPORTED and value not in (field.default, []):

@@ -92,24 +92,25 @@ def write_run_card(
     if changes := changes_of(folder):
         table["changed by a resume"] = "; ".join(changes)
 
-    # The last losses and scores; on held-out data, those of the weights in the folder
+    # The last losses and scores. Those on held-out data belong to the weights in the folder: the last, or the best
     best = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
     which = "last" if best is None else "of the step that is kept"
-    last, kept = {}, {}
+    last, of_weights = {}, {}
     for entry in state.log_history:
         last |= entry
         if best in (None, entry["step"]):
-            kept |= entry
+            of_weights |= entry
     losses = {
         "training loss, last": last.get("loss"),
         "training loss, mean": last.get("train_loss"),
-        f"held-out loss, {which}": kept.get("eval_loss"),
+        f"held-out loss, {which}": of_weights.get("eval_loss"),
     }
     table |= {name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None}
     for metric, name in METRICS.items():
-        if f"eval_{metric}" in kept:
-            table[f"held-out {name}, {which}"] = cell({metric: kept[f"eval_{metric}"]}, metric)
+        if f"eval_{metric}" in of_weights:
+            table[f"held-out {name}, {which}"] = cell({metric: of_weights[f"eval_{metric}"]}, metric)
 
+    # The card
     section = f"## Training\n\n{markdown([('', ''), *table.items()])}\n\n![Loss](loss.png)"
     name, adapter_of = folder.absolute().name, base if is_adapter else ""
     write_card(folder, name, ancestors(base), data_arguments.data_path, [section], adapter_of)
@@ -132,7 +133,7 @@ def shown(name: str) -> str:
 
 def ancestors(model_name_or_path: str) -> list[str]:
     """The models that a model was made of, by its card, the oldest first; itself at the end."""
-    with suppress(OSError, ValueError):  # there is no such model, or somebody else has written its card
+    with suppress(OSError, ValueError):  # there is no such model, or its card has another form
         card = find_file(model_name_or_path, FILE)
         return [*(read_card(card).data.get("made_of", []) if card else []), model_name_or_path]
     return [model_name_or_path]
@@ -178,7 +179,7 @@ def write_card(
 def copy_card(adapter: str, base: str, merged: Path, name: str) -> None:
     """Gives a merged model its adapter's card; a new one called `name` if that is PEFT's or missing."""
     path, card = find_file(adapter, FILE), None
-    with suppress(ValueError):  # somebody else has written it
+    with suppress(ValueError):  # it has another form
         card = path and read_card(path)
     if card is None or "made_of" not in card.data:
         write_card(merged, name, ancestors(base), [], [])

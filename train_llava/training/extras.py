@@ -1,4 +1,4 @@
-"""What the trainer needs of a batch besides the model's inputs: `extras`, added here and taken out here."""
+"""The `extras` of a batch, which the trainer needs besides the model's inputs: added here, and taken out here."""
 
 from typing import Any
 
@@ -11,11 +11,8 @@ from train_llava.data import LlavaCollator, Sample
 
 
 def with_extras(samples: list[Sample], collator: LlavaCollator) -> dict[str, Any]:
-    """The collator's batch, and under `extras` what the trainer alone needs of its samples:
-
-    `ids`; `supervised`, each sample's number of supervised tokens, `(samples,)`; `is_replacement`, `(samples,)`;
-    and the batch's numbers of `tokens` and `images`.
-    """
+    """The collator's batch with `extras` for the trainer: values of each sample, and totals of the batch."""
+    # Of each sample, then of the batch
     extras = {
         "ids": [sample.id for sample in samples],
         "supervised": torch.tensor([int((sample.labels[1:] != IGNORE).sum()) for sample in samples]),

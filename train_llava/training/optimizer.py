@@ -1,4 +1,4 @@
-"""What trains: in which precision, at which learning rate, and whether it is finite."""
+"""The parameters that train: their precision, their learning rates, and whether they are finite."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from train_llava.model import TRAIN_TYPES, count_parameters, part_of
 
 
 def use_float32(model: nn.Module, train_type: str) -> None:
-    """Holds in float32 what trains: half-precision weights are too coarse for small updates.
+    """Puts the parameters that train into float32: half precision is too coarse for small updates.
 
     If the vision tower trains, its unused norms follow, since they would not take float32 inputs.
     """
@@ -76,9 +76,9 @@ def settings_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]
 def restore_settings(
     optimizer: torch.optim.Optimizer, scheduler: LRScheduler, group_settings: list[dict[str, Any]]
 ) -> None:
-    """Puts rates, decay and schedule of the arguments in force, after a checkpoint has loaded earlier ones.
+    """Sets rates, decay and schedule to those of the arguments, after a checkpoint has loaded its own.
 
-    A schedule that is no `LambdaLR` takes its rate from the scores so far, and keeps it.
+    A schedule that is no `LambdaLR` computes its rate from the scores so far, and keeps it.
     """
     groups = optimizer.param_groups
     for group, settings in zip(groups, group_settings, strict=True):
