@@ -1,4 +1,4 @@
-"""What is on disk of a run: what is finished, what it can go on from, and whether what was saved is whole."""
+"""A run's files on disk: its lock, its checkpoints, its recipe, and the checkpoint that it starts from."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from train_llava.common.files import replacing
 
 RECIPE = "recipe.yaml"
 DERIVED = ("train_type", "learning_rate", "projector_learning_rate", "vision_learning_rate", "bf16", "seed")
-LOCK = "_lock"  # held by the run that is at work in a folder; a push to the hub leaves out such names
+LOCK = "_lock"  # locked by the run that writes to the folder; a push to the hub leaves out such names
 INCOMPLETE = "unfinished"  # a file that a checkpoint holds while it is being written
 
 
@@ -35,7 +36,7 @@ def is_checkpoint_complete(checkpoint: Path) -> bool:
 
 @contextmanager
 def unfinished(checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Marks a checkpoint, which all ranks write in the block, as not finished until all of them are done.
+    """Marks a checkpoint as incomplete until all ranks have left the block that writes it.
 
     Raises:
         ValueError: it cannot be written. Nothing is left of it.
@@ -48,43 +49,41 @@ def unfinished(checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (checkpoint / INCOMPLETE).unlink()
-    except Exception as error:  # a full disk is of any type: the tokenizers' is an Exception
+    except Exception as error:  # a full disk raises errors of any type
         shutil.rmtree(checkpoint, ignore_errors=True)
         raise ValueError(f"{checkpoint} could not be written ({error}); checkpoints before it are whole") from error
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
     """The last checkpoint of a run that was written to its end; None if there is none."""
-    whole = {
-        number_of(folder): folder for folder in Path(output_dir).glob("checkpoint-*") if is_checkpoint_complete(folder)
-    }
-    whole.pop(None, None)  # a copy that somebody has put aside
-    return str(whole[max(whole)]) if whole else None
+    complete = {}
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        if is_checkpoint_complete(folder) and number_of(folder) is not None:  # copies may have other names
+            complete[number_of(folder)] = folder
+    return str(complete[max(complete)]) if complete else None
 
 
 def number_of(checkpoint: Path) -> int | None:
-    """The step that a checkpoint was written at; None where its name tells none."""
-    found = re.fullmatch(r"checkpoint-(\d+)", checkpoint.absolute().name)
-    return int(found[1]) if found else None
+    """The step of a checkpoint, by its name; None if the name is another."""
+    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.absolute().name)
+    return int(match[1]) if match else None
 
 
 def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> None:
     """Removes the oldest checkpoints that a run wrote into its folder until `limit` are left; None: all stay.
 
-    The last one stays, and the best. Links and copies that people put there are not the run's: a copy under another
-    number names the step of its original.
+    The last and the best stay. So do links and copies of people: a copy's state has another step than its name.
     """
+    # The run's own checkpoints
     own = {}
     for checkpoint in folder.glob("checkpoint-*"):
         number = number_of(checkpoint)
-        if (
-            checkpoint.name == f"checkpoint-{number}"
-            and not checkpoint.is_symlink()
-            and is_checkpoint_complete(checkpoint)
-        ):
+        has_own_name = checkpoint.name == f"checkpoint-{number}" and not checkpoint.is_symlink()
+        if has_own_name and is_checkpoint_complete(checkpoint):
             with suppress(ValueError):  # a file that somebody has broken
                 if json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == number:
                     own[number] = checkpoint
+    # Without the last and the best, as many as are too many
     for number in sorted(own)[:-1]:
         if limit is not None and len(own) > limit and (best is None or number != number_of(Path(best))):
             shutil.rmtree(own.pop(number), ignore_errors=True)
@@ -92,7 +91,7 @@ def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> Non
 
 @contextmanager
 def locked(args: TrainingArguments) -> Iterator[None]:
-    """Keeps every other run out of a run's folder; the system frees it of a run that dies.
+    """Keeps every other run out of a run's folder; the lock ends with its process.
 
     Raises:
         OSError, ValueError: another run is at work in it, or it cannot be written to.
@@ -122,7 +121,7 @@ def locked(args: TrainingArguments) -> Iterator[None]:
 
 
 def on_first_rank(args: TrainingArguments, task: Callable[[], Any]) -> Any:
-    """What a task returns on the first rank, for all ranks; the others wait for it.
+    """Runs a task on the first rank, and returns its result on all ranks.
 
     Raises:
         ValueError: the task has raised it, or an OSError.
@@ -141,10 +140,10 @@ def on_first_rank(args: TrainingArguments, task: Callable[[], Any]) -> Any:
 
 
 def requested_checkpoint(args: TrainingArguments) -> tuple[bool | str, str | None]:
-    """What `--resume_from_checkpoint` says, a folder or whether to go on, and the checkpoint that this means.
+    """The value of `--resume_from_checkpoint`, a folder or a bool, and the checkpoint that it leads to.
 
     Raises:
-        ValueError: it says neither.
+        ValueError: it is neither.
     """
     resume, checkpoint = args.resume_from_checkpoint or "false", None
     if not Path(resume).is_dir():
@@ -158,10 +157,10 @@ def requested_checkpoint(args: TrainingArguments) -> tuple[bool | str, str | Non
 
 
 def starting_point(args: TrainingArguments) -> str | None:
-    """The checkpoint that a run goes on from: the last finished one, or what is named; None: it starts anew.
+    """The checkpoint that a run resumes from, the last complete one or a given one; None: the run starts anew.
 
     Raises:
-        ValueError: there is none to go on from, or the folder to write to holds a model already.
+        ValueError: it cannot resume, or its folder holds a model already.
     """
     resume, checkpoint = requested_checkpoint(args)
     check_output_dir(args.output_dir, checkpoint, resume is True)
@@ -171,18 +170,17 @@ def starting_point(args: TrainingArguments) -> str | None:
     if checkpoint is not None:
         check_resumable(Path(checkpoint), args.world_size)
     elif args.local_process_index == 0:
-        for earlier in Path(args.output_dir).glob(
-            "bad_*samples.jsonl"
-        ):  # another run's bad records are not this one's
-            earlier.unlink(missing_ok=True)  # another node's first rank may have been faster
+        # Another run's bad records are not this one's. Another node's first rank may be faster
+        for log in Path(args.output_dir).glob("bad_*samples.jsonl"):
+            log.unlink(missing_ok=True)
     return checkpoint
 
 
 def write_recipe(*arguments: Any) -> None:
-    """Writes what a run was started with to its folder, as a recipe by which it can be run again.
+    """Writes a run's arguments to its folder, as a recipe that starts the run again.
 
-    That is all that was given, and of the rest what was derived from it. An earlier start's recipe that says otherwise
-    is kept beside it as recipe-1.yaml, recipe-2.yaml, …
+    These are the arguments of the command line, and those derived from them. A different recipe of an earlier start
+    is saved as recipe-1.yaml, recipe-2.yaml, …
 
     Args:
         arguments: the instances of the run's dataclasses; the last are its `TrainingArguments`.
@@ -190,15 +188,20 @@ def write_recipe(*arguments: Any) -> None:
     args = arguments[-1]
     if args.process_index != 0:
         return
-    given = given_arguments([type(part) for part in arguments]) | {name: getattr(args, name) for name in DERIVED}
-    if "deepspeed" in given and Path(given["deepspeed"]).parent == ROOT:
-        given["deepspeed"] = Path(given["deepspeed"]).name
-    names = [field.name for part in arguments for field in fields(part)]
-    kept = [name for name in names if name in given and name != "local_rank" and not name.endswith("_token")]
+    # By name, in the order of the dataclasses, without secrets
+    values = given_arguments([type(part) for part in arguments]) | {name: getattr(args, name) for name in DERIVED}
+    if "deepspeed" in values and Path(values["deepspeed"]).parent == ROOT:
+        values["deepspeed"] = Path(values["deepspeed"]).name
+    recipe = {}
+    for field in chain.from_iterable(map(fields, arguments)):
+        if field.name in values and field.name != "local_rank" and not field.name.endswith("_token"):
+            recipe[field.name] = values[field.name]
+
+    # The file, and a copy of a different one
     folder = Path(args.output_dir)
     command = "bash run_zero2.sh" if args.deepspeed else "python -m train_llava.train"
     text = f"# What a run on {args.world_size} ranks was started with; again: {command} THIS_FILE --output_dir NEW\n"
-    text += yaml.safe_dump({name: given[name] for name in kept}, allow_unicode=True, sort_keys=False)
+    text += yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / RECIPE).exists() and (folder / RECIPE).read_text(encoding="utf-8") != text:
         shutil.copy(folder / RECIPE, folder / f"recipe-{len(list(folder.glob('recipe-*.yaml'))) + 1}.yaml")
@@ -207,11 +210,9 @@ def write_recipe(*arguments: Any) -> None:
 
 
 def check_resumable(checkpoint: Path, ranks: int) -> None:
-    """Refuses what a run of so many ranks cannot go on from.
+    """Raises a ValueError if a run of `ranks` processes cannot resume from a checkpoint.
 
-    Raises:
-        ValueError: the checkpoint is not whole, or was written by another number of ranks, each of which keeps a part
-            of the optimizer's state.
+    Each rank saves a part of the optimizer's state, so the number of ranks has to stay the same.
     """
     if not is_checkpoint_complete(checkpoint):
         raise ValueError(f"{checkpoint} is no checkpoint that was written to its end")
@@ -223,17 +224,18 @@ def check_resumable(checkpoint: Path, ranks: int) -> None:
 
 
 def check_output_dir(output_dir: str, checkpoint: str | None, resume: bool) -> None:
-    """Refuses a folder that holds a model or checkpoints already, unless the run goes on from its last checkpoint.
+    """Raises a ValueError if a folder holds a model or checkpoints, and the run does not resume from the last.
 
-    Raises:
-        ValueError: it does; what was to go on and has not finished a checkpoint may begin anew where it had begun one.
+    With `resume`, a run without a complete checkpoint may begin anew beside an incomplete one.
     """
     folder = Path(output_dir)
-    holds = [*folder.glob("*.safetensors"), *([] if resume else folder.glob("checkpoint-*"))]
+    files = list(folder.glob("*.safetensors"))
+    if not resume:
+        files += folder.glob("checkpoint-*")
     if checkpoint is not None and Path(checkpoint).absolute().parent.resolve() == folder.resolve():
         last = last_complete_checkpoint(output_dir) or checkpoint
         if (number_of(Path(last)) or 0) > (number_of(Path(checkpoint).resolve()) or 0):
             raise ValueError(f"--resume_from_checkpoint {checkpoint}: {last} is later; move it away, or go on from it")
-    elif holds:
+    elif files:
         remedy = "remove it, since no checkpoint is there" if resume else "--resume_from_checkpoint true"
-        raise ValueError(f"--output_dir {output_dir} holds {holds[0].name}: choose another, or {remedy}")
+        raise ValueError(f"--output_dir {output_dir} holds {files[0].name}: choose another, or {remedy}")
