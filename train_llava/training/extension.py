@@ -1,7 +1,7 @@
-"""DeepSpeed's extensions in C++, which are compiled at their first use: said aloud, and never waited for in vain.
+"""Builds DeepSpeed's extensions in C++ before a run needs them.
 
-torch keeps two builds apart by a file, `lock`, in the extension's folder. A build that is killed leaves it there, and
-every later one would wait for ever. Here a lock of the system's stands around the build, which ends with its process.
+torch keeps two builds apart by a file, `lock`, in the extension's folder. A killed build leaves it there, and every
+later build would wait for ever. Here, a lock of the system protects the build, which ends with its process.
 """
 
 import os
@@ -20,7 +20,7 @@ from train_llava.training.memory import zero_of
 
 
 def build_extensions(args: TrainingArguments) -> None:
-    """Builds and loads what DeepSpeed would build on its own in the middle of a run."""
+    """Builds and loads the extensions that DeepSpeed would otherwise build in the middle of a run."""
     if device().type == "cpu":
         build_extension("ShareMemCommBuilder")
     if zero_of(args)[1]:
@@ -28,7 +28,7 @@ def build_extensions(args: TrainingArguments) -> None:
 
 
 def build_extension(builder: str) -> None:
-    """Builds one of DeepSpeed's extensions where it is not built yet, and loads it.
+    """Loads one of DeepSpeed's extensions, and builds it first if that has not been done.
 
     Args:
         builder: the name of its class, such as `CPUAdamBuilder`.
@@ -38,7 +38,7 @@ def build_extension(builder: str) -> None:
     holder = folder / "builder.lock"
     lock = FileLock(holder)
     try:
-        lock.acquire(timeout=1)  # another rank's look at what is built takes less
+        lock.acquire(timeout=1)  # if it is built already, another rank needs less
     except Timeout:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"waiting for {holder.read_text()}, which builds DeepSpeed's {extension.name}", flush=True)
@@ -54,32 +54,32 @@ def build_extension(builder: str) -> None:
 
 
 def wait_for_others(folder: Path) -> None:
-    """Waits for the process that builds in a folder by torch alone; what nobody builds any more is given free."""
-    lock, named = folder / "lock", None
+    """Waits for a build by torch alone in this folder. Removes its lock if that build was interrupted."""
+    lock, last_reason = folder / "lock", None
     while lock.exists():
         process = builder_of(folder)
         owner = lock.owner() if lock.exists() else None
         if process is not None:
-            found = f"process {process.pid}, which holds {lock}"
+            reason = f"process {process.pid}, which holds {lock}"
         elif owner == psutil.Process().username() or os.getuid() == 0:
             lock.unlink(missing_ok=True)
             print(f"{lock} was left by a build that was interrupted: removed", flush=True)
             break
         else:
-            found = f"{lock} of the user {owner}, who may remove it if no build is running"
-        if found != named:
-            print(f"waiting for {found}", flush=True)
-        named = found
+            reason = f"{lock} of the user {owner}, who may remove it if no build is running"
+        if reason != last_reason:
+            print(f"waiting for {reason}", flush=True)
+        last_reason = reason
         time.sleep(0.5)
 
 
 def builder_of(folder: Path) -> psutil.Process | None:
-    """The process of this machine that builds in a folder: one that has its lock open, or a ninja at work there."""
+    """The process of this machine that builds in a folder: it has the lock open, or it is ninja, working there."""
     for process in psutil.process_iter():
         try:
             opened = [file.path for file in process.open_files()]
             if str(folder / "lock") in opened or (process.name() == "ninja" and process.cwd() == str(folder)):
                 return process
-        except psutil.Error:  # it has ended meanwhile, or is another user's
+        except psutil.Error:  # it has ended, or belongs to another user
             continue
     return None

@@ -1,4 +1,4 @@
-"""What a run that goes on from a checkpoint may change, what has to stay, and whether it is complete already."""
+"""Which arguments a resumed run may change, which have to stay, and whether the run is complete already."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ from train_llava.training.memory import zero_of
 from train_llava.training.stopping import stopped_early
 
 SETTINGS = "resume.json"  # in a run's folder and in each checkpoint: the settings that a resume compares
-# Changed by a resume: `LlavaTrainer` puts them in force behind the optimizer's state. Each change is printed and kept.
+# A resume may change these. `LlavaTrainer` sets them after the optimizer's state; each change is printed and stored
 RATES = {"learning_rate", "projector_learning_rate", "vision_learning_rate"}
 SCHEDULE = {"lr_scheduler_type", "lr_scheduler_kwargs"}
 LENGTH = {"max_steps", "num_train_epochs"}
 HONOURED = RATES | SCHEDULE | LENGTH | {"warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
 HONOURED |= {"max_grad_norm", "lora_dropout"}
-# Free, since they do not touch the order of the records, the optimizer's state or the loss. What stands neither here
-# nor above has to stay as it was
+# A resume may change these silently: the order of records, the optimizer's state and the loss do not depend on
+# them. All other arguments have to stay
 LOGGING = """logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
     log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
     trackio_static_space_id include_num_input_tokens_seen debug skip_memory_metrics"""
@@ -46,48 +46,53 @@ DATA = "image_dir bad_samples max_bad_fraction"  # the records themselves are co
 RESUMING = "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint"
 FREE = {*" ".join([LOGGING, SAVING, EVALUATION, COMPUTING, DATA, RESUMING]).split()}
 SCORE = {"metric_for_best_model", "greater_is_better"}  # may be added and dropped, and not exchanged
-STATEFUL = {"reduce_lr_on_plateau", "greedy"}  # schedules whose rate comes of the scores so far
+STATEFUL = {"reduce_lr_on_plateau", "greedy"}  # schedules that compute the rate from the scores so far
 
 
 def settings_of(*arguments: Any) -> dict[str, Any]:
     """The arguments of a run that a resume compares, by name, as JSON holds them.
 
-    A value that is written in several ways, or shown otherwise than it is compared, is a dict of `text` and `same`.
+    If a value is shown in one form and compared in another, it is a dict of `text` and `same`.
 
     Args:
         arguments: the instances of the run's dataclasses; the last are its `TrainingArguments`.
     """
     args = arguments[-1]
     values = {field.name: getattr(part, field.name) for part in arguments for field in fields(part)}
-    kept = {name: value for name, value in values.items() if name not in FREE}
+    settings = {name: value for name, value in values.items() if name not in FREE}
     for name in ("model_name_or_path", "data_path", "per_device_train_batch_size"):
-        del kept[name]
-    # The same records make up a step, whether or not it takes them at once
-    batch, steps = args.per_device_train_batch_size, kept.pop("gradient_accumulation_steps")
+        del settings[name]
+    # A step takes the same records, in however many batches
+    batch, steps = args.per_device_train_batch_size, settings.pop("gradient_accumulation_steps")
     name = "per_device_train_batch_size x --gradient_accumulation_steps"
-    kept[name] = {"text": f"{batch} x {steps}", "same": batch * steps}
+    settings[name] = {"text": f"{batch} x {steps}", "same": batch * steps}
     stage, offload = zero_of(args)
-    kept["deepspeed"] = stage if stage is None else f"ZeRO-{stage}" + " with offload" * offload
+    settings["deepspeed"] = None
+    if stage is not None:
+        settings["deepspeed"] = f"ZeRO-{stage} with offload" if offload else f"ZeRO-{stage}"
     if values["streaming"]:  # each worker reads shards of its own
-        kept["dataloader_num_workers"] = args.dataloader_num_workers
-    return json.loads(json.dumps(kept, default=str))
+        settings["dataloader_num_workers"] = args.dataloader_num_workers
+    return json.loads(json.dumps(settings, default=str))
 
 
 def model_fingerprint(name: str, model: nn.Module) -> dict[str, str]:
-    """What tells the model that a run starts from, just opened, from another one."""
+    """A fingerprint of the model that a run starts from, just opened."""
     numbers = hashlib.sha256(json.dumps(first_values(model)).encode()).hexdigest()[:12]
     return {"text": f"{name}, fingerprint {numbers}", "same": numbers}
 
 
 def data_fingerprint(dataset: LlavaDataset | None, data_path: list[str], image_dir: str | None) -> str:
-    """How many records, or files of a stream (where there is no `dataset`), each source has, and what tells them, and
-    their order, from others: their ids and texts, read at the pace of the disk; of a stream, names and sizes."""
+    """The size of each source and a fingerprint of all, as a text.
+
+    It covers the ids and texts of all records in order or, without `dataset`, the names and sizes of a stream's
+    files.
+    """
     counts, fingerprint = [], hashlib.blake2b(digest_size=8)
     if dataset is None:
         for path in data_path:
             files, _ = find_records(path, image_dir, streaming=True)
             counts.append(f"{len(files):,} files")
-            for file in files:  # one on the hub is called by its commit, too
+            for file in files:  # the path of one on the hub has its commit
                 name = f"{file.name} {file.stat().st_size}" if isinstance(file, Path) else str(file)
                 fingerprint.update(name.encode())
         return f"{' + '.join(counts)}, fingerprint {fingerprint.hexdigest()}"
@@ -101,9 +106,9 @@ def data_fingerprint(dataset: LlavaDataset | None, data_path: list[str], image_d
 
 
 def compare(checkpoint: str | None, settings: dict[str, Any], args: TrainingArguments) -> list[str]:
-    """The changes against the settings of a checkpoint's run that the new run honours, earlier resumes' among them.
+    """The changes of settings since a run began, those of earlier resumes first.
 
-    Where the run is complete, nothing is left that a change of its rates could have an effect on.
+    A complete run has no step left, so only its length may change.
 
     Raises:
         ValueError: a setting differs that a resume cannot change; the message names both values.
@@ -111,11 +116,13 @@ def compare(checkpoint: str | None, settings: dict[str, Any], args: TrainingArgu
     if checkpoint is None or not (Path(checkpoint) / SETTINGS).exists():
         return []
     saved = json.loads((Path(checkpoint) / SETTINGS).read_text(encoding="utf-8"))
+    # What may change: see the head of this file
     earlier, changes = saved["settings"], saved["changes"]
     schedules = {earlier.get("lr_scheduler_type"), settings.get("lr_scheduler_type")}
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
     complete = is_run_complete(state, args)
     honoured = LENGTH if complete else HONOURED - (RATES | SCHEDULE if schedules & STATEFUL else set())
+    # Each setting that differs
     for name, now in settings.items():
         before = earlier.get(name, now)
         (text, same), (text_before, same_before) = map(_text_and_same, (now, before))
@@ -132,12 +139,12 @@ def compare(checkpoint: str | None, settings: dict[str, Any], args: TrainingArgu
 
 
 def _text_and_same(value: Any) -> tuple[Any, Any]:
-    """How a value of the settings is shown, and what it is compared by."""
+    """A value of the settings as it is shown, and as it is compared."""
     return (value["text"], value["same"]) if isinstance(value, dict) and "same" in value else (value, value)
 
 
 def write_settings(output_dir: str, settings: dict[str, Any], changes: list[str]) -> None:
-    """Writes to a run's folder what a resume compares; each checkpoint gets a copy."""
+    """Writes the settings that a resume compares to a run's folder; each checkpoint gets a copy."""
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     with replacing(Path(output_dir) / SETTINGS) as file:
         text = json.dumps({"settings": settings, "changes": changes}, indent=1, ensure_ascii=False)
@@ -145,33 +152,33 @@ def write_settings(output_dir: str, settings: dict[str, Any], changes: list[str]
 
 
 def changes_of(output_dir: Path) -> list[str]:
-    """What resumes have changed in a run, by its folder."""
+    """The changes that resumes have made in a run, by its folder."""
     path = output_dir / SETTINGS
     return json.loads(path.read_text(encoding="utf-8"))["changes"] if path.exists() else []
 
 
 def is_run_complete(state: TrainerState, args: TrainingArguments) -> bool:
-    """Whether a run in this state has done all steps that the arguments ask for, or was stopped early."""
+    """Whether a run in this state has done all its steps, or was stopped early."""
     by_steps = args.max_steps > 0
     done = state.global_step >= args.max_steps if by_steps else state.epoch >= args.num_train_epochs - 1e-9
     return done or stopped_early(args, state)
 
 
 def completed(args: TrainingArguments, settings: dict[str, Any]) -> str | None:
-    """A line that says so, where a run that is to go on is complete and its model written; else None.
+    """A line for the user if the run to resume is complete, and its model written; else None.
 
     Raises:
-        ValueError: it was another run by its settings; see `compare`.
+        ValueError: the settings are another run's; see `compare`.
     """
     folder, (resume, checkpoint) = Path(args.output_dir), requested_checkpoint(args)
     own = resume is True or (checkpoint and Path(checkpoint).absolute().parent.resolve() == folder.resolve())
-    # it is the last file that a run writes
+    # a run writes this state last
     if not own or not (folder / "trainer_state.json").exists() or not any(folder.glob("*.safetensors")):
         return None
     state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-    early, states = ", stopped early" * stopped_early(args, state), [state]
+    early, states = ", stopped early" if stopped_early(args, state) else "", [state]
     if checkpoint is not None and args.save_strategy in ("steps", "epoch") and not early:
-        # The last step of a whole run has a checkpoint: who has removed it goes back to the one before
+        # The last step of a complete run has a checkpoint. If it was removed, the run resumes from the one before
         states.append(TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")))
     if not all(is_run_complete(state, args) for state in states):
         return None

@@ -1,4 +1,4 @@
-"""Where a run may end before its last step: at a SIGTERM, or where a score improves no more; and nowhere else."""
+"""Ends a run early: at a SIGTERM, or when a score stops improving. Any other early end is an error."""
 
 import atexit
 import math
@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 def outlive_sigterm(worker: int, begin: Callable[[int], None] | None) -> None:
-    """How a data-loading worker begins: a SIGTERM that all processes of a job get does not end it before the run."""
+    """Begins a data-loading worker. A SIGTERM to all processes of a job does not end it before the run."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if begin is not None:
         begin(worker)
@@ -20,10 +20,10 @@ def outlive_sigterm(worker: int, begin: Callable[[int], None] | None) -> None:
 
 @atexit.register
 def end_workers() -> None:
-    """Ends the data-loading workers of a run that failed: Python would ask them by a SIGTERM, and wait for ever."""
+    """Ends the data-loading workers of a failed run. Python would send them a SIGTERM, and wait for ever."""
     workers = multiprocessing.active_children()
-    if workers and hasattr(signal, "SIGCHLD"):  # which Windows has not
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch would raise
+    if workers and hasattr(signal, "SIGCHLD"):  # Windows has none
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise at it
     for worker in workers:
         worker.kill()
 
@@ -31,10 +31,11 @@ def end_workers() -> None:
 def stopped_early(args: TrainingArguments, state: TrainerState) -> bool:
     """Whether `early_stopping_patience` evaluations have followed the best one.
 
-    They are counted in the log, which each checkpoint keeps: a resumed run stops where an unbroken one does.
+    They are counted in the log, which is part of each checkpoint: a resumed run stops at the same step.
     """
     if not args.early_stopping_patience:
         return False
+    # One score a step, the higher the better; not a number is the worst
     key, sign = f"eval_{args.metric_for_best_model.removeprefix('eval_')}", 1 if args.greater_is_better else -1
     scores = {entry["step"]: sign * entry[key] for entry in state.log_history if key in entry}
     scores = [-math.inf if math.isnan(score) else score for score in scores.values()]
@@ -42,8 +43,7 @@ def stopped_early(args: TrainingArguments, state: TrainerState) -> bool:
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends the run at the end of a step, with a checkpoint, once any rank has got a SIGTERM, and behind an evaluation
-    by `stopped_early`. Another early end is an error."""
+    """Ends a run, with a checkpoint, after a step in which any rank got a SIGTERM, or by `stopped_early`."""
 
     def __init__(self) -> None:
         self.received = False
@@ -53,7 +53,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         received = torch.tensor(float(self.received), device=args.device)
-        if args.world_size > 1:  # the signal may reach ranks in different steps, and they have to end in one
+        if args.world_size > 1:  # the signal may reach ranks in different steps; all end in the same
             torch.distributed.all_reduce(received)
         if received.item():
             if state.is_world_process_zero:

@@ -1,4 +1,4 @@
-"""What a run tells of its pace: tokens and pictures a second, waiting for data, memory, how busy the device is."""
+"""Measures a run's throughput: tokens and pictures a second, waiting for data, memory, use of the matmul peak."""
 
 import sys
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from train_llava.model import LoraArguments
 from train_llava.training.memory import flops_per_token
 
-# What an entry of the log says of the steps since the last one
+# Values of a log entry, for the steps since the one before, with their labels
 LOGGED = {
     "pictures_per_second": "pictures a second, on all devices",
     "tokens_per_second": "tokens a second, on all devices",
@@ -36,7 +36,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The floating-point operations a second of the fastest of five products of two large square matrices."""
+    """FLOPs per second of the fastest of five products of two large square matrices."""
     side, times = 8192 if device.type == "cuda" else 512, []
     with torch.no_grad():
         matrix = torch.ones(side, side, device=device, dtype=dtype)
@@ -48,22 +48,22 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Throughput:
-    """Counts what this process does between two entries of the log; the other processes do as much."""
+    """Counts the work of this process between two log entries. The other processes do as much."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, processes: int):
         self.device, self.processes, self.rate = device, processes, matmul_peak(device, dtype)
-        self.operations = 0.0  # of a token; 0: not known
+        self.operations = 0.0  # FLOPs per token; 0: unknown
         self.tokens = self.pictures = 0
         self.waited, self.started = 0.0, None
 
     def learn_operations(self, config: Any, lora_arguments: LoraArguments, args: TrainingArguments) -> None:
-        """Counts the operations of a token, where the model can be run without numbers."""
-        with suppress(Exception):  # models raise anything there
+        """Counts the FLOPs per token, if the model runs on the meta device."""
+        with suppress(Exception):  # models raise errors of any type there
             self.operations = flops_per_token(config, lora_arguments, args)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The time in it is spent waiting for data; the first wait is where the run starts."""
+        """Counts the time in the block as waiting for data. The run starts with the first wait."""
         begin = perf_counter()
         self.started = self.started or begin
         yield
@@ -71,7 +71,7 @@ class Throughput:
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
-        """The time in it does not count, as that of an evaluation."""
+        """Leaves out the time in the block, such as that of an evaluation."""
         begin = perf_counter()
         yield
         if self.started is not None:
@@ -82,35 +82,38 @@ class Throughput:
         self.tokens, self.pictures = self.tokens + tokens, self.pictures + pictures
 
     def read(self) -> dict[str, float]:
-        """What `LOGGED` names, since it was last asked."""
+        """The values of `LOGGED` since the last call."""
         seconds = perf_counter() - self.started
-        each = self.tokens / seconds
-        read = {
+        tokens_per_second = self.tokens / seconds  # of this process
+        values = {
             "pictures_per_second": self.processes * self.pictures / seconds,
-            "tokens_per_second": self.processes * each,
+            "tokens_per_second": self.processes * tokens_per_second,
             "data_wait": self.waited / seconds,
-            "mfu": each * self.operations / self.rate,
+            "mfu": tokens_per_second * self.operations / self.rate,
             "memory_gb": peak_memory(self.device) / 1e9,
         }
         if not self.operations:
-            del read["mfu"]
+            del values["mfu"]
         self.tokens = self.pictures = 0
         self.waited, self.started = 0.0, perf_counter()
-        return {name: float(f"{value:.3g}") for name, value in read.items()}
+        return {name: float(f"{value:.3g}") for name, value in values.items()}
 
 
 def read_throughput(log_history: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """What the entries of a log say of the pace, by the names of `LOGGED`; a name that none of them has is left out.
+    """The throughput in the entries of a log, by the names of `LOGGED`; a name without values is left out.
 
-    The first entry is left out where there are more: it has the start in it.
+    The first entry, which includes the start of the run, is left out if there are more.
     """
     entries = [entry for entry in log_history if "tokens_per_second" in entry]
-    found = {name: [entry[name] for entry in entries[len(entries) > 1 :] if name in entry] for name in LOGGED}
-    return {name: values for name, values in found.items() if values}
+    throughput: dict[str, list[float]] = {}
+    for entry in entries[1:] or entries:
+        for name in LOGGED.keys() & entry.keys():
+            throughput.setdefault(name, []).append(entry[name])
+    return {name: throughput[name] for name in LOGGED if name in throughput}
 
 
 def describe_throughput(log_history: list[dict[str, Any]]) -> str:
-    """A table of what `read_throughput` finds: medians and ranges; nothing where the log has none."""
+    """A table of the `read_throughput` of a log: medians and ranges."""
     lines = []
     for name, values in read_throughput(log_history).items():
         shown = [
