@@ -184,7 +184,7 @@ def test_an_estimate_is_that_of_the_run_at_hand(llava, monkeypatch, run, state, 
     whole, model = empty_model(config, arguments.train_type, LORA, torch.float32)
     sizes = model_state_bytes(model, torch.float32, **state) | activation_bytes(whole, *step)
     if run.get("gradient_accumulation_steps"):
-        sizes["gradients of the batches before"] = sizes["gradients"]
+        sizes["accumulated gradients"] = sizes["gradients"]
     update = optimizer_step_bytes(model, torch.float32, own["world_size"], zero, own["zero"][1])
     estimate = memory.estimate_memory(config, LORA, arguments, own["bits"], own["packing"], own["max_length"])
     assert estimate == (sizes, update, note)
@@ -296,7 +296,10 @@ def test_said_before_anything_is_loaded(llava, corpus, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize(
     ("activations", "update", "said"),
-    [(6e9, 23e9, ["91.0 GB", "the first three the optimizer's update 23.0", "85.0 GB"]), (24e9, 23e9, ["92.0", "85"])],
+    [
+        (6e9, 23e9, ["91.0 GB", "and 23.0 for the optimizer step", "85.0 GB"]),
+        (24e9, 23e9, ["92.0", "85"]),
+    ],
 )
 def test_what_does_not_fit_is_told_with_what_would_help(llava, monkeypatch, capsys, activations, update, said):
     sizes = {"weights": 8e9, "gradients": 9e9, "optimizer": 51e9, "activations": activations, "logits": 0}
@@ -322,7 +325,7 @@ def test_what_would_help_is_what_a_run_does_not_do_and_may(zero, offload, bits, 
     given = train.TrainArguments(output_dir="run", report_to="none", per_device_train_batch_size=1)
     given.activation_checkpointing = True
     monkeypatch.setattr(memory, "zero_of", lambda _: (zero, offload))
-    assert memory.remedy(given, bits, activations=True) == f"Less takes: {said}"
+    assert memory.memory_advice(given, bits, activations=True) == f"Less takes: {said}"
 
 
 def test_no_estimate_costs_no_run(llava, monkeypatch, capsys):

@@ -1,7 +1,7 @@
-"""What a training step takes of a GPU's memory, computed from a checkpoint's configuration before anything is loaded.
+"""Estimates the GPU memory of a training step from a checkpoint's configuration, before anything is loaded.
 
-The model is on the meta device, where tensors have shapes and no numbers. A forward pass there tells what autograd
-keeps for the backward pass.
+The model is on the meta device, where tensors have shapes and no numbers. A forward pass there shows which
+tensors autograd keeps for the backward pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,17 +26,16 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from train_llava.cli import device
 from train_llava.model import Llava, LoraArguments, count_parameters, load_config, set_trainable, tower_states
 
-TEXT, ANSWER = 64, 32  # tokens that a row is taken to have beside its picture, and how many of them are learnt
-DIVIDED = {"optimizer": 1, "gradients": 2, "weights": 3}  # from which stage of ZeRO on the ranks share it
-STATE = ("weights", "gradients", "optimizer")  # what is there all the time
-SUB_GROUP = 10**9  # so many numbers ZeRO-3 updates at once: DeepSpeed's default
+TEXT, ANSWER = 64, 32  # assumed text tokens of a row besides its picture, and the supervised ones among them
+DIVIDED = {"optimizer": 1, "gradients": 2, "weights": 3}  # the first stage of ZeRO that divides it among ranks
+STATE = ("weights", "gradients", "optimizer")  # in memory all the time
+SUB_GROUP = 10**9  # numbers that ZeRO-3 updates at once: DeepSpeed's default
 
 
 class FusedKernels(TorchFunctionMode):
-    """Lets attention and dropout keep on the meta device what they keep on a GPU.
+    """Makes attention and dropout keep the same tensors on the meta device as on a GPU.
 
-    There, attention would fall back to matrix products and keep all its probabilities, and dropout a number where a
-    GPU keeps a byte.
+    Otherwise attention would keep all its probabilities, and dropout a number where a GPU keeps a byte.
     """
 
     def __torch_function__(self, function: Callable, _: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -59,7 +58,7 @@ def _attention(
 ) -> torch.Tensor:
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    if attn_mask is not None:  # PyTorch makes numbers of a mask of truths, in each layer anew
+    if attn_mask is not None:  # each layer makes numbers of a boolean mask
         attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the one that the meta device has
     return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
@@ -70,8 +69,10 @@ def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bo
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """A context in which `nbytes` grows by what autograd keeps: each storage once, however many operations keep it,
-    and those of the model's own tensors not. What activation checkpointing drops is not seen."""
+    """Counts in `nbytes` the storages that autograd keeps, each once, without those of the model itself.
+
+    It does not see the tensors that activation checkpointing drops.
+    """
 
     def __init__(self, model: nn.Module):
         self.nbytes = 0
@@ -86,14 +87,14 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.seen:
-            self.seen[storage._cdata] = storage  # held, or another storage might come to lie at its address
+            self.seen[storage._cdata] = storage  # a reference, or another storage could get its address
             self.nbytes += storage.nbytes()
         return tensor.detach()  # itself, it would never be freed
 
 
 @contextmanager
 def without_zero3_partitioning(args: TrainingArguments) -> Iterator[None]:
-    """Models made in it are whole: under ZeRO-3 transformers would share out even weights without numbers."""
+    """Models made in the block are whole. Under ZeRO-3, transformers would divide even weights without numbers."""
     if args.deepspeed is None:
         yield
         return
@@ -107,9 +108,9 @@ def without_zero3_partitioning(args: TrainingArguments) -> Iterator[None]:
 def empty_model(
     config: LlavaConfig | LlavaNextConfig, train_type: str, lora_arguments: LoraArguments, dtype: torch.dtype
 ) -> tuple[Llava, nn.Module]:
-    """A LLaVA on the meta device, and the same as `set_trainable` prepares it (with LoRA, inside a `PeftModel`)."""
+    """A LLaVA on the meta device, and the same model after `set_trainable`, with LoRA in a `PeftModel`."""
     anyres, vision = isinstance(config, LlavaNextConfig), config.vision_config
-    # what an architecture caches for the whole process must not be cached without numbers
+    # some architectures cache tensors for the whole process: first with numbers
     tower_states(vision, vision.image_size, num_hidden_layers=1)
     with torch.device("meta"):
         llava = (LlavaNextForConditionalGeneration if anyres else LlavaForConditionalGeneration)(config).train()
@@ -119,7 +120,7 @@ def empty_model(
 
 
 def picture_features(llava: Llava, pictures: int) -> torch.Tensor:
-    """The projector's output `(tokens, width)` for pictures of as many tokens as a picture can have."""
+    """The projector's output `(tokens, width)` for pictures, each with the most tokens that it can have."""
     side, more = llava.config.vision_config.image_size, {}
     shape: tuple[int, ...] = (pictures, 3, side, side)
     if isinstance(llava.config, LlavaNextConfig):
@@ -137,22 +138,24 @@ def step_bytes(llava: Llava, rows: int, tokens: int, pictures: int, answers: int
 
     Args:
         tokens: of a row, pictures and padding included.
-        pictures, answers: pictures, and learnt tokens, of all rows together.
+        pictures, answers: pictures, and supervised tokens, of all rows together.
 
     Returns:
-        What autograd keeps, the loss's included; how much of it a layer of the language model keeps, the largest; and
-        logits with their copy in fp32, which are there while the loss is computed.
+        Bytes that autograd keeps, those of the loss included; those of the language model's largest layer; those of
+        the logits and their fp32 copy, while the loss is computed.
     """
+    # hooks note the bytes before and after each layer
     language_model, saved, marks = llava.model.language_model, SavedTensors(llava), []
     hooks = []
     for layer in language_model.layers:
         for register in (layer.register_forward_pre_hook, layer.register_forward_hook):
             hooks.append(register(lambda *_: marks.append(saved.nbytes)))
+    # a forward pass, up to the loss
     with torch.device("meta"), FusedKernels(), saved:
         embeds = llava.get_input_embeddings()(torch.empty(rows, tokens, dtype=torch.long))
         places = torch.empty(rows, tokens, 1, dtype=torch.bool)
         embeds = embeds.masked_scatter(places, picture_features(llava, pictures).to(embeds.dtype))
-        # a mask of four dimensions is taken as it is; into another the model would look
+        # the model would read the values of a mask that has not four dimensions
         mask = torch.empty(rows, 1, tokens, tokens, dtype=torch.bool)
         hidden = language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         labels, row, place = (torch.empty(answers, dtype=torch.long) for _ in range(3))
@@ -167,22 +170,25 @@ def step_bytes(llava: Llava, rows: int, tokens: int, pictures: int, answers: int
 
 
 def activation_bytes(llava: Llava, rows: int, tokens: int, pictures: int, answers: int, recompute: bool) -> dict:
-    """What a step keeps and computes beside the model, in bytes by kind. With `recompute` (activation checkpointing of
-    the language model) the backward pass has one layer whole at a time. See `step_bytes`."""
-    kept, layer, logits = step_bytes(llava, rows, tokens, pictures, answers)
+    """The activations and logits of a step, in bytes; see `step_bytes`.
+
+    With `recompute` (activation checkpointing), the backward pass keeps one whole layer at a time.
+    """
+    activations, layer, logits = step_bytes(llava, rows, tokens, pictures, answers)
     if recompute:
         llava.model.language_model.activation_checkpointing_enable()
-        kept = step_bytes(llava, rows, tokens, pictures, answers)[0] + layer
+        activations = step_bytes(llava, rows, tokens, pictures, answers)[0] + layer
         llava.model.language_model.activation_checkpointing_disable()
-    return {"activations": kept, "logits": logits}
+    return {"activations": activations, "logits": logits}
 
 
 def flops_per_token(
     config: LlavaConfig | LlavaNextConfig, lora_arguments: LoraArguments, args: TrainingArguments
 ) -> float:
-    """Floating-point operations that a training step does for each token: PyTorch counts the matrix products, forward
-    and backward, of a row with one picture of as many tokens as it can have. A layer that is computed twice, by
-    activation checkpointing, counts twice."""
+    """FLOPs per token of a training step, forward and backward, for a row with one picture of the most tokens.
+
+    PyTorch counts the matrix products. A layer that activation checkpointing computes twice counts twice.
+    """
     with without_zero3_partitioning(args):
         llava, _ = empty_model(config, args.train_type, lora_arguments, torch.float32)
     if args.activation_checkpointing:
@@ -190,7 +196,7 @@ def flops_per_token(
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         features = picture_features(llava, 1)[None]
         embeds = torch.cat([features, llava.get_input_embeddings()(torch.empty(1, TEXT, dtype=torch.long))], dim=1)
-        # a mask given ready-made is not looked into, which a tensor without numbers would not allow
+        # the model does not read a mask that is made already; without numbers, it could not
         mask = {"full_attention": None, "sliding_attention": None}
         hidden = llava.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
         llava.lm_head(hidden.last_hidden_state[:, -ANSWER:]).sum().backward()
@@ -205,11 +211,11 @@ def model_state_bytes(
     offload: bool = False,
     bits: int | None = None,
 ) -> dict[str, float]:
-    """What a GPU keeps of a model and its AdamW, in bytes by kind.
+    """Weights, gradients and AdamW's state on a GPU, in bytes.
 
     Args:
         zero: DeepSpeed's stage, which divides the optimizer (1), the gradients too (2), the weights too (3) by
-            `world_size`; None: no DeepSpeed, and what trains is held in fp32, with a copy in `dtype` in a step.
+            `world_size`. None: no DeepSpeed; trained weights are in fp32, with a copy in `dtype` during a step.
         offload: gradients and optimizer, under ZeRO-3 the weights too, are in the CPU's memory.
         bits: see `quantization`.
     """
@@ -225,8 +231,8 @@ def model_state_bytes(
         sizes |= {"optimizer": trained * 12 / parts["optimizer"]}  # an fp32 copy and AdamW's two moments
     if bits:
         linear = [(name, m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-        few = sum(w.numel() for name, w in linear if "language_model." in name and not w.requires_grad)
-        sizes["weights"] -= few * (dtype.itemsize - bits / 8)
+        quantized = sum(w.numel() for name, w in linear if "language_model." in name and not w.requires_grad)
+        sizes["weights"] -= quantized * (dtype.itemsize - bits / 8)
     if offload:
         sizes |= dict.fromkeys(["gradients", "optimizer"] + ["weights"] * (zero == 3), 0)
     return sizes
@@ -237,9 +243,9 @@ def optimizer_step_bytes(
 ) -> float:
     """Bytes that the optimizer step takes after the activations are freed; arguments as in `model_state_bytes`.
 
-    DeepSpeed updates one group of parameters after the other: it puts a rank's gradients in a row, and that in fp32.
-    All that trains is taken for one group, which it nearly is where the language model trains in full; with several
-    it is less. On one GPU `full` with 4.25 billion parameters, 68 GB at rest, so runs out of 80 GB.
+    DeepSpeed updates one group of parameters after the other. It copies a rank's gradients of the group into one
+    tensor, and this to fp32. All parameters are taken as one group; several groups need less. For example, `full`
+    with 4.25 billion parameters has 68 GB of states on one GPU, and in this step runs out of 80 GB.
     """
     if not zero or offload:
         return 0
@@ -250,12 +256,12 @@ def optimizer_step_bytes(
 
 
 def precision(args: TrainingArguments) -> torch.dtype:
-    """What a run computes in."""
+    """The precision of a run's computation."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def zero_of(args: TrainingArguments) -> tuple[int | None, bool]:
-    """The stage of a run's DeepSpeed configuration, None without one, and whether it offloads."""
+    """The ZeRO stage of a run's DeepSpeed configuration (None without one), and whether it offloads."""
     if args.deepspeed is None:
         return None, False
     deepspeed = args.hf_deepspeed_config
@@ -263,7 +269,7 @@ def zero_of(args: TrainingArguments) -> tuple[int | None, bool]:
 
 
 def accumulated_gradient_bytes(args: TrainingArguments, gradients: float) -> float:
-    """What ZeRO-2 keeps of the batches before in a step of several, where the gradients of one take so many bytes."""
+    """Bytes of the accumulated gradients that ZeRO-2 keeps in a step of several batches; `gradients`: of one batch."""
     zero, offload = zero_of(args)
     return gradients if zero == 2 and not offload and args.gradient_accumulation_steps > 1 else 0
 
@@ -276,9 +282,16 @@ def estimate_memory(
     packing: bool = False,
     max_length: int | None = None,
 ) -> tuple[dict[str, float], float, str]:
-    """What a pass, forward and backward, takes on each GPU, in bytes by kind; what the update behind it takes beside
-    the `STATE`; and for what batch: each record with one picture of as many tokens as it can have, and `TEXT` tokens
-    beside it, `ANSWER` of them learnt; a row of `tokens_per_batch` is full of such records."""
+    """Estimates the memory of a step on each GPU.
+
+    Each record is assumed to have one picture of the most tokens, and `TEXT` other tokens, `ANSWER` of them
+    supervised. A row of `tokens_per_batch` is full of such records.
+
+    Returns:
+        Bytes of a forward and backward pass by kind; bytes of the optimizer step besides the `STATE`; a description
+        of the batch.
+    """
+    # the batch
     dtype, (zero, offload) = precision(args), zero_of(args)
     with without_zero3_partitioning(args):
         llava, model = empty_model(config, args.train_type, lora_arguments, dtype)
@@ -289,11 +302,12 @@ def estimate_memory(
     if args.tokens_per_batch is not None:
         width, batch = args.tokens_per_batch, max(1, args.tokens_per_batch // tokens)
         note = f"a row of {width:,} tokens, {batch} pictures in it"
+    # its bytes
     sizes = model_state_bytes(model, dtype, args.world_size, zero, offload, bits)
     update = optimizer_step_bytes(model, dtype, args.world_size, zero, offload)
     sizes |= activation_bytes(llava, rows, width, batch, batch * ANSWER, args.activation_checkpointing)
-    if earlier := accumulated_gradient_bytes(args, sizes["gradients"]):
-        sizes |= {"gradients of the batches before": earlier}
+    if accumulated := accumulated_gradient_bytes(args, sizes["gradients"]):
+        sizes |= {"accumulated gradients": accumulated}
     divided = [name for name, stage in DIVIDED.items() if zero and zero >= stage]
     if divided and args.world_size > 1:
         note += f"; ZeRO-{zero} divides {', '.join(divided)} by {args.world_size}"
@@ -308,8 +322,7 @@ def print_estimate(
     packing: bool,
     max_length: int,
 ) -> None:
-    """Says what the run at hand will take, and, where a GPU has less, what would help. A model that cannot be run
-    without numbers gets no estimate, and trains all the same.
+    """Prints a run's `estimate_memory` and, if a GPU has less, advice. Some models cannot be estimated.
 
     Raises:
         ValueError: see `load_config`.
@@ -317,21 +330,24 @@ def print_estimate(
     config = load_config(model_name_or_path)
     try:
         sizes, update, note = estimate_memory(config, lora_arguments, args, bits, packing, max_length)
-    except Exception as error:  # models raise anything where numbers are missing
+    except Exception as error:  # models raise errors of any type on the meta device
         print(f"memory: no estimate for a {config.text_config.model_type} ({' '.join(str(error).split())[:100]})")
         return
     updated = sum(sizes[name] for name in STATE) + update
     total = max(sum(sizes.values()), updated)
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in sizes.items())
     if total == updated:
-        parts += f"; beside the first three the optimizer's update {update / 1e9:.1f}"
+        parts += f"; then the first three and {update / 1e9:.1f} for the optimizer step"
     print(f"memory: about {total / 1e9:.1f} GB a rank ({parts}) for {note}")
-    if device().type == "cuda" and total > (there := torch.cuda.get_device_properties(args.device).total_memory):
-        print(f"memory: this GPU has {there / 1e9:.1f} GB. {remedy(args, bits, updated <= there)}")
+    if device().type == "cuda":
+        available = torch.cuda.get_device_properties(args.device).total_memory
+        if total > available:
+            advice = memory_advice(args, bits, updated <= available)
+            print(f"memory: this GPU has {available / 1e9:.1f} GB. {advice}")
 
 
-def remedy(args: TrainingArguments, bits: int | None, activations: bool) -> str:
-    """What would make a run smaller, of what it does not use yet; `activations`: fewer of them can be enough."""
+def memory_advice(args: TrainingArguments, bits: int | None, activations: bool) -> str:
+    """The options that would save memory and are not used yet; `activations`: fewer of these can be enough."""
     fewer = {
         "--activation_checkpointing true": not args.activation_checkpointing,
         "a smaller --per_device_train_batch_size with more --gradient_accumulation_steps": (
@@ -345,4 +361,5 @@ def remedy(args: TrainingArguments, bits: int | None, activations: bool) -> str:
         "--bits 4": args.train_type == "lora" and not bits and zero != 3,
         "--deepspeed ds_zero3_offload.json": not bits and not (zero == 3 and offload),
     }
-    return f"Less takes: {'; '.join(way for way, helps in ways.items() if helps) or 'a smaller language model'}"
+    advice = [way for way, helps in ways.items() if helps]
+    return f"Less takes: {'; '.join(advice) or 'a smaller language model'}"

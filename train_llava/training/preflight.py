@@ -11,9 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm import tqdm
-from transformers import (
-    AutoProcessor,
-)
+from transformers import AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train_llava.common.files import writing
@@ -52,19 +50,21 @@ def longest_samples(trainer: LlavaTrainer) -> list[Sample]:
 
 
 def preflight(trainer: LlavaTrainer) -> None:
-    """Tries forward, backward, saving and reading back on one rank, and says what memory the run will take.
+    """Tries forward, backward, saving and reading back on one rank, and prints the memory that the run will take.
 
-    The model's weights, and the random numbers that the run will draw, stay as they are. Held-out records are all
-    looked at, whose first evaluation may be hours away.
+    The weights and the run's random numbers do not change. All held-out records are read, because the first
+    evaluation may be hours away.
 
     Raises:
-        ValueError: the loss or a gradient is missing or not finite, or what is saved is not what is in memory; or too
-            many held-out records are bad.
+        ValueError: the loss or a gradient is missing or not finite; the saved model differs from the one in memory;
+            too many held-out records are bad.
     """
+    # The held-out records, each rank its share
     args, held_out = trainer.args, trainer.eval_dataset
     mine = range(args.process_index, len(held_out or ()), args.world_size)
     for i in tqdm(mine, "held-out records", disable=len(mine) < 1000 or args.process_index > 0):
         held_out.good_sample(i)
+    # The trial on the first rank, and on all ranks its result
     untrained: list[set[str]] = [set()]
     if trainer.is_world_process_zero():
         if is_deepspeed_zero3_enabled():
@@ -78,6 +78,7 @@ def preflight(trainer: LlavaTrainer) -> None:
 
 def _try_once(trainer: LlavaTrainer) -> set[str]:
     """See `preflight`. Returns the names of `parameters_without_gradient`."""
+    # The batch, and its description
     args = trainer.args
     model = trainer.model.to(args.device).train()
     samples = longest_samples(trainer)
@@ -86,6 +87,7 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
     if isinstance(trainer.train_dataset, PackedDataset):
         what = f"the fullest row, {batch['extras']['tokens']:,} tokens of {len(samples)} records,"
     pixel_values = batch["pixel_values"]
+    # Forward and backward; each gradient is checked and freed as soon as it is there
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     finite: dict[nn.Parameter, bool] = {}
 
@@ -110,6 +112,7 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
     untrained = parameters_without_gradient(model, without, compute_loss) if without else set()
     peak = peak_memory(args.device)
 
+    # The model and the processor, saved and read back
     folder = Path(args.output_dir) / "preflight"
     try:
         with writing(folder):
@@ -127,12 +130,13 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
+    # The memory measured, and that which the optimizer will add
     dtype, (zero, offload) = precision(args), zero_of(args)
-    kept = model_state_bytes(model, dtype, args.world_size, zero, offload)
+    states = model_state_bytes(model, dtype, args.world_size, zero, offload)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     update = weights + optimizer_step_bytes(model, dtype, args.world_size, zero, offload)
-    gradients = kept["gradients"] + accumulated_gradient_bytes(args, kept["gradients"])
-    more = gradients + kept["optimizer"] + max(update - peak, 0)
+    gradients = states["gradients"] + accumulated_gradient_bytes(args, states["gradients"])
+    more = gradients + states["optimizer"] + max(update - peak, 0)
     print(
         f"preflight: {what} forward and backward, saved, read back alike (loss {loss.item():.4f}); "
         f"{peak / 1e9:.1f} GB, and {more / 1e9:.1f} GB more a rank for gradients and optimizer"
@@ -143,12 +147,12 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
 def parameters_without_gradient(
     model: nn.Module, without: dict[str, nn.Parameter], compute_loss: Callable[[], torch.Tensor]
 ) -> set[str]:
-    """Tells why parameters got no gradient, and returns the names of those that are not to train.
+    """Finds out why parameters got no gradient, and returns the names of those that cannot train by design.
 
-    A fault is one that acts on the loss: where it is changed, so is the loss of the batch, and so is what the language
-    model alone makes of two tokens. What only chooses among tokens, as the indexer of DeepSeek-V3.2 does, has nothing
-    to choose among two, and what nothing reads changes neither. These are not trained by design, unless many tokens
-    of text alone give them a gradient: an expert that no token of the batch has reached goes on training.
+    It is an error if a parameter acts on the loss: a change of it changes the loss of the batch, and the language
+    model's output for two tokens. A parameter that only chooses among tokens, as in the indexer of DeepSeek-V3.2,
+    does not change the latter; an unused one changes neither. Such a parameter is not trained, unless many tokens of
+    text give it a gradient: an expert that no token of the batch has reached continues to train.
 
     Args:
         without: the parameters that got no gradient, by name.
@@ -166,18 +170,20 @@ def parameters_without_gradient(
 
     @torch.no_grad()
     def acts_on(compute: Callable[[], torch.Tensor], parameter: nn.Parameter) -> bool:
-        before, held = compute(), parameter.detach().clone()
-        parameter.add_(torch.randn_like(parameter) * (held.abs().mean() + 0.01))
+        before, original = compute(), parameter.detach().clone()
+        parameter.add_(torch.randn_like(parameter) * (original.abs().mean() + 0.01))
         changed = not compute().equal(before)
-        parameter.copy_(held)
+        parameter.copy_(original)
         return changed
 
+    # Parameters that have to get a gradient
     training = model.training
     model.eval()  # without dropout
     for name, parameter in without.items():
         outside = part_of(name) != "language model" or "lm_head" in name
         if outside or (acts_on(partial(text_alone, 2), parameter) and acts_on(compute_loss, parameter)):
             raise ValueError(f"preflight: {name} gets no gradient")
+    # Of the others, those without a gradient from many tokens
     many = text_alone(min(1024, context_length(language_model.config))).float().square().mean()
     gradients = torch.autograd.grad(many, list(without.values()), allow_unused=True)
     untrained = {name for name, gradient in zip(without, gradients, strict=True) if gradient is None}
@@ -185,6 +191,6 @@ def parameters_without_gradient(
     if untrained:
         print(
             f"not trained, since the language model by its design gives them no gradient: {len(untrained)} tensors, "
-            f"{min(untrained)} for one"
+            f"for example {min(untrained)}"
         )
     return untrained

@@ -19,7 +19,7 @@ LOGGED = {
     "pictures_per_second": "pictures a second, on all devices",
     "tokens_per_second": "tokens a second, on all devices",
     "data_wait": "share of the time spent waiting for data",
-    "mfu": "share of the device's multiplication rate",
+    "mfu": "share of the device's matmul peak",
     "memory_gb": "peak memory of a process, GB",
 }
 
