@@ -144,6 +144,7 @@ def read_text(path: str) -> str:
 @torch.inference_mode()
 def text_loss(model: PreTrainedModel | PeftModel, input_ids: list[int]) -> float:
     """The mean loss of a text's next tokens, in pieces of `WINDOW` tokens that the processes share."""
+    # each process reads its share of the windows
     state, total, count = this_process(), 0.0, 0
     window = min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW))
     pieces = [piece for piece in torch.tensor(input_ids).split(window) if len(piece) > 1]
@@ -161,7 +162,7 @@ def compare_text_loss(
 ) -> dict[str, Any]:
     """The `loss` of a text, its number of `tokens`, and the `base_loss` of the model before training.
 
-    This is `base`, or the model without its adapter. A model that has neither has no `base_loss`.
+    This model is `base`, or the model without its adapter. Without either, there is no `base_loss`.
 
     Raises:
         ValueError: the base cannot be opened or splits the text into other tokens, or the text has one token.
@@ -193,7 +194,7 @@ def previous_answers(output_dir: str) -> list[Path]:
 
 def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any]:
     """Asks every question and returns the metrics. The first process writes all files into `folder`."""
-    # all that is needed
+    # the text, the data and the model
     if arguments.base is not None:
         check_name(f"--base {arguments.base}", arguments.base)
     text = None if arguments.text_path is None else read_text(arguments.text_path)
@@ -201,7 +202,7 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
     names = arguments.model_name_or_path, arguments.adapter_name_or_path
     model, processor = load_model(*names, arguments.bits)
     dataset.min_side = chat_of(processor).min_side  # as training opens pictures
-    # the text, the questions, and the controls
+    # the loss of the text, the answers, and those of the controls
     text_scores = text and compare_text_loss(model, processor.tokenizer, text, arguments.base)
     settings, files = settings_of(arguments, model), previous_answers(arguments.output_dir)
     predictions, bad = predict(model, processor, dataset, files[0], settings, arguments.batch_size)
@@ -244,7 +245,7 @@ def main() -> None:
             text, shown, picture = compare(arguments.compare, folder), "plot", "comparison.png"
         else:
             text, shown, picture = table(evaluate(arguments, folder)), "pictures and answers", "captions.png"
-    # the folder is complete, so the files of answers are needed no more
+    # the folder is complete: the files of answers are no longer needed
     if not arguments.compare:
         for file in previous_answers(arguments.output_dir)[: 1 + arguments.blank_control]:
             file.unlink()

@@ -84,8 +84,8 @@ def fetch_image(name: str, min_side: int | None = None) -> Image.Image:
         return open_image(sys.stdin.buffer.read(), "the picture on standard input", min_side)
     if not name.startswith(ADDRESSES):
         return open_image(Path(name), min_side=min_side)
-    short = name if len(name) < 200 else f"{name[:60]}…"
-    # characters that an address cannot hold, such as Chinese, go in percent signs
+    # from the network; characters that an address cannot hold, such as Chinese, become percent codes
+    short = name if len(name) < 200 else f"{name[:60]}…"  # for messages
     address = urllib.parse.quote(name, safe=string.punctuation)
     try:
         with urllib.request.urlopen(address, timeout=30) as response:
@@ -102,19 +102,21 @@ def chat(model: Llava | PeftModel, processor: Processor, images: list[Image.Imag
 
     "/image FILE" adds a picture to the next question. "/image" alone takes back the pictures added to it.
     """
-    messages, new, min_side = [], len(images), chat_of(processor).min_side
+    messages, new, min_side = [], len(images), chat_of(processor).min_side  # `new`: images of the next question
     while True:
+        # one line of the terminal
         try:
             text = input("> ").strip()
         except EOFError:
             return
-        except UnicodeDecodeError as error:  # a terminal may leave half of a character that was deleted
+        except UnicodeDecodeError as error:  # deleting a character in a terminal may leave half of it
             print(f"error: {error}", file=sys.stderr)
-            if not sys.stdin.isatty():  # a file gives the same again
+            if not sys.stdin.isatty():  # a file would give the same line again
                 return
             continue
         if not text:
             return
+        # a command, or a question
         try:
             if text == "/image":
                 images, new = images[: len(images) - new], 0
@@ -122,10 +124,10 @@ def chat(model: Llava | PeftModel, processor: Processor, images: list[Image.Imag
                 images = [*images, fetch_image(text.removeprefix("/image ").strip(), min_side)]
                 new += 1
             else:
-                asked = [*messages, user_message(text, new)]
+                conversation = [*messages, user_message(text, new)]
                 streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-                (answer,) = generate(model, processor, [asked], images, streamer=streamer, **options)
-                messages, new = [*asked, assistant_message(answer)], 0
+                (answer,) = generate(model, processor, [conversation], images, streamer=streamer, **options)
+                messages, new = [*conversation, assistant_message(answer)], 0
         except Exception as error:  # of any kind: the conversation stays as it was
             print(f"error: {error}", file=sys.stderr)
 
@@ -141,8 +143,8 @@ def answer_file(
     """Answers a file of questions, except those that the file of answers has already.
 
     Raises:
-        OSError, ValueError: a file or a line cannot be read, and nothing was asked; or some questions cannot be
-            asked, and all others are answered.
+        OSError, ValueError: a file or a line cannot be read, before any question is asked; or some questions
+            cannot be asked, after all others are answered.
     """
     records, chat = read_questions(questions), chat_of(processor)
     if answers.exists() and answers.samefile(questions):

@@ -29,11 +29,11 @@ LOGGED = ("exact_match", "token_f1", "cider")  # during training
 
 
 def questions(item: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every answer of a record as a question of its own, with all messages before it.
+    """One question for each answer of a record, with all messages before it.
 
     `images` are the pictures up to that question, which may be fewer than the record's.
     """
-    found = []
+    result = []
     for i, message in enumerate(item["messages"]):
         if message["role"] != "assistant":
             continue
@@ -46,8 +46,8 @@ def questions(item: dict[str, Any]) -> list[dict[str, Any]]:
         question |= {"prompt": text_of(before[-1]), "reference": reference}
         question["references"] = right if reference.strip() in right else [reference, *right]
         question["answers"] = item["answers"] if is_last else []
-        found.append(item | question)
-    return found
+        result.append(item | question)
+    return result
 
 
 def list_questions(dataset: LlavaDataset) -> Iterator[dict[str, Any]]:
@@ -58,10 +58,10 @@ def list_questions(dataset: LlavaDataset) -> Iterator[dict[str, Any]]:
     number = 0
     for index in range(len(dataset)):
         try:
-            found = questions(dataset.read(index, decode=False))
+            of_record = questions(dataset.read(index, decode=False))
         except BadRecordError as error:
-            found = [{"id": error.args[0], "prompt": ""}]
-        for turn, question in enumerate(found):
+            of_record = [{"id": error.args[0], "prompt": ""}]
+        for turn, question in enumerate(of_record):
             for key in ("messages", "images", "image_sizes"):
                 question.pop(key, None)
             yield question | {"index": index, "turn": turn, "number": number}
@@ -92,7 +92,7 @@ def predict(
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """The model's answer to every question of a data set. With `blank`, all its pictures are white.
 
-    Answers are written to `path` as they come, and those that stand there are kept; see `answer_questions`.
+    Answers are written to `path` as they come; those in it already are used. See `answer_questions`.
 
     Returns:
         The predictions in the order of the records, and the `id` and `reason` of each question that cannot be
@@ -116,8 +116,8 @@ def predict(
 def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
     """Asks the model in training the first questions of the held-out data, and scores its answers.
 
-    The model answers as `evaluate` would ask it if it were saved now. The first process writes the answers to
-    answers/step-….jsonl. It draws some of them in a sample grid, also for TensorBoard.
+    The model answers in the precision in which it would be saved, so that `evaluate` gives the same. The first
+    process writes the answers to answers/step-….jsonl. It draws some in a sample grid, also for TensorBoard.
 
     Returns:
         The scores of `LOGGED`, and `answers_runtime` in seconds.
@@ -125,21 +125,21 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
     started, state, dataset = perf_counter(), this_process(), trainer.eval_dataset.records
     model, chat, step = trainer.model, chat_of(trainer.processing_class), trainer.state.global_step
     # the first questions that can be asked
-    asked, prompts = [], []
+    asked_questions, prompts = [], []
     for question in list_questions(dataset):
         with suppress(OSError, ValueError):
             prompts.append(prepare(chat, *open_question(dataset, question)))
-            asked.append(question)
-        if len(asked) == number:
+            asked_questions.append(question)
+        if len(asked_questions) == number:
             break
-    if not asked:
+    if not asked_questions:
         raise ValueError("no held-out question can be asked of this model: set --eval_answers 0")
-    # all processes get as many questions, some twice: under ZeRO-3 none computes alone
+    # all processes get the same number of questions, some twice: under ZeRO-3 none computes alone
     indices, saved_dtype = list(range(len(prompts))), in_saved_dtype(model, trainer.dtype)
     with state.split_between_processes(indices, apply_padding=True) as share, saved_dtype:
         replies = generate_all(model, chat, [prompts[i] for i in share], BATCH)
     answers = dict(gather_object([(i, answer) for i, (answer, _) in zip(share, replies, strict=True)]))
-    predictions = [question | {"prediction": answers[i]} for i, question in enumerate(asked)]
+    predictions = [question | {"prediction": answers[i]} for i, question in enumerate(asked_questions)]
     # the first process writes and draws them
     if state.is_main_process:
         path = Path(trainer.args.output_dir) / "answers" / f"step-{step:06}.jsonl"

@@ -68,7 +68,7 @@ def prepare(chat: Chat, messages: Messages, images: list[Image.Image], max_new_t
         ValueError: the context is full already, the chat template refuses the conversation, or a text holds a
             control token, which would end a turn, begin one, or stand for a picture.
     """
-    # an earlier answer may hold </think> and the like, which are no special tokens: the model wrote them
+    # an earlier answer may hold control tokens that are not special, such as </think>: the model wrote them
     special = special_tokens(chat.tokenizer) | {chat.processor.image_token}
     for message in messages:
         forbidden = special if message["role"] == "assistant" else special | chat.control_tokens
@@ -93,7 +93,7 @@ def generate(
 ) -> list[str]:
     """Answers conversations that end with a question. `images` are in the order of their `<image>` tokens.
 
-    Answers are greedy, unless `options` for `model.generate` say otherwise (see `sampling`).
+    Answers are greedy by default; `options` go to `model.generate` (see `sampling`).
 
     Raises:
         ValueError: one of them cannot be asked (see `prepare`), or there are not as many images as tags.
@@ -124,7 +124,7 @@ def generate_all(
     order = sorted(range(len(prompts)), key=lambda i: prompts[i][0]["input_ids"].shape[1])
     while order:
         batch, order = order[:batch_size], order[batch_size:]
-        # the batch stops where the first context is full
+        # the batch stops when the first context is full
         limit = min(prompts[i][1] for i in batch)
         inputs = pad_left([prompts[i][0] for i in batch], chat.tokenizer.pad_token_id)
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -134,7 +134,7 @@ def generate_all(
             ends = torch.isin(tokens, end_tokens).nonzero()
             tokens = tokens[: ends[0, 0] + 1] if len(ends) else tokens
             answers[i] = answer_text(chat, tokens.tolist()), not len(ends)
-            # it may be longer than the others of its batch: it is asked again, behind all others
+            # its own context has room for a longer answer: it is asked again, after all others
             if not len(ends) and limit < prompts[i][1]:
                 order.append(i)
     return answers
@@ -146,7 +146,7 @@ def pad_left(inputs: list[Inputs], pad_token_id: int) -> Inputs:
         "input_ids": pad_sequence([one["input_ids"][0] for one in inputs], True, pad_token_id, "left"),
         "attention_mask": pad_sequence([one["attention_mask"][0] for one in inputs], True, 0, "left"),
     }
-    # pictures stand one behind the other; with anyres, one may have fewer tiles than another
+    # pictures of all prompts, one after the other; with anyres, one may have fewer tiles than another
     pictures, sizes = [], []
     for one in inputs:
         pictures.extend(one.get("pixel_values", ()))

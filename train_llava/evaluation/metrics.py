@@ -1,8 +1,8 @@
 """Scores answers against their references: a score for each question, then means with 95 % intervals.
 
-A prediction is a dict with `prediction`, `reference` and the `language` of the question or None. `answers` lists
-what several people said to a visual question. `references` lists all right answers where there are several, such
-as the captions of a COCO picture.
+A prediction is a dict with `prediction`, `reference` and the `language` of the question or None. `answers` are those
+of several people to a visual question. `references` are all right answers if there are several, such as the captions
+of a COCO picture.
 """
 
 import json
@@ -106,8 +106,8 @@ def vqa_accuracy(prediction: Prediction) -> float:
 def _normalized_vqa_text(text: str) -> str:
     """A text without case, articles and punctuation, and with numbers and contractions written in one way.
 
-    A mark with a space beside it anywhere in the text is removed. All marks are removed where a comma stands
-    between digits. Other marks become spaces. A point in front of a digit stays.
+    A mark is removed if it has a space next to it anywhere in the text. If a comma is between digits, all marks are
+    removed. Other marks become spaces. A point in front of a digit stays.
 
     Example: "The U.S. has 1,000 t-shirts!" becomes "us has 1000 tshirts", and "a t-shirt" becomes "t shirt".
     """
@@ -143,7 +143,7 @@ def _reference_ngrams(prediction: Prediction) -> frozenset[tuple[str, ...]]:
 
 
 def _ngrams(text: list[str], size: int) -> Counter:
-    """How often each run of `size` words stands in a text."""
+    """How often each run of `size` words occurs in a text."""
     return Counter(zip(*(text[start:] for start in range(size)), strict=False))
 
 
@@ -152,7 +152,7 @@ def cider(predictions: list[Prediction]) -> list[float]:
 
     Words that are rare in these references weigh more.
     """
-    # in the references of how many questions each run of words stands
+    # the number of questions whose references have each run of words
     frequency = Counter()
     for p in predictions:
         frequency.update(_reference_ngrams(p))
@@ -276,7 +276,7 @@ def most_frequent_answer(predictions: list[Prediction]) -> list[Prediction]:
 
 
 def difference(predictions: list[Prediction], others: list[Prediction]) -> tuple[float, list[float]]:
-    """The exact match of one run less that of another on the same questions, and its 95 % interval."""
+    """The difference of two runs' exact match on the same questions, and its 95 % interval."""
     steps = [float(is_exact(a)) - float(is_exact(b)) for a, b in zip(predictions, others, strict=True)]
     return mean(steps), bootstrap(steps)
 

@@ -1,11 +1,11 @@
-"""Reads a file of questions and writes the file of their answers, which a killed run continues.
+"""Reads a file of questions and writes the file of their answers. A killed run can continue it.
 
 A question is a line `{"id", "image", "prompt"}`. `image` or `images` is a file, an address, a data URI, or a
-list. Ids are those of records (see `records`). `question` or `text` may stand for `prompt`, and `messages`
-for a whole conversation.
+list. Ids are those of records (see `records`). `prompt` may be called `question` or `text`. `messages` hold a
+whole conversation.
 
 An answer is a line `{"id", "prompt", "answer", "cut", "settings"}`. `cut`: it has as many tokens as it may.
-`settings`: the model and the options that gave it.
+`settings`: the model and the options of the answer.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ def read_question(record: Record, number: int, folder: Path) -> dict[str, Any]:
     pictures = images_of(record)
     if not all(isinstance(name, str) for name in pictures):
         raise ValueError("a picture is neither a file nor an address")
-    # a prompt alone is a conversation of one question, its pictures in front unless it places them
+    # a prompt is a conversation of one question; without tags, its pictures come first
     prompts = [record[key] for key in ("prompt", "question", "text") if isinstance(record.get(key), str)]
     if prompts:
         tags = "" if IMAGE_TOKEN in prompts[0] else f"{IMAGE_TOKEN}\n" * len(pictures)
@@ -62,7 +62,7 @@ def read_question(record: Record, number: int, folder: Path) -> dict[str, Any]:
         turns = record["messages"]
     else:
         raise ValueError("it has no prompt")
-    # as in a record; this takes an answer, too
+    # checked as a record, which needs an answer
     answered = [*turns, {"role": "assistant", "content": "?"}]
     messages = to_messages({"messages": answered, "images": pictures})[:-1]
     if all(part["type"] == "image" for part in messages[-1]["content"]):
@@ -108,7 +108,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def read_answers(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a file of answers, and the bytes of an unfinished line behind them, which a kill has torn.
+    """The lines of a file of answers, and the bytes of a torn line at its end, which a killed run left.
 
     Raises:
         OSError, ValueError: it cannot be read, or another program wrote it.
@@ -133,17 +133,18 @@ def answered_before(
 ) -> list[dict[str, Any] | None]:
     """For each question, its line in a file of answers, or None. They match by `id`, `prompt` and `number`.
 
-    A last line that a kill has torn is cut off the file.
+    A torn last line is cut off the file.
 
     Raises:
         OSError, ValueError: the file cannot be read, or answers other questions, or with other settings.
     """
-    # several questions may be the same: they take the lines in their order
+    # the places of each question without an answer; equal questions take the lines in their order
     waiting = defaultdict(list)
     for place, question in enumerate(questions):
         waiting[_key(question)].append(place)
     answers, torn = read_answers(path)
     lines: list[dict[str, Any] | None] = [None] * len(questions)
+    # each line has to come from the same settings, and to answer one of them
     for line in answers:
         for name, value in settings.items():
             before = line.get("settings", {}).get(name)
@@ -163,13 +164,13 @@ def _key(entry: dict[str, Any]) -> tuple[Any, str, str]:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """Tells a model, with its adapter, from another: a hash of the first numbers of its tensors."""
+    """A hash of the first numbers of a model's tensors, with its adapter: it identifies the model."""
     numbers = list(first_values(model).values())
     return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
 
 
 def settings_of(arguments: Any, model: torch.nn.Module) -> dict[str, Any]:
-    """All that decides a model's answers: the arguments of `infer` or `evaluate`, and its weights."""
+    """The settings that decide a model's answers: arguments of `infer` or `evaluate`, and its weights."""
     settings = {name: getattr(arguments, name) for name in SETTINGS if hasattr(arguments, name)}
     return settings | {"weights": weights_digest(model)}
 
@@ -235,6 +236,7 @@ def _answer(
     batch_size: int,
 ) -> list[dict[str, Any]]:
     """For each question, its `answer` and whether it was `cut`, or the `reason` why it cannot be asked."""
+    # prepare all, then generate the answers of those that can be asked
     results, prompts = [], []
     for question in questions:
         try:
