@@ -308,11 +308,7 @@ def put_projector(model: Llava, projector: dict[str, torch.Tensor], path: str) -
 
 
 def published_names(model: Llava) -> dict[str, torch.Tensor]:
-    """A LLaVA's weights, with the tower's under the names of published checkpoints.
-
-    Other engines look for these names in the towers that they know, CLIP and SigLIP. transformers renames the
-    other weights itself.
-    """
+    """A LLaVA's weights, those of CLIP and SigLIP under the published names that other engines look for."""
     known = model.config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
     prefix = ".vision_tower.vision_model." if known else ".vision_tower."
     return {name.replace(".vision_tower.", prefix): tensor for name, tensor in model.state_dict().items()}

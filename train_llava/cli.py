@@ -137,10 +137,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def parse_first(*dataclasses: type) -> None:
-    """Ends the command if its command line is wrong or asks for help; `main` parses it again.
-
-    A command calls this above the imports that take seconds, so that nobody waits for an error.
-    """
+    """Ends a command with a wrong command line before its slow imports; `main` parses the line again."""
     message = _error_of(partial(parse_arguments, *dataclasses))
     if message is not None:
         sys.exit(message)

@@ -34,11 +34,7 @@ class Sample:
 
 
 def to_sample(item: dict[str, Any], chat: Chat) -> Sample:
-    """Tokenises an item of a `LlavaDataset`.
-
-    Raises:
-        BadRecordError: the model cannot be trained on it.
-    """
+    """Tokenises an item of a `LlavaDataset`; a BadRecordError if the model cannot be trained on it."""
     sizes = item.get("image_sizes") or [image.size for image in item["images"]]
     try:
         input_ids, labels = chat.encode(item["messages"], sizes)

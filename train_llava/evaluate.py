@@ -127,11 +127,7 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def read_text(path: str) -> str:
-    """The text of `--text_path`.
-
-    Raises:
-        OSError, ValueError: it cannot be read, is empty, or has an image tag in it.
-    """
+    """The text of `--text_path`; a ValueError if it cannot be read, is empty, or has an image tag."""
     with opening(path):
         text = Path(path).read_text(encoding="utf-8")
     if not text.strip():

@@ -58,11 +58,7 @@ class LoraArguments:
 
 
 def find_file(model_name_or_path: str, name: str) -> Path | None:
-    """Finds a file of a model, in its folder or on the hub. None: there is none, or the hub is out of reach.
-
-    Raises:
-        OSError: there is no such model.
-    """
+    """A file of a model's folder or hub id; None if it has none, or the hub is out of reach. Or an OSError."""
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(model_name_or_path, name, **quiet)
     return path and Path(path)

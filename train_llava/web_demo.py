@@ -66,10 +66,7 @@ if find_spec("gradio"):
 
 
 def prompt(turns: list[Turn], column: int) -> list[dict[str, Any]]:
-    """The messages of one chat, up to the last question.
-
-    A question that was stopped before its answer began is left out. Its pictures move to the next question.
-    """
+    """The messages of one chat, up to the last question. Pictures of unanswered ones move to the next."""
     messages, pictures = [], 0
     for turn in turns:
         pictures += len(turn.files)

@@ -82,10 +82,7 @@ def check_picture(name: str) -> None:
 
 
 def hub_answers() -> bool:
-    """Whether the hub can be reached. If not, this process goes offline, and so do those that it starts.
-
-    Offline, a file that is not cached is refused at once. Otherwise the hub would be asked for it six times.
-    """
+    """Whether the hub can be reached. If not, this process and its children go offline, which saves retries."""
     try:
         if not constants.HF_HUB_OFFLINE:
             get_session().head(constants.ENDPOINT, timeout=5)

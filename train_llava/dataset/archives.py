@@ -214,11 +214,7 @@ def label(name: str) -> str:
 
 
 def read_image(image_dir: PurePath, name: str) -> bytes | Path:
-    """An image that the table names: a file in `image_dir`, a member of an archive, or a data URI.
-
-    Raises:
-        ValueError: it is a folder, or it cannot be read from the archive.
-    """
+    """An image of the table: a file in `image_dir`, a member of an archive, or a data URI; or a ValueError."""
     if name.startswith("data:"):
         return base64.b64decode(name.partition(",")[2])
     if "\0" in name:

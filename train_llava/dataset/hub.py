@@ -158,11 +158,7 @@ def _choose_records(data_path: str, on_hub: PurePath, names: list[str], extensio
 
 
 def rows_on_hub(data_path: str, on_hub: PurePath) -> Iterator[dict[str, Any]]:
-    """The rows of a data set on the hub as `datasets` reads them, with their images as bytes.
-
-    Raises:
-        OSError, ValueError: the hub cannot be reached, or refuses it.
-    """
+    """The rows of a data set on the hub as `datasets` reads them, with their images as bytes."""
     name, config, split = _split_id(data_path)
     revision = on_hub.name.partition("@")[2] or None
     try:

@@ -4,11 +4,7 @@ import numpy as np
 
 
 def weights_of(paths: list[str], data_weights: list[float] | None) -> list[float]:
-    """How often a pass takes each data path.
-
-    Raises:
-        ValueError: there is not one weight, 0 or more, for each path.
-    """
+    """How often a pass takes each data path; a ValueError if there is not one weight, 0 or more, for each."""
     weights = data_weights or [1.0] * len(paths)
     if len(weights) != len(paths):
         raise ValueError(f"--data_weights names {len(weights)} weights for {len(paths)} data paths")

@@ -69,11 +69,7 @@ def list_questions(dataset: LlavaDataset) -> Iterator[dict[str, Any]]:
 
 
 def open_question(dataset: LlavaDataset, question: dict[str, Any]) -> tuple[Messages, list[Image.Image]]:
-    """The messages of a question of a data set, and its pictures.
-
-    Raises:
-        ValueError: the record or a picture cannot be used; the message is the reason.
-    """
+    """The messages and pictures of a question; a ValueError with the reason if its record is bad."""
     try:
         opened = questions(dataset[question["index"]])[question["turn"]]
     except BadRecordError as error:

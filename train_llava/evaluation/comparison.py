@@ -13,11 +13,7 @@ from train_llava.training.cards import cell, markdown
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The metrics and predictions of an evaluation's folder.
-
-    Raises:
-        OSError, ValueError: the folder has none.
-    """
+    """The metrics and predictions of an evaluation's folder; an OSError or ValueError if it has none."""
     metrics, predictions = read_metrics(folder), list(read_jsonl(folder / "predictions.jsonl"))
     for prediction in predictions:
         if not (isinstance(prediction, dict) and {"id", "prompt", "reference", "prediction"} <= prediction.keys()):

@@ -13,10 +13,7 @@ def answer_text(chat: Chat, token_ids: list[int]) -> str:
 
 @lru_cache(maxsize=8)
 def answer_prefix(chat: Chat) -> str | None:
-    """The white space that the template or the tokenizer writes before an answer, measured on one.
-
-    None: no answer of this template can be supervised.
-    """
+    """The white space before an answer, measured on one; None if no answer can be supervised."""
     messages = [{"role": role, "content": [{"type": "text", "text": "red"}]} for role in ("user", "assistant")]
     try:
         token_ids, supervised = chat.tokenize(messages)

@@ -29,10 +29,7 @@ def this_process() -> PartialState:
 
 
 def sampling(temperature: float, top_p: float) -> dict[str, Any]:
-    """The arguments of `model.generate` to sample or, at temperature 0, for greedy answers.
-
-    They override a checkpoint's own generation settings.
-    """
+    """Arguments of `model.generate` that override a checkpoint's; at temperature 0, answers are greedy."""
     if temperature == 0:
         return {"do_sample": False}
     options = {"do_sample": True, "temperature": temperature, "top_p": top_p}

@@ -282,11 +282,7 @@ def difference(predictions: list[Prediction], others: list[Prediction]) -> tuple
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """The `metrics.json` of an evaluation's folder.
-
-    Raises:
-        ValueError: the folder has none, or evaluate did not write it.
-    """
+    """The `metrics.json` of an evaluation's folder; a ValueError if evaluate has not written one."""
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         for scores in (metrics, *metrics.get("by_language", {}).values()):

@@ -74,11 +74,7 @@ def read_question(record: Record, number: int, folder: Path) -> dict[str, Any]:
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
-    """The questions of a .jsonl file.
-
-    Raises:
-        OSError, ValueError: it is not there, or a line of it is no question.
-    """
+    """The questions of a .jsonl file; a ValueError names a line that is none."""
     questions = []
     for number, record in enumerate(read_jsonl(path)):
         try:
@@ -90,11 +86,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keeps other processes from writing a file.
-
-    Raises:
-        ValueError: another process writes it now.
-    """
+    """Keeps other processes from writing a file; a ValueError if one is writing it now."""
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)

@@ -25,11 +25,7 @@ RENAMED = {
 def load_model(
     model_name_or_path: str, adapter_name_or_path: str | None = None, bits: int | None = None
 ) -> tuple[Llava | PeftModel, Processor]:
-    """Opens a checkpoint, and an adapter on top of it, on the accelerator where there is one.
-
-    Raises:
-        ValueError: one of them cannot be opened, or the adapter belongs to another model.
-    """
+    """Opens a checkpoint, and an adapter on it, on the accelerator if there is one; see `load_adapter`."""
     model, processor = load_checkpoint(model_name_or_path, bits=bits)
     if adapter_name_or_path is not None:
         model = load_adapter(model, adapter_name_or_path, model_name_or_path)

@@ -14,9 +14,6 @@ def quantization(bits: int, dtype: torch.dtype) -> dict[str, Any]:
 
     The methods are LLM.int8 (Dettmers et al., 2022) and QLoRA (2023). The vision tower, the projector and the
     output layer keep their precision.
-
-    Raises:
-        ValueError: bitsandbytes is not installed.
     """
     if not is_bitsandbytes_available():
         raise ValueError(f"--bits {bits} needs a package that is not installed: pip install bitsandbytes")

@@ -111,10 +111,7 @@ def end_of(tokenizer: PreTrainedTokenizerBase, segment: str) -> str | None:
 
 
 def end_of_turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens that end answers, where generation must stop: a new answer's, then an earlier one's.
-
-    Most templates have one token for both.
-    """
+    """The special tokens that end a new answer and an earlier one, often the same: generation stops there."""
     *_, earlier, _, last = template_segments(tokenizer, TWO_TURNS)
     ends = [end_of(tokenizer, last), end_of(tokenizer, earlier)]
     # some templates always write the generation prompt after a conversation

@@ -359,10 +359,7 @@ def batching_difference(model: nn.Module, processor: Processor) -> float:
 
 @torch.inference_mode()
 def cached_difference(model: nn.Module, input_ids: torch.Tensor, length: int) -> float:
-    """Compares a text's logits read at once and, with the cache, token by token.
-
-    The text is at the first and at the last positions of `length` tokens.
-    """
+    """Compares a text's logits with and without a cache, at the first and the last of `length` positions."""
     number = input_ids.shape[1]
     sizes, differences = [number - 4, 1, 1, 1, 1], []  # the last four tokens one at a time
     for start in (0, length - number):

@@ -165,11 +165,7 @@ def differing_tensor(folder: Path, tensors: dict[str, torch.Tensor]) -> str | No
 
 
 def read_back(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Makes sure that the files just saved hold these tensors: see `differing_tensor`.
-
-    Raises:
-        OSError: they do not. Under DeepSpeed, `Trainer` takes a ValueError for something else.
-    """
+    """Raises an OSError if the files just saved hold other tensors. `Trainer` catches a ValueError itself."""
     if (name := differing_tensor(folder, tensors)) is not None:
         raise OSError(f"{folder} was not saved whole: {name} is not saved as it is in memory")
 

@@ -72,10 +72,7 @@ def check_batches(number: int, args: TrainingArguments) -> None:
 
 
 def check_training_options(args: TrainingArguments, model: nn.Module, eval_answers: int) -> None:
-    """Asks the libraries for each object that an argument names, before data is read or anything written.
-
-    Raises a ValueError if nothing has that name, or if it needs a package that is not installed.
-    """
+    """Raises a ValueError if a library cannot make the object that an argument names, such as an optimizer."""
     metrics, metric = ["loss", *LOGGED] if eval_answers else ["loss"], args.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in metrics:
         raise ValueError(f"--metric_for_best_model {metric}: this run measures {', '.join(metrics)}")

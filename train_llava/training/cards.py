@@ -140,11 +140,7 @@ def ancestors(model_name_or_path: str) -> list[str]:
 
 
 def read_card(path: Path) -> ModelCard:
-    """Reads a model's card.
-
-    Raises:
-        OSError, ValueError: there is none, or its head cannot be read.
-    """
+    """Reads a model's card; an OSError or ValueError if there is none, or its head cannot be read."""
     try:
         return ModelCard.load(path)
     except (YAMLError, ValueError) as error:

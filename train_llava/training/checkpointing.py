@@ -140,11 +140,7 @@ def on_first_rank(args: TrainingArguments, task: Callable[[], Any]) -> Any:
 
 
 def requested_checkpoint(args: TrainingArguments) -> tuple[bool | str, str | None]:
-    """The value of `--resume_from_checkpoint`, a folder or a bool, and the checkpoint that it leads to.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """The value of `--resume_from_checkpoint`, a folder or a bool, and the checkpoint that it leads to."""
     resume, checkpoint = args.resume_from_checkpoint or "false", None
     if not Path(resume).is_dir():
         try:

@@ -170,12 +170,9 @@ def step_bytes(llava: Llava, rows: int, tokens: int, pictures: int, answers: int
 
 
 def activation_bytes(llava: Llava, rows: int, tokens: int, pictures: int, answers: int, recompute: bool) -> dict:
-    """The activations and logits of a step, in bytes; see `step_bytes`.
-
-    With `recompute` (activation checkpointing), the backward pass keeps one whole layer at a time.
-    """
+    """The activations and logits of a step, in bytes (see `step_bytes`); `recompute`: activation checkpointing."""
     activations, layer, logits = step_bytes(llava, rows, tokens, pictures, answers)
-    if recompute:
+    if recompute:  # the backward pass has one whole layer at a time
         llava.model.language_model.activation_checkpointing_enable()
         activations = step_bytes(llava, rows, tokens, pictures, answers)[0] + layer
         llava.model.language_model.activation_checkpointing_disable()

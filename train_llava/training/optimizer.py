@@ -38,11 +38,7 @@ def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> st
 
 
 def check_finite(model: nn.Module, where: str) -> None:
-    """Makes sure that the parameters that train are finite.
-
-    Raises:
-        ValueError: one is not; the message begins with `where` and names it.
-    """
+    """Raises a ValueError if a parameter that trains is not finite; the message begins with `where`."""
     for name, parameter in model.named_parameters():
         # Under ZeRO-3, a rank holds a part of each parameter
         if parameter.requires_grad and not getattr(parameter, "ds_tensor", parameter).isfinite().all():

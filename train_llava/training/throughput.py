@@ -100,13 +100,10 @@ class Throughput:
 
 
 def read_throughput(log_history: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """The throughput in the entries of a log, by the names of `LOGGED`; a name without values is left out.
-
-    The first entry, which includes the start of the run, is left out if there are more.
-    """
+    """The throughput in a log, by the names of `LOGGED`, without the first entry if there are more."""
     entries = [entry for entry in log_history if "tokens_per_second" in entry]
     throughput: dict[str, list[float]] = {}
-    for entry in entries[1:] or entries:
+    for entry in entries[1:] or entries:  # the first includes the start of the run
         for name in LOGGED.keys() & entry.keys():
             throughput.setdefault(name, []).append(entry[name])
     return {name: throughput[name] for name in LOGGED if name in throughput}
