@@ -167,6 +167,7 @@ def compare_text_loss(
     if len(input_ids) < 2:
         raise ValueError("--text_path has a text of one token: there is no next one to predict")
     result = {"loss": text_loss(model, input_ids), "tokens": len(input_ids)}
+    # the model before training, which has to have the same tokens
     if base is not None:
         with opening(base):
             is_llava = AutoConfig.from_pretrained(base).model_type.startswith("llava")

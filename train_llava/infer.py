@@ -174,6 +174,7 @@ def main() -> None:
         Path(arguments.answers).absolute().parent.mkdir(parents=True, exist_ok=True)
     names = arguments.model_name_or_path, arguments.adapter_name_or_path
     model, processor = load_model(*names, arguments.bits)
+    # a chat, a file of questions, or one question
     images = [fetch_image(name, chat_of(processor).min_side) for name in arguments.image]
     options = sampling(arguments.temperature, arguments.top_p) | {"max_new_tokens": arguments.max_new_tokens}
     if arguments.interactive:

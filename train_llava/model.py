@@ -201,8 +201,8 @@ def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConf
 def set_trainable(model: Llava, train_type: str, arguments: LoraArguments) -> Llava | PeftModel:
     """Decides which parameters train, by `TRAIN_TYPES`; all others are frozen.
 
-    Two kinds never train: parameters of the tower that the projector never uses, and parameters that the
-    language model's own class excludes, such as the expert score correction of ERNIE 4.5 MoE.
+    Parameters of the tower that the projector never uses are always frozen. So are those that the language
+    model's own class excludes, such as the expert score correction of ERNIE 4.5 MoE.
     """
     # what never trains
     frozen = {f"model.vision_tower.{name}" for name in skip_unused_layers(model)}

@@ -5,7 +5,7 @@ What differs from `Trainer`:
 - the held-out loss is the mean over all supervised tokens, and an evaluation also answers held-out questions
 - `group_by_length` reads stored lengths; `Trainer` would open every image first
 - each part of the model has its own learning rate, and the log holds the throughput
-- a whole model resumes by `from_pretrained`: its parameters have other names in files than in memory
+- a whole model resumes by `from_pretrained`, since parameters have other names in files
 - a resumed run takes rates, decay, schedule and intervals from its arguments, and does no step beyond its last
 - an incomplete checkpoint is never resumed from, and never costs an older one
 - SIGTERM ends the run at the next step, with a checkpoint

@@ -171,8 +171,8 @@ def read_parquet(path: PurePath) -> Iterator[Record]:
 def read_tar(path: PurePath) -> Iterator[Record | BadRecordError]:
     """The samples of a WebDataset shard: files that follow each other and share a name up to its first dot.
 
-    Images come in the order in which the sample's `.json` names them, by file name or by extension, or else in
-    the order of the numbers in their file names.
+    Images come in the order of the sample's `.json`, which names them by file name or by extension. Without it,
+    they come in the order of the numbers in their file names.
     """
     try:
         archive = tarfile.open(fileobj=opened(path), mode="r:")  # noqa: SIM115 - closed below

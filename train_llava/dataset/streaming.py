@@ -33,8 +33,8 @@ def stream_items(
 ) -> datasets.IterableDataset:
     """The samples of data sets of shards, without an end. Every rank and worker reads its own shards.
 
-    A bad record is logged and left out. Each rank and worker counts its own. It stops at the end of a pass with
-    too many, or once they are more than `max_bad_fraction` of the records read so far, or of a thousand.
+    A bad record is logged and left out. Each rank and worker counts its own, and stops if they are more than
+    `max_bad_fraction` of the records of a pass. Within a pass, it allows for at least a thousand records.
 
     Raises:
         OSError, ValueError: a source does not exist; while it is read, too many records are bad, or all.

@@ -62,8 +62,8 @@ def prepare(chat: Chat, messages: Messages, images: list[Image.Image], max_new_t
         `max_new_tokens`, or fewer where the model's context ends before.
 
     Raises:
-        ValueError: the context is full already, the chat template refuses the conversation, or a text holds a
-            control token, which would end a turn, begin one, or stand for a picture.
+        ValueError: the context is full, the chat template refuses the conversation, or a text holds a control
+            token. Such a token would end a turn, begin one, or be taken for a picture.
     """
     # an earlier answer may hold control tokens that are not special, such as </think>: the model wrote them
     special = special_tokens(chat.tokenizer) | {chat.processor.image_token}

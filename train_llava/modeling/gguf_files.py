@@ -47,6 +47,7 @@ def check_exportable(config: LlavaConfig | LlavaNextConfig) -> None:
     if text.model_type not in LANGUAGE_MODELS or vision.model_type not in TOWERS:
         models = "only CLIP or SigLIP with a Qwen2, Qwen3 or Llama language model"
         raise ValueError(f"{models} can be exported to GGUF, not {vision.model_type} and {text.model_type}")
+    # each feature that llama.cpp lacks, and whether the model has it
     drops_first = config.vision_feature_select_strategy == "default"
     has_class_token = vision.model_type == "clip_vision_model"  # in front of the patches; SigLIP has none
     rope_type = text.rope_parameters["rope_type"]
@@ -222,7 +223,7 @@ def write(writer: "gguf.GGUFWriter", names: "gguf.TensorNameMap", tensors: Named
 
 
 def export_text(model: Llava, processor: Processor, path: Path) -> None:
-    """Writes the language model's file."""
+    """Writes the language model's file: its sizes, the tokenizer, then the tensors."""
     config = model.config.text_config
     arch = gguf.MODEL_ARCH[config.model_type.upper()]
     head_dim = model.model.language_model.layers[0].self_attn.head_dim

@@ -216,6 +216,7 @@ def model_state_bytes(
         offload: gradients and optimizer, under ZeRO-3 the weights too, are in the CPU's memory.
         bits: see `quantization`.
     """
+    # without DeepSpeed, with it, and with weights in few bits
     trained, total = (sum(column) for column in zip(*count_parameters(model).values(), strict=True))
     if zero is None:
         copy = dtype.itemsize if dtype.itemsize < 4 else 0
@@ -330,6 +331,7 @@ def print_estimate(
     except Exception as error:  # models raise errors of any type on the meta device
         print(f"memory: no estimate for a {config.text_config.model_type} ({' '.join(str(error).split())[:100]})")
         return
+    # the peak is in the backward pass, or in the optimizer step after it
     updated = sum(sizes[name] for name in STATE) + update
     total = max(sum(sizes.values()), updated)
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in sizes.items())

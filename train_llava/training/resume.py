@@ -96,6 +96,7 @@ def data_fingerprint(dataset: LlavaDataset | None, data_path: list[str], image_d
                 name = f"{file.name} {file.stat().st_size}" if isinstance(file, Path) else str(file)
                 fingerprint.update(name.encode())
         return f"{' + '.join(counts)}, fingerprint {fingerprint.hexdigest()}"
+    # the tables' own memory, without a copy
     for table in dataset.tables:
         counts.append(f"{len(table):,} records")
         for name in ("id", "messages"):
