@@ -164,7 +164,7 @@ def _message(turn: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise ValueError(f"a turn of role {role} has no text")
 
-    # Each part becomes one or more: an image stands between each two pieces of a text
+    # A part becomes several if its text has <image> tags: the pieces between them, and the images
     parts: list[dict[str, str]] = []
     for part in content:
         kind = part.get("type") or ("text" if part.keys() & {"text", "content"} else "image")

@@ -85,7 +85,7 @@ def run(
         "language model": args.learning_rate,
     }
 
-    # 2. Where the run starts: anew or at a checkpoint, with the changes that a resume may make
+    # 2. The checkpoint to start from, if there is one, and the changes that a resume may make
     settings = resume.settings_of(*all_arguments)
     completed = on_first_rank(args, lambda: resume.completed(args, settings))
     if completed is not None:

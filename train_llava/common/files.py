@@ -26,8 +26,8 @@ def opening(name: str) -> Iterator[None]:
     Libraries raise errors of any type for a broken file, so the block holds their opening and nothing else.
 
     Raises:
-        ValueError: `name` cannot be opened; in a folder, the broken file is named.
-        OSError: it names `name` already, and passes as it is, like such a `ValueError`.
+        ValueError: `name` cannot be opened; the message names the broken file of a folder.
+        OSError, ValueError: an error that names `name` already passes unchanged.
     """
     try:
         yield

@@ -71,7 +71,7 @@ def normal_path(name: str) -> str:
 
 
 def candidate_names(name: str, top: str) -> list[str]:
-    """The names that a file may have in the folder or archive `top`, the likeliest first.
+    """The names that a file may have in the folder or archive `top`, the most likely first.
 
     A record may escape a name as in a URL, or begin it with `top`.
     """

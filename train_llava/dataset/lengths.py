@@ -36,7 +36,7 @@ def order_seed(args: TrainingArguments) -> int:
 class GroupedByLength(LengthGroupedSampler):
     """The order of transformers' sampler, drawn from a seed and the epoch alone.
 
-    So it is the same on every rank, and in a run that goes on from a checkpoint.
+    So it is the same on every rank, and in a resumed run.
     """
 
     def __init__(self, batch_size: int, lengths: np.ndarray, seed: int, epoch: Callable[[], int]) -> None:

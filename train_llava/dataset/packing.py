@@ -47,8 +47,8 @@ def pack(tokens: np.ndarray, has_image: np.ndarray, budget: int, blank: int = 0,
 class PackedDataset(Dataset):
     """The good records of a data set in rows; `[i]` is the list of a row's samples, at most `budget` tokens.
 
-    Rows are made once. To the `Trainer` a row is a sample, and a batch is one row: it shuffles the rows anew in
-    each pass, gives each rank as many, and resumes among them.
+    Rows are made once. The `Trainer` treats a row as a sample and as a batch: it shuffles the rows in each pass,
+    divides them among the ranks, and resumes between them.
 
     A broken image is found when its row is opened. Its record is left out, since a replacement might be longer.
     Only a row that would be empty takes in one other record.

@@ -1,4 +1,4 @@
-"""Opens a LLaVA checkpoint with or without a LoRA adapter, to answer questions or to go on training."""
+"""Opens a LLaVA checkpoint with or without a LoRA adapter, to answer questions or to continue training."""
 
 import re
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def read_adapter_config(adapter_name_or_path: str) -> LoraConfig:
 
 
 def continued(adapter_name_or_path: str, arguments: dict[str, Any]) -> LoraArguments:
-    """Reads the LoRA settings of an adapter that goes on training.
+    """Reads the LoRA settings of an adapter that is trained further.
 
     Args:
         arguments: the command line's arguments by name.

@@ -90,10 +90,10 @@ def in_one_call(language_model: nn.Module | None) -> Iterator[None]:
 
 
 def packed_arguments(lengths: list[int], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a model needs to keep the conversations of a row apart; `lengths` are their numbers of tokens.
+    """A model's arguments to keep the conversations of a row apart; `lengths` are their numbers of tokens.
 
-    `position_ids` `(1, T)` count from 0 in each, and `use_cache` is False. The others spare the attention the part
-    between conversations; they have the names of transformers' own flash attention, which takes them, too.
+    `position_ids` `(1, T)` count from 0 in each, and `use_cache` is False. With the others, attention skips the
+    pairs of tokens of two conversations. transformers' own flash attention takes them, too.
     """
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
     position_ids = torch.cat([torch.arange(length) for length in lengths])[None].to(device)

@@ -128,7 +128,7 @@ def as_clip(tower: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
-    """Opens a causal language model; of a model with its own vision tower, such as Gemma 3, the text half."""
+    """Opens a causal language model, or the text half of a model with its own vision tower, such as Gemma 3."""
     # all weights of the decoder and of the output layer have to be there
     model, missing = load_part(AutoModelForCausalLM, name_or_path, dtype)
     decoder, output_layer = decoder_of(model), model.get_output_embeddings()

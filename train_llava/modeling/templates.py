@@ -197,7 +197,7 @@ def _take_pictures(tokenizer: PreTrainedTokenizerBase) -> str:
 def _unify_prefixes(tokenizer: PreTrainedTokenizerBase) -> bool:
     r"""Makes the chat template write one assistant prefix everywhere. Returns whether it had to be changed.
 
-    Otherwise generation would go on from a text that training never saw. For example, Qwen3's template writes
+    Otherwise generation would continue a text that training never saw. For example, Qwen3's template writes
 
         before an earlier answer    "<|im_start|>assistant\n"
         before the last answer      "<|im_start|>assistant\n<think>\n\n</think>\n\n"

@@ -80,7 +80,7 @@ def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> Non
         number = number_of(checkpoint)
         has_own_name = checkpoint.name == f"checkpoint-{number}" and not checkpoint.is_symlink()
         if has_own_name and is_checkpoint_complete(checkpoint):
-            with suppress(ValueError):  # a file that somebody has broken
+            with suppress(ValueError):  # a broken file
                 if json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == number:
                     own[number] = checkpoint
     # Without the last and the best, as many as are too many
