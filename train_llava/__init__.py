@@ -4,5 +4,5 @@ import logging
 
 __version__ = "0.3.0"
 
-# which names a package that makes 4 bits on some CPUs faster, in every command
+# Which names a package that makes 4 bits on some CPUs faster, in every command
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

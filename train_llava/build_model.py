@@ -121,7 +121,7 @@ def build_model(
     trained_projector = None if projector is None else load_projector(projector)
     anyres = image_aspect_ratio == "anyres"
     with written_whole(output_dir) as folder:
-        # the parts; a configuration is checked before code that comes with a tokenizer may run
+        # The parts; a configuration is checked before code that comes with a tokenizer may run
         part_config(language_model_name_or_path)
         tokenizer = load_tokenizer(language_model_name_or_path, trust_remote_code)
         print(f"language model  {language_model_name_or_path}")
@@ -132,7 +132,7 @@ def build_model(
             vision_tower, vision_model_name_or_path, image_aspect_ratio, image_grid_pinpoints or PINPOINTS
         )
 
-        # the tower's tokens for a picture, and which of them the projector reads
+        # The tower's tokens for a picture, and which of them the projector reads
         tokens, num_prefix_tokens, states = probe_tower(vision_tower, image_processor, vision_model_name_or_path)
         if not -states <= vision_feature_layer < states:
             layers = f"the tower has hidden states {-states} to {states - 1}"
@@ -154,7 +154,7 @@ def build_model(
             chat_template=tokenizer.chat_template,
         )
 
-        # the LLaVA
+        # The LLaVA
         with running_as_one():
             if not skip_checks:
                 verify_text_path(language_model, processor)
@@ -169,7 +169,7 @@ def build_model(
                 note += f" {untrained}"
                 print(f"--projector {projector}: {untrained}", file=sys.stderr)
 
-        # its folder
+        # Its folder
         model.save_pretrained(folder, state_dict=published_names(model))
         processor.save_pretrained(folder)
         base_models = [vision_model_name_or_path, language_model_name_or_path]
@@ -197,7 +197,7 @@ def assemble(
     The projector is LLaVA-1.5's (Liu et al., 2023): two linear layers with a GELU. The LLaVA is made on the
     meta device, which takes no memory, and the two models' own modules are put into it.
     """
-    # the embedding gets rows for the tokenizer's new tokens
+    # The embedding gets rows for the tokenizer's new tokens
     tokenizer, anyres = processor.tokenizer, is_anyres(processor.image_processor)
     decoder = decoder_of(language_model)
     if language_model.config.tie_word_embeddings and not hasattr(decoder, "embed_tokens"):
@@ -206,7 +206,7 @@ def assemble(
     if (rows := max(tokenizer.get_vocab().values()) + 1) > language_model.config.vocab_size:
         language_model.resize_token_embeddings(rows, pad_to_multiple_of=64)
 
-    # an empty LLaVA; its configuration keeps no paths of this machine
+    # An empty LLaVA; its configuration keeps no paths of this machine
     settings = {"image_grid_pinpoints": processor.image_processor.image_grid_pinpoints} if anyres else {}
     config = (LlavaNextConfig if anyres else LlavaConfig)(
         vision_config=vision_tower.config,
@@ -225,7 +225,7 @@ def assemble(
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
 
-    # the two models' modules, each tensor in a place of the empty LLaVA
+    # The two models' modules, each tensor in a place of the empty LLaVA
     places = model.state_dict().keys()
     model.model.vision_tower = vision_tower
     model.model.language_model = decoder
@@ -240,7 +240,7 @@ def assemble(
     if missing := places - filled.keys():
         raise ValueError(f"the two models lack tensors that a LLaVA needs, for example {min(missing)}")
 
-    # the projector; with a seed, so that the same command writes the same folder
+    # The projector; with a seed, so that the same command writes the same folder
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(language_model.dtype)
@@ -269,7 +269,7 @@ def load_projector(path: str) -> dict[str, torch.Tensor]:
             saved = load_file(path)
         except SafetensorError:
             saved = load_torch_tensors(path)
-        # the names in a LLaVA
+        # The names in a LLaVA
         projector = {}
         for name, tensor in saved.items():
             name = re.sub(r"^(model\.)?((mm_projector|multi_modal_projector)\.)?", "", name)

@@ -164,7 +164,7 @@ def _error_of(main: Callable[[], Any]) -> str | int | None:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        # what may help when a GPU's memory is full
+        # What may help when a GPU's memory is full
         advice = "a smaller batch needs less, and so do --activation_checkpointing true and --bits 4 in "
         advice += "training; if the optimizer does not fit, --train_type lora, more GPUs or ds_zero3_offload.json"
         return _once(f"error: {str(error).partition('. ')[0]}: {advice}")

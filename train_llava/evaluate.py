@@ -107,7 +107,7 @@ def table(metrics: dict[str, Any]) -> str:
     lines.append(row("  95 % interval", [f"{low:.1%}-{high:.1%}" for low, high in bounds]))
     for name, control in metrics["controls"].items():
         lines.append(score_row(name.replace("_", " "), control))
-    # the other metrics
+    # The other metrics
     lines.append("this model's")
     for metric, name in METRICS.items():
         if metric in metrics and metric != "exact_match":
@@ -115,7 +115,7 @@ def table(metrics: dict[str, Any]) -> str:
     lines.append(row("questions", [f"{scores['n']:,}" for scores in ours]))
     for metric, reason in metrics.get("undefined", {}).items():
         lines.append(f"{METRICS[metric]} is not defined: {reason}")
-    # lines that only some evaluations have
+    # Lines that only some evaluations have
     if "cut_answers" in metrics:
         limit = metrics["settings"]["max_new_tokens"]
         lines.append(f"cut at --max_new_tokens {limit}: {metrics['cut_answers']:.1%}")
@@ -140,7 +140,7 @@ def read_text(path: str) -> str:
 @torch.inference_mode()
 def text_loss(model: PreTrainedModel | PeftModel, input_ids: list[int]) -> float:
     """The mean loss of a text's next tokens, in pieces of `WINDOW` tokens that the processes share."""
-    # each process reads its share of the windows
+    # Each process reads its share of the windows
     state, total, count = this_process(), 0.0, 0
     window = min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW))
     pieces = [piece for piece in torch.tensor(input_ids).split(window) if len(piece) > 1]
@@ -167,7 +167,7 @@ def compare_text_loss(
     if len(input_ids) < 2:
         raise ValueError("--text_path has a text of one token: there is no next one to predict")
     result = {"loss": text_loss(model, input_ids), "tokens": len(input_ids)}
-    # the model before training, which has to have the same tokens
+    # The model before training, which has to have the same tokens
     if base is not None:
         with opening(base):
             is_llava = AutoConfig.from_pretrained(base).model_type.startswith("llava")
@@ -191,7 +191,7 @@ def previous_answers(output_dir: str) -> list[Path]:
 
 def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any]:
     """Asks every question and returns the metrics. The first process writes all files into `folder`."""
-    # the text, the data and the model
+    # The text, the data and the model
     if arguments.base is not None:
         check_name(f"--base {arguments.base}", arguments.base)
     text = None if arguments.text_path is None else read_text(arguments.text_path)
@@ -199,7 +199,7 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
     names = arguments.model_name_or_path, arguments.adapter_name_or_path
     model, processor = load_model(*names, arguments.bits)
     dataset.min_side = chat_of(processor).min_side  # as training opens pictures
-    # the loss of the text, the answers, and those of the controls
+    # The loss of the text, the answers, and those of the controls
     text_scores = text and compare_text_loss(model, processor.tokenizer, text, arguments.base)
     settings, files = settings_of(arguments, model), previous_answers(arguments.output_dir)
     predictions, bad = predict(model, processor, dataset, files[0], settings, arguments.batch_size)
@@ -211,7 +211,7 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
     if arguments.blank_control:
         blank, _ = predict(model, processor, dataset, files[1], settings, arguments.batch_size, blank=True)
         controls["blank_pictures"] = blank
-    # the scores
+    # The scores
     versions = {module.__name__: module.__version__ for module in (train_llava, transformers, torch)}
     metrics = by_language(predictions, score_group) | {"cut_answers": mean(p["cut"] for p in predictions)}
     metrics |= {"settings": settings | versions, "bad": bad}
@@ -220,7 +220,7 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
     metrics["controls"] = {name: by_language(control, score_exact) for name, control in controls.items()}
     if folder is None:
         return metrics
-    # the report and the files
+    # The report and the files
     for entry in bad[:10]:
         print(f"not asked: {entry['id']}: {entry['reason']}", file=sys.stderr)
     if bad:
@@ -242,7 +242,7 @@ def main() -> None:
             text, shown, picture = compare(arguments.compare, folder), "plot", "comparison.png"
         else:
             text, shown, picture = table(evaluate(arguments, folder)), "pictures and answers", "captions.png"
-    # the folder is complete: the files of answers are no longer needed
+    # The folder is complete: the files of answers are no longer needed
     if not arguments.compare:
         for file in previous_answers(arguments.output_dir)[: 1 + arguments.blank_control]:
             file.unlink()

@@ -124,7 +124,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
     Raises:
         ValueError: the chat template writes other text around a message when the conversation is longer.
     """
-    # what the chat template writes before, between and after the texts of a conversation
+    # What the chat template writes before, between and after the texts of a conversation
     segments = template_segments(tokenizer, (QUESTION, ANSWER, QUESTION), answer_next=True)
     first, to_answer, to_question, to_generate = segments
     turn = [to_answer, to_question]
@@ -142,7 +142,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
             roles = ", ".join(role for role, _ in structure)
             raise ValueError(f"Ollama cannot write a conversation of {roles} as the chat template does")
 
-    # the same texts in Go's template language, without the first token (BOS), which Ollama writes itself
+    # The same texts in Go's template language, without the first token (BOS), which Ollama writes itself
     bos = tokenizer.bos_token if gguf_files.writes_bos(tokenizer) else ""
     question = go_text(first.removeprefix(bos))
     system = question
@@ -178,7 +178,7 @@ def export_gguf(model_name_or_path: str, output_dir: str, class_token: str = "la
         model, processor = load_checkpoint(model_name_or_path)
         gguf_files.check_exportable(model.config)
 
-        # what the engines read differently
+        # What the engines read differently
         image_processor, side = processor.image_processor, model.config.vision_config.image_size
         if kinds := differing_kinds(image_processor, side):
             remedy = "give it the files that python -m train_llava.prepare_picture writes"

@@ -84,7 +84,7 @@ def fetch_image(name: str, min_side: int | None = None) -> Image.Image:
         return open_image(sys.stdin.buffer.read(), "the picture on standard input", min_side)
     if not name.startswith(ADDRESSES):
         return open_image(Path(name), min_side=min_side)
-    # from the network; characters that an address cannot hold, such as Chinese, become percent codes
+    # From the network; characters that an address cannot hold, such as Chinese, become percent codes
     short = name if len(name) < 200 else f"{name[:60]}…"  # for messages
     address = urllib.parse.quote(name, safe=string.punctuation)
     try:
@@ -104,7 +104,7 @@ def chat(model: Llava | PeftModel, processor: Processor, images: list[Image.Imag
     """
     messages, new, min_side = [], len(images), chat_of(processor).min_side  # `new`: images of the next question
     while True:
-        # one line of the terminal
+        # One line of the terminal
         try:
             text = input("> ").strip()
         except EOFError:
@@ -116,7 +116,7 @@ def chat(model: Llava | PeftModel, processor: Processor, images: list[Image.Imag
             continue
         if not text:
             return
-        # a command, or a question
+        # A command, or a question
         try:
             if text == "/image":
                 images, new = images[: len(images) - new], 0
@@ -154,7 +154,7 @@ def answer_file(
         return question["messages"], [fetch_image(name, chat.min_side) for name in question["pictures"]]
 
     lines, refused = answer_questions(model, chat, records, open_question, answers, settings, batch_size)
-    # one line for all answers that were cut, one for each question that could not be asked
+    # One line for all answers that were cut, one for each question that could not be asked
     cut = sum(line["cut"] for line in lines if line)
     notes = [f"question {entry['id']!r}: {entry['reason']}" for entry in refused]
     if cut:
@@ -174,7 +174,7 @@ def main() -> None:
         Path(arguments.answers).absolute().parent.mkdir(parents=True, exist_ok=True)
     names = arguments.model_name_or_path, arguments.adapter_name_or_path
     model, processor = load_model(*names, arguments.bits)
-    # a chat, a file of questions, or one question
+    # A chat, a file of questions, or one question
     images = [fetch_image(name, chat_of(processor).min_side) for name in arguments.image]
     options = sampling(arguments.temperature, arguments.top_p) | {"max_new_tokens": arguments.max_new_tokens}
     if arguments.interactive:

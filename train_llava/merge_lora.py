@@ -61,7 +61,7 @@ def merge_layers(model: PeftModel, dtype: torch.dtype) -> str:
             if not rounded.isfinite().all():
                 remedy = ": take --dtype float32" if merged.isfinite().all() else ""
                 raise ValueError(f"{name} is not finite in {dtype}{remedy}")
-            # squared sums of what rounding took, and of the adapter's change
+            # Squared sums of what rounding took, and of the adapter's change
             error += (rounded.float() - merged).square().sum().item()
             change += (merged - weight.float()).square().sum().item()
             weight.data = rounded
@@ -92,7 +92,7 @@ def merge_lora(model_name_or_path: str, adapter_name_or_path: str, output_dir: s
         merged.save_pretrained(folder)
         processor.save_pretrained(folder)
         if merged.dtype != precision:
-            # opened in that precision, each module has the one that its model wants
+            # Opened in that precision, each module has the one that its model wants
             load_checkpoint(str(folder), precision)[0].save_pretrained(folder)
         copy_card(adapter_name_or_path, model_name_or_path, folder, Path(output_dir).name)
 

@@ -134,7 +134,7 @@ def load_checkpoint(
 ) -> tuple[Llava, Processor]:
     """Opens a LLaVA checkpoint with its processor; `bits`: see `quantization`."""
     config, processor = load_processor(model_name_or_path)
-    # the weights, and settings that transformers would skip silently
+    # The weights, and settings that transformers would skip silently
     settings = quantization(bits, config.dtype if dtype == "auto" else dtype) if bits else {}
     settings |= {"dtype": dtype, "attn_implementation": attn_implementation, "output_loading_info": True}
     with opening(model_name_or_path):
@@ -142,7 +142,7 @@ def load_checkpoint(
         if Path(model_name_or_path, "generation_config.json").exists():  # a broken one is skipped silently
             GenerationConfig.from_pretrained(model_name_or_path)
     for module in model.modules():
-        # on CPUs with AVX512-BF16, bitsandbytes would repack a layer, and no gradient passes it then
+        # On CPUs with AVX512-BF16, bitsandbytes would repack a layer, and no gradient passes it then
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if missing := loading_info["missing_keys"]:
@@ -168,7 +168,7 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, parameter in model.named_parameters():
         if "original_module" in name:  # PEFT trains a copy of the projector and keeps this one, too
             continue
-        # under ZeRO-3 a rank holds a share of a parameter, and `ds_numel` is the size of the whole
+        # Under ZeRO-3 a rank holds a share of a parameter, and `ds_numel` is the size of the whole
         size = getattr(parameter, "ds_numel", parameter.numel())
         if type(parameter).__name__ == "Params4bit":  # two numbers in a byte
             size = parameter.quant_state.shape.numel()
@@ -191,7 +191,7 @@ def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConf
         lora_dropout=arguments.lora_dropout,
         use_dora=arguments.use_dora,
         use_rslora=arguments.use_rslora,
-        # a bare name such as q_proj would match the vision tower's layers, too
+        # A bare name such as q_proj would match the vision tower's layers, too
         target_modules=rf"model\.language_model\..*\.({'|'.join(sorted(linear))})",
         modules_to_save=["multi_modal_projector"],
         task_type="CAUSAL_LM",
@@ -204,7 +204,7 @@ def set_trainable(model: Llava, train_type: str, arguments: LoraArguments) -> Ll
     Parameters of the tower that the projector never uses are always frozen. So are those that the language
     model's own class excludes, such as the expert score correction of ERNIE 4.5 MoE.
     """
-    # what never trains
+    # What never trains
     frozen = {f"model.vision_tower.{name}" for name in skip_unused_layers(model)}
     language_model = model.model.language_model
     with torch.device("meta"):  # opening a checkpoint loses the exclusions; a fresh model shows them
@@ -213,7 +213,7 @@ def set_trainable(model: Llava, train_type: str, arguments: LoraArguments) -> Ll
         if not parameter.requires_grad:
             frozen.add(f"model.language_model.{name}")
 
-    # all other parameters of the parts that train
+    # All other parameters of the parts that train
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in TRAIN_TYPES[train_type][1] and name not in frozen)
     return get_peft_model(model, lora_config(language_model, arguments)) if train_type == "lora" else model

@@ -105,7 +105,7 @@ def stream(
 
     def run() -> None:
         try:
-            # the adapter is switched off for the whole model: only one answer may be generated at a time
+            # The adapter is switched off for the whole model: only one answer may be generated at a time
             with lock, torch.inference_mode(), nullcontext() if with_adapter else model.disable_adapter():
                 output.set_result(model.generate(**inputs, streamer=streamer, **options))
         except Exception as error:  # of any type: the page must not wait for ever
@@ -117,10 +117,10 @@ def stream(
     yield text  # from here on there is something to stop
     for words in streamer:
         text += words
-        # the page shows words more slowly than a fast model writes them
+        # The page shows words more slowly than a fast model writes them
         if words and streamer.text_queue.empty():
             yield text.strip()
-    # decoded as a whole, an answer can differ in a space, or in a character of several tokens
+    # Decoded as a whole, an answer can differ in a space, or in a character of several tokens
     yield answer_text(chat, output.result()[0, inputs["input_ids"].shape[1] :].tolist())
 
 
@@ -135,7 +135,7 @@ def answer(
     if not turns[-1].text:
         raise ValueError("there is no question yet")
 
-    # every picture of the conversation, in order
+    # Every picture of the conversation, in order
     images, min_side = [], chat_of(processor).min_side
     for turn in turns:
         for file in turn.files:
@@ -144,7 +144,7 @@ def answer(
             except (OSError, ValueError) as error:  # named without the folder of uploads
                 raise ValueError(str(error).replace(file, Path(file).name)) from error
 
-    # the first chat is the one with the adapter
+    # The first chat is the one with the adapter
     answers = turns[-1].answers
     try:
         for column in range(len(answers)):
@@ -178,18 +178,18 @@ def make_page(
 
         def ask(history: list[Turn], message: dict, heat: float, again: bool = False) -> Iterator[dict]:
             """Answers the question in the box, or the last one `again`. An error leaves everything as it was."""
-            # the conversation with a turn that has no answer yet
+            # The conversation with a turn that has no answer yet
             again = again and bool(history)
             earlier = history[:-1] if again else history
             question = history[-1] if again else Turn(message["text"].strip(), message["files"], [])
             new_history = [*earlier, Turn(question.text, question.files, [""] * len(chats))]
             stopped = Event()
             started = {running: stopped, stop: gr.update(interactive=True)} | ({} if again else {box: None})
-            # generation refuses an int, which the slider gives for a whole number
+            # Generation refuses an int, which the slider gives for a whole number
             options = sampling(float(heat), 1.0) | {"max_new_tokens": max_new_tokens}
             queue.append(stopped)
             try:
-                # wait until this question is the first in the queue
+                # Wait until this question is the first in the queue
                 while (ahead := queue.index(stopped)) and not stopped.is_set():
                     yield show(new_history, waiting=True) | started | {status: f"<p>{words('waiting')}{ahead}</p>"}
                     sleep(0.3)
@@ -208,7 +208,7 @@ def make_page(
         def add_example(path: str, message: dict[str, Any]) -> dict[str, Any]:
             return message | {"files": [*message["files"], path]}
 
-        # what each control does; while a question is answered, only `stop` is enabled
+        # What each control does; while a question is answered, only `stop` is enabled
         everything = [turns, running, box, stop, status, *chats]
         at_once = {"queue": False, "show_progress": "hidden"}
         enabling = {"outputs": [box, retry, clear, stop], "api_visibility": "private"} | at_once
@@ -229,12 +229,12 @@ def main() -> None:
     if find_spec("gradio") is None:
         raise ValueError("the page needs a package that is not installed: pip install gradio")
 
-    # a port in use is reported before the model is loaded
+    # A port in use is reported before the model is loaded
     socket.create_server((arguments.host, arguments.port)).close()
     examples = [] if arguments.examples is None else example_pictures(arguments.examples)[:MAX_EXAMPLES]
     model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
 
-    # an adapter without a card has at least its base model
+    # An adapter without a card has at least its base model
     name = arguments.adapter_name_or_path or arguments.model_name_or_path
     base = [short_name(arguments.model_name_or_path)] if arguments.adapter_name_or_path else []
     words = translations(model, short_name(name), ancestors(name)[:-1] or base)

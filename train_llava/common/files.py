@@ -47,7 +47,7 @@ def opening(name: str) -> Iterator[None]:
 def _broken_file(path: Path) -> Path | None:
     """The first broken file in a model's folder, or the file `path` if it is broken; None: no file is."""
     for file in filter(Path.is_file, sorted(path.iterdir()) if path.is_dir() else [path]):
-        # each format as its reader would open it
+        # Each format as its reader would open it
         try:
             if file.suffix == ".json":
                 content = json.loads(file.read_bytes())

@@ -71,7 +71,7 @@ def _text_tokens(table: datasets.Dataset, chat: Chat) -> np.ndarray:
 
     They are counted by the first process that asks, and stored in a file beside the table.
     """
-    # a file for each way of counting; large tables by several processes
+    # A file for each way of counting; large tables by several processes
     folder = Path(table.cache_files[0]["filename"]).parent
     file = folder / f"tokens-{_fingerprint(chat)}.npy"
     with FileLock(f"{file}.lock"):  # one rank counts, the others wait for it

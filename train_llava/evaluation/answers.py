@@ -40,7 +40,7 @@ def questions(item: dict[str, Any]) -> list[dict[str, Any]]:
         before, reference = item["messages"][:i], text_of(message)
         pictures = sum(text_and_images(earlier)[1] for earlier in before)
         question = {"messages": before, "images": item["images"][:pictures], "pictures": pictures}
-        # all other right answers of a record are answers to its last question
+        # All other right answers of a record are answers to its last question
         is_last = i == len(item["messages"]) - 1
         right = item["references"] if is_last else []
         question |= {"prompt": text_of(before[-1]), "reference": reference}
@@ -120,7 +120,7 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
     """
     started, state, dataset = perf_counter(), this_process(), trainer.eval_dataset.records
     model, chat, step = trainer.model, chat_of(trainer.processing_class), trainer.state.global_step
-    # the first questions that can be asked
+    # The first questions that can be asked
     asked_questions, prompts = [], []
     for question in list_questions(dataset):
         with suppress(OSError, ValueError):
@@ -130,13 +130,13 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
             break
     if not asked_questions:
         raise ValueError("no held-out question can be asked of this model: set --eval_answers 0")
-    # all processes get the same number of questions, some twice: under ZeRO-3 none computes alone
+    # All processes get the same number of questions, some twice: under ZeRO-3 none computes alone
     indices, saved_dtype = list(range(len(prompts))), in_saved_dtype(model, trainer.dtype)
     with state.split_between_processes(indices, apply_padding=True) as share, saved_dtype:
         replies = generate_all(model, chat, [prompts[i] for i in share], BATCH)
     answers = dict(gather_object([(i, answer) for i, (answer, _) in zip(share, replies, strict=True)]))
     predictions = [question | {"prediction": answers[i]} for i, question in enumerate(asked_questions)]
-    # the first process writes and draws them
+    # The first process writes and draws them
     if state.is_main_process:
         path = Path(trainer.args.output_dir) / "answers" / f"step-{step:06}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def compare(folders: list[Path | str], output_dir: Path) -> str:
     scores_of_runs = {name: scores for name, (scores, _) in runs.items()}
     metrics = [name for name in METRICS if all(name in scores for scores in scores_of_runs.values())]
     with_text = all("text" in scores for scores in scores_of_runs.values())
-    # a row for each run
+    # A row for each run
     rows = [["run", *(METRICS[name] for name in metrics), f"exact match, less that of {first}"]]
     rows[0] += ["text loss"] * with_text
     for name, (scores, predictions) in runs.items():

@@ -65,7 +65,7 @@ def prepare(chat: Chat, messages: Messages, images: list[Image.Image], max_new_t
         ValueError: the context is full, the chat template refuses the conversation, or a text holds a control
             token. Such a token would end a turn, begin one, or be taken for a picture.
     """
-    # an earlier answer may hold control tokens that are not special, such as </think>: the model wrote them
+    # An earlier answer may hold control tokens that are not special, such as </think>: the model wrote them
     special = special_tokens(chat.tokenizer) | {chat.processor.image_token}
     for message in messages:
         forbidden = special if message["role"] == "assistant" else special | chat.control_tokens
@@ -100,7 +100,7 @@ def generate(
         tags.append(sum(text_and_images(message)[1] for message in messages))
     if sum(tags) != len(images):
         raise ValueError(f"{sum(tags)} {IMAGE_TOKEN} tags, {len(images)} pictures")
-    # each conversation takes as many of the images as it has tags
+    # Each conversation takes as many of the images as it has tags
     chat, remaining, prompts = chat_of(processor), iter(images), []
     for messages, count in zip(conversations, tags, strict=True):
         prompts.append(prepare(chat, messages, list(islice(remaining, count)), max_new_tokens))
@@ -121,17 +121,17 @@ def generate_all(
     order = sorted(range(len(prompts)), key=lambda i: prompts[i][0]["input_ids"].shape[1])
     while order:
         batch, order = order[:batch_size], order[batch_size:]
-        # the batch stops when the first context is full
+        # The batch stops when the first context is full
         limit = min(prompts[i][1] for i in batch)
         inputs = pad_left([prompts[i][0] for i in batch], chat.tokenizer.pad_token_id)
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         output = model.generate(**inputs, max_new_tokens=limit, **{"do_sample": False} | options).cpu()
         for i, tokens in zip(batch, output[:, inputs["input_ids"].shape[1] :], strict=True):
-            # an answer ends with its first end token; padding follows
+            # An answer ends with its first end token; padding follows
             ends = torch.isin(tokens, end_tokens).nonzero()
             tokens = tokens[: ends[0, 0] + 1] if len(ends) else tokens
             answers[i] = answer_text(chat, tokens.tolist()), not len(ends)
-            # its own context has room for a longer answer: it is asked again, after all others
+            # Its own context has room for a longer answer: it is asked again, after all others
             if not len(ends) and limit < prompts[i][1]:
                 order.append(i)
     return answers
@@ -143,7 +143,7 @@ def pad_left(inputs: list[Inputs], pad_token_id: int) -> Inputs:
         "input_ids": pad_sequence([one["input_ids"][0] for one in inputs], True, pad_token_id, "left"),
         "attention_mask": pad_sequence([one["attention_mask"][0] for one in inputs], True, 0, "left"),
     }
-    # pictures of all prompts, one after the other; with anyres, one may have fewer tiles than another
+    # Pictures of all prompts, one after the other; with anyres, one may have fewer tiles than another
     pictures, sizes = [], []
     for one in inputs:
         pictures.extend(one.get("pixel_values", ()))

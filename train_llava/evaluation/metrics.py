@@ -152,7 +152,7 @@ def cider(predictions: list[Prediction]) -> list[float]:
 
     Words that are rare in these references weigh more.
     """
-    # the number of questions whose references have each run of words
+    # The number of questions whose references have each run of words
     frequency = Counter()
     for p in predictions:
         frequency.update(_reference_ngrams(p))
@@ -173,11 +173,11 @@ def _cider_d(answer: list[str], reference: list[str], frequency: Counter, questi
     cosines = []
     for size in range(1, 5):
         ours, theirs = tf_idf(answer, size), tf_idf(reference, size)
-        # a run that the answer repeats counts as often as in the reference
+        # A run that the answer repeats counts as often as in the reference
         dot = sum(min(weight, theirs.get(ngram, 0)) * theirs.get(ngram, 0) for ngram, weight in ours.items())
         norms = sqrt(sum(w * w for w in ours.values())) * sqrt(sum(w * w for w in theirs.values()))
         cosines.append(dot / norms if norms else 0.0)
-    # an answer of another length scores less; as in the authors' program, a length counts pairs of words
+    # An answer of another length scores less; as in the authors' program, a length counts pairs of words
     longer = max(0, len(answer) - 1) - max(0, len(reference) - 1)
     return 10 * mean(cosines) * exp(-(longer**2) / 72)
 
@@ -234,7 +234,7 @@ def score_group(predictions: list[Prediction]) -> dict[str, Any]:
     Metrics that these references do not define are left out; `undefined` has the reasons.
     """
     scores, reasons = score_exact(predictions), undefined(predictions)
-    # one score for each question that has what the metric needs
+    # One score for each question that has what the metric needs
     answered = [p for p in predictions if p["answers"]]
     by_question = {
         "token_f1": [token_f1(p) for p in predictions],
@@ -247,7 +247,7 @@ def score_group(predictions: list[Prediction]) -> dict[str, Any]:
         if values:
             scores[metric] = mean(values)
             scores["intervals"][metric] = bootstrap(values)
-    # one score for all questions together
+    # One score for all questions together
     if "bleu" not in reasons:
         scores["bleu"] = bleu(predictions)
     return scores | ({"undefined": reasons} if reasons else {})

@@ -24,13 +24,13 @@ def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
     """Draws the losses and, where there are any, the scores of held-out answers over the steps."""
     losses = {"loss": "training", "eval_loss": "held out"}
     scores = {f"eval_{name}": label for name, label in METRICS.items()}
-    # losses fall and scores rise: the legend is put where there is room
+    # Losses fall and scores rise: the legend is put where there is room
     panels = [("loss per answer token", losses, "upper right")]
     if not scores.keys().isdisjoint(set().union(*log_history)):
         panels.append(("score of held-out answers", scores, "upper left"))
     figure = Figure(figsize=(7, 4 * len(panels)), layout="constrained")
     axes_of_panels = figure.subplots(len(panels), squeeze=False, sharex=True).flat
-    # one line for each loss or score that the log has
+    # One line for each loss or score that the log has
     for axes, (ylabel, lines, corner) in zip(axes_of_panels, panels, strict=True):
         for i, (key, label) in enumerate(lines.items()):
             steps = [entry["step"] for entry in log_history if key in entry]

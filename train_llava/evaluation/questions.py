@@ -53,7 +53,7 @@ def read_question(record: Record, number: int, folder: Path) -> dict[str, Any]:
     pictures = images_of(record)
     if not all(isinstance(name, str) for name in pictures):
         raise ValueError("a picture is neither a file nor an address")
-    # a prompt is a conversation of one question; without tags, its pictures come first
+    # A prompt is a conversation of one question; without tags, its pictures come first
     prompts = [record[key] for key in ("prompt", "question", "text") if isinstance(record.get(key), str)]
     if prompts:
         tags = "" if IMAGE_TOKEN in prompts[0] else f"{IMAGE_TOKEN}\n" * len(pictures)
@@ -62,7 +62,7 @@ def read_question(record: Record, number: int, folder: Path) -> dict[str, Any]:
         turns = record["messages"]
     else:
         raise ValueError("it has no prompt")
-    # checked as a record, which needs an answer
+    # Checked as a record, which needs an answer
     answered = [*turns, {"role": "assistant", "content": "?"}]
     messages = to_messages({"messages": answered, "images": pictures})[:-1]
     if all(part["type"] == "image" for part in messages[-1]["content"]):
@@ -112,7 +112,7 @@ def read_answers(path: Path) -> tuple[list[dict[str, Any]], int]:
             answers.append(json.loads(line))
             is_answer = isinstance(answers[-1], dict) and {"id", "prompt", "answer"} <= answers[-1].keys()
         except ValueError:
-            # a torn line begins as all do
+            # A torn line begins as all do
             begins = line.startswith(LINE_START) or LINE_START.startswith(line)
             is_answer = number > len(lines) and begins
         if not is_answer:
@@ -130,13 +130,13 @@ def answered_before(
     Raises:
         OSError, ValueError: the file cannot be read, or answers other questions, or with other settings.
     """
-    # the places of each question without an answer; equal questions take the lines in their order
+    # The places of each question without an answer; equal questions take the lines in their order
     waiting = defaultdict(list)
     for place, question in enumerate(questions):
         waiting[_key(question)].append(place)
     answers, torn = read_answers(path)
     lines: list[dict[str, Any] | None] = [None] * len(questions)
-    # each line has to come from the same settings, and to answer one of them
+    # Each line has to come from the same settings, and to answer one of them
     for line in answers:
         for name, value in settings.items():
             before = line.get("settings", {}).get(name)
@@ -190,7 +190,7 @@ def answer_questions(
     state, refused = this_process(), []
     writes = state.is_main_process
     with locked(path) if writes else nullcontext():
-        # the first process cuts off a torn line before the others read
+        # The first process cuts off a torn line before the others read
         with state.main_process_first():
             lines = answered_before(path, questions, settings)
         state.wait_for_everyone()
@@ -200,7 +200,7 @@ def answer_questions(
         step = WINDOW * batch_size * state.num_processes
         with open(path if writes else os.devnull, "ab") as file, bar:
             for start in range(0, len(unanswered), step):
-                # each process answers its share, and gets the results of all
+                # Each process answers its share, and gets the results of all
                 window = unanswered[start : start + step]
                 with state.split_between_processes([questions[place] for place in window]) as share:
                     results = gather_object(_answer(model, chat, share, open_question, settings, batch_size))
@@ -211,7 +211,7 @@ def answer_questions(
                         continue
                     known = {key: question[key] for key in ("id", "prompt", "number") if key in question}
                     lines[place] = known | result | {"settings": settings}
-                    # an id may hold half of a surrogate pair: it is written as it was, escaped
+                    # An id may hold half of a surrogate pair: it is written as it was, escaped
                     text = json.dumps(lines[place], ensure_ascii=False)
                     file.write(text.encode(errors="backslashreplace") + b"\n")
                 file.flush()
@@ -228,7 +228,7 @@ def _answer(
     batch_size: int,
 ) -> list[dict[str, Any]]:
     """For each question, its `answer` and whether it was `cut`, or the `reason` why it cannot be asked."""
-    # prepare all, then generate the answers of those that can be asked
+    # Prepare all, then generate the answers of those that can be asked
     results, prompts = [], []
     for question in questions:
         try:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from train_llava.model import Llava, count_parameters
 
-# read by Gradio when it is imported; pages with a common folder would delete each other's uploads
+# Read by Gradio when it is imported; pages with a common folder would delete each other's uploads
 UPLOADS = tempfile.TemporaryDirectory(prefix="gradio-")
 os.environ["GRADIO_TEMP_DIR"] = UPLOADS.name
 if find_spec("gradio"):
@@ -72,7 +72,7 @@ def header(model: Llava | PeftModel, title: str, made_of: list[str], language: s
         sizes["language model"] -= sizes["adapter"]
         details["adapter"] = f"r = {model.active_peft_config.r}, "
 
-    # the parts with their sizes, and the models under them
+    # The parts with their sizes, and the models under them
     items = []
     for part, size in sizes.items():
         millions = f"{size / 1e6:,.0f} M" if size >= 1e7 else f"{size / 1e6:,.2f} M"
@@ -93,7 +93,7 @@ def translations(model: Llava | PeftModel, title: str, made_of: list[str]) -> "g
 
 def lay_out(words: "gr.I18n", two_chats: bool, examples: list[str]) -> tuple[Any, ...]:
     """Places the page's components from top to bottom, and returns those that events need."""
-    # the header and the chats
+    # The header and the chats
     gr.HTML(words("model_header"), elem_id="model", padding=False)
     with gr.Row(elem_id="chats"):
         height = f"calc(100dvh - {400 if examples else 300}px)"
@@ -101,7 +101,7 @@ def lay_out(words: "gr.I18n", two_chats: bool, examples: list[str]) -> tuple[Any
         plain_text = {"render_markdown": False, "latex_delimiters": [], "placeholder": words("nothing_yet")}
         labels = ["with_adapter", "without_adapter"] if two_chats else ["chat"]
         chats = [gr.Chatbot(label=words(label), **look, **plain_text) for label in labels]
-    # the question and the controls
+    # The question and the controls
     status = gr.HTML(elem_id="waiting", padding=False)
     box = gr.MultimodalTextbox(
         placeholder=words("ask_here"),

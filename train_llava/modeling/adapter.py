@@ -86,14 +86,14 @@ def load_adapter(model: Llava, adapter_name_or_path: str, model_name: str, train
     Raises:
         ValueError: it cannot be opened, or was trained on another model; the message says which.
     """
-    # its files
+    # Its files
     config = read_adapter_config(adapter_name_or_path)
     files = [path.name for path in Path(adapter_name_or_path).glob("adapter_model.*")]
     with reading_adapter(adapter_name_or_path, files[0] if files else "adapter_model.safetensors"):
         saved = load_peft_weights(adapter_name_or_path, device="cpu", key_mapping=RENAMED)
     check_base(adapter_name_or_path, model, model_name)
 
-    # the adapter on the model: PEFT leaves out tensors that have no place, so the names are compared
+    # The adapter on the model: PEFT leaves out tensors that have no place, so the names are compared
     targets = config.target_modules or set()
     config.target_modules = _rename(targets) if isinstance(targets, str) else set(map(_rename, targets))
     try:

@@ -39,7 +39,7 @@ def packed_attention(
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
-    # one call, on a GPU
+    # One call, on a GPU
     if module.config._attn_implementation == PACKED:
         rows = [states[0].transpose(0, 1) for states in (query, key, value)]  # (T, heads, width)
         window = kwargs.get("sliding_window")
@@ -55,7 +55,7 @@ def packed_attention(
         )
         return outputs[None], None
 
-    # one conversation after the other. A split has one gradient; each slice would have one of the row's size
+    # One conversation after the other. A split has one gradient; each slice would have one of the row's size
     lengths = cu_seq_lens_q.diff().tolist()
     parts = (states.split(lengths, dim=2) for states in (query, key, value))
     outputs, stop = [], 0

@@ -47,7 +47,7 @@ def check_exportable(config: LlavaConfig | LlavaNextConfig) -> None:
     if text.model_type not in LANGUAGE_MODELS or vision.model_type not in TOWERS:
         models = "only CLIP or SigLIP with a Qwen2, Qwen3 or Llama language model"
         raise ValueError(f"{models} can be exported to GGUF, not {vision.model_type} and {text.model_type}")
-    # each feature that llama.cpp lacks, and whether the model has it
+    # Each feature that llama.cpp lacks, and whether the model has it
     drops_first = config.vision_feature_select_strategy == "default"
     has_class_token = vision.model_type == "clip_vision_model"  # in front of the patches; SigLIP has none
     rope_type = text.rope_parameters["rope_type"]
@@ -74,7 +74,7 @@ def pre_tokenizer(tokenizer_json: dict[str, Any]) -> str:
     sequence = tokenizer_json["pre_tokenizer"] or {}
     steps = []
     for step in sequence.get("pretokenizers", [sequence]):
-        # offsets change no token
+        # Offsets change no token
         steps.append({key: value for key, value in step.items() if key != "trim_offsets"})
     if tokenizer_json["model"]["type"] == "BPE":
         for name, known_steps in PRE_TOKENIZERS.items():
@@ -102,7 +102,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
         names = ", ".join(normalizers)
         raise ValueError(f"a tokenizer that normalizes texts ({names}) cannot be exported to GGUF")
 
-    # the same tokenizer with the parts that llama.cpp knows, and no others
+    # The same tokenizer with the parts that llama.cpp knows, and no others
     model = {key: ours_json["model"][key] for key in ("type", "vocab", "merges")}
     model["ignore_merges"] = ignore_merges
     added_tokens = [token | dict.fromkeys(FLAGS, False) for token in ours_json["added_tokens"]]
@@ -110,13 +110,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     known_parts = {"model": model, "added_tokens": added_tokens, "decoder": decoder}
     theirs = Tokenizer.from_str(json.dumps(ours_json | known_parts))
 
-    # texts that show a difference: a conversation, every added token with and without spaces, every token
+    # Texts that show a difference: a conversation, every added token with and without spaces, every token
     texts = ["a".join(template_segments(tokenizer, TWO_TURNS))]
     for token in added_tokens:
         texts += [f"a {token['content']} a", f"a{token['content']}a"]
     texts += [theirs.decode([token_id], skip_special_tokens=False) for token_id in theirs.get_vocab().values()]
 
-    # both have to encode and decode them alike
+    # Both have to encode and decode them alike
     for text in texts:
         ids = ours.encode(text, add_special_tokens=False).ids
         same_ids = ids == theirs.encode(text, add_special_tokens=False).ids
@@ -134,7 +134,7 @@ def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase, rows: int, ends: list[int]) -> None:
     """Adds a tokenizer with one token for each of the embedding's `rows`; the ids in `ends` end an answer."""
-    # the type of each row's token; spare rows are unused
+    # The type of each row's token; spare rows are unused
     tokenizer_json = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     added_tokens = tokenizer.added_tokens_decoder
@@ -150,7 +150,7 @@ def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase,
     writer.add_token_list([tokens.get(token_id, f"[PAD{token_id}]") for token_id in range(rows)])
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) for pair in tokenizer_json["model"]["merges"]])
-    # the format has fields for three tokens that end an answer
+    # The format has fields for three tokens that end an answer
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
     end_fields = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
@@ -196,7 +196,7 @@ def picture_tensors(model: Llava, class_token: str) -> NamedTensors:
         name = "embeddings.position_embedding.weight"
         tower_tensors[name] = tower_tensors[name].roll(-1, dims=0)
     for name, tensor in tower_tensors.items():
-        # a LLaVA's features come before the last layer norm, which llama.cpp would apply, and SigLIP's head
+        # A LLaVA's features come before the last layer norm, which llama.cpp would apply, and SigLIP's head
         if not name.startswith(("post_layernorm.", "head.")):
             yield f"vision_tower.vision_model.{name}", tensor
     # llama.cpp numbers the projector's layers as LLaVA's authors did: 0, an activation, 2
@@ -263,7 +263,7 @@ def export_pictures(model: Llava, processor: Processor, class_token: str, path: 
     writer.add_vision_image_mean(image_processor.image_mean)
     writer.add_vision_image_std(image_processor.image_std)
     writer.add_vision_use_gelu(config.hidden_act != "quick_gelu")
-    # numbered as hidden states are, where 0 goes into the first layer; the default is the last but one
+    # Numbered as hidden states are, where 0 goes into the first layer; the default is the last but one
     layer = range(config.num_hidden_layers + 1)[model.config.vision_feature_layer]
     if layer != config.num_hidden_layers - 1:
         writer.add_array("clip.vision.feature_layer", [layer])

@@ -59,7 +59,7 @@ def part_config(name_or_path: str) -> PreTrainedConfig:
 
 def load_part(auto_class: Any, name_or_path: str, dtype: Any) -> tuple[PreTrainedModel, set[str]]:
     """Opens one of the two models. Returns it, and the names of the weights that its folder lacks."""
-    # the class of transformers that opens it
+    # The class of transformers that opens it
     config = part_config(name_or_path)
     model = f"{name_or_path} is a {config.model_type}"
     if auto_class is AutoModelForCausalLM and type(config) not in auto_class._model_mapping:
@@ -80,7 +80,7 @@ def load_vision_tower(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
     model, missing = load_part(AutoModel, name_or_path, dtype)
     tower, kind = model.get_encoder("image"), model.config.model_type
 
-    # the tower takes pictures, and nothing else
+    # The tower takes pictures, and nothing else
     parameters = signature(tower.forward).parameters
     if "pixel_values" not in parameters or "input_ids" in parameters:
         none = "nor does transformers find one in it that takes plain pictures"
@@ -93,7 +93,7 @@ def load_vision_tower(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
         alone = "is no model by itself in transformers"
         raise ValueError(f"{name_or_path} is a {kind}, whose vision tower {alone}")
 
-    # missing weights that no hidden state uses are zero, such as the pooler of a ViT classifier
+    # Missing weights that no hidden state uses are zero, such as the pooler of a ViT classifier
     prefix = next(name for name, module in model.named_modules() if module is tower)
     missing = {name.removeprefix(prefix).lstrip(".") for name in missing if name.startswith(prefix)}
     if type(tower.config) not in AutoModel._model_mapping:
@@ -129,7 +129,7 @@ def as_clip(tower: PreTrainedModel, name: str) -> PreTrainedModel:
 
 def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
     """Opens a causal language model, or the text half of a model with its own vision tower, such as Gemma 3."""
-    # all weights of the decoder and of the output layer have to be there
+    # All weights of the decoder and of the output layer have to be there
     model, missing = load_part(AutoModelForCausalLM, name_or_path, dtype)
     decoder, output_layer = decoder_of(model), model.get_output_embeddings()
     needed = [*decoder.state_dict(keep_vars=True).values(), *output_layer.state_dict(keep_vars=True).values()]
@@ -138,7 +138,7 @@ def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
     if lacking := [name for name, tensor in tensors if name in missing and id(tensor) in needed_ids]:
         raise ValueError(f"{name_or_path} lacks weights of the language model, for example {min(lacking)}")
 
-    # a model with its own vision tower: its modules in the class of its text half
+    # A model with its own vision tower: its modules in the class of its text half
     text_config = model.config.get_text_config(decoder=True)
     if text_config is model.config:
         return model
@@ -173,7 +173,7 @@ def load_image_processor(
     Args:
         grids: the grids of tiles of `anyres`, such as "2x3".
     """
-    # its output for a square and for a wide picture
+    # Its output for a square and for a wide picture
     with opening(name_or_path):
         image_processor = AutoImageProcessor.from_pretrained(name_or_path)
         square = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")
@@ -222,7 +222,7 @@ def probe_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, nam
     Returns:
         Three numbers: tokens for a picture; those of them that are no patches (class token, registers); hidden states.
     """
-    # two pictures, or tiles, of the size that the image processor makes
+    # Two pictures, or tiles, of the size that the image processor makes
     picture = Image.new("RGB", (64, 64))
     pixel_values = image_processor([picture, picture], return_tensors="pt")["pixel_values"].to(tower.dtype)
     pixel_values = pixel_values.flatten(0, -4)[:2]
@@ -236,13 +236,13 @@ def probe_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, nam
             f"{'others' if image_size is None else image_size}: {error}"
         ) from error
 
-    # one grid of patches for each picture
+    # One grid of patches for each picture
     for size in (patch_size, image_size):
         if isinstance(size, (list, tuple)):
             raise ValueError(f"{name} is a {kind} of sizes in pairs, {size}: a LLaVA takes one number")
     if states is None or not isinstance(patch_size, int) or len({state.shape for state in states}) > 1:
         raise ValueError(f"{name} is a {kind}, whose hidden states are not one grid of patches")
-    # some towers, such as Pixtral's, put the patches of all pictures into one row
+    # Some towers, such as Pixtral's, put the patches of all pictures into one row
     in_one_row = len(states[0]) == 1
     if in_one_row and is_anyres(image_processor):
         one_row = f"{name} is a {kind}, which puts the patches of all tiles into one row"

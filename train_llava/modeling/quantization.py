@@ -25,6 +25,6 @@ def quantization(bits: int, dtype: torch.dtype) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    # quantised weights are made on the device where they stay; a GPU has a number
+    # Quantised weights are made on the device where they stay; a GPU has a number
     place = "cpu" if device().type == "cpu" else torch.accelerator.current_device_index()
     return {"quantization_config": config, "device_map": {"": place}}

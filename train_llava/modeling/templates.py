@@ -81,7 +81,7 @@ def end_of_text(written: str, text: str, begin: int, before: str, after: str) ->
     """
     core = text.strip()
     leading, trailing = text.split(core, 1)
-    # as much of the leading white space as the template has kept, then of the trailing
+    # As much of the leading white space as the template has kept, then of the trailing
     for first in range(len(leading) + 1):
         opening = before + leading[first:] + core
         if written.startswith(opening, begin):
@@ -114,7 +114,7 @@ def end_of_turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The special tokens that end a new answer and an earlier one, often the same: generation stops there."""
     *_, earlier, _, last = template_segments(tokenizer, TWO_TURNS)
     ends = [end_of(tokenizer, last), end_of(tokenizer, earlier)]
-    # some templates always write the generation prompt after a conversation
+    # Some templates always write the generation prompt after a conversation
     if None in ends or (ends[0] != ends[1] and last == assistant_prefixes(tokenizer)[2]):
         raise ValueError("the chat template ends an answer with no special token")
     return list(dict.fromkeys(ends))
@@ -136,16 +136,16 @@ def patch_chat_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         raise ValueError(f"{name} has no chat template: take the model's chat version")
     tokenizer.chat_template = template
     try:
-        # pictures
+        # Pictures
         if prelude := _take_pictures(tokenizer):
             kind = " in strings" if prelude == AS_PARTS else ""
             lacked.append(f"a chat template that takes pictures{kind}")
-        # the token that begins a text
+        # The token that begins a text
         begins = tokenizer("?")["input_ids"][0] == tokenizer.bos_token_id
         if begins and not template_segments(tokenizer, TWO_TURNS)[0].startswith(tokenizer.bos_token):
             tokenizer.chat_template = "{{- bos_token }}" + tokenizer.chat_template
             lacked.append(f"{tokenizer.bos_token} in its chat template")
-        # the token that ends an answer
+        # The token that ends an answer
         try:
             end_of_turn_tokens(tokenizer)
         except ValueError:
@@ -154,7 +154,7 @@ def patch_chat_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
             tokenizer.chat_template = ENDED_ANSWERS + tokenizer.chat_template
             end_of_turn_tokens(tokenizer)
             lacked.append("an end of the answers in its chat template")
-        # the assistant prefix
+        # The assistant prefix
         if _unify_prefixes(tokenizer):
             lacked.append("the same opening of earlier, new and generated answers")
     except ValueError as error:
@@ -167,7 +167,7 @@ def _take_pictures(tokenizer: PreTrainedTokenizerBase) -> str:
 
     Returns what was put in front of it: nothing where it already does so.
     """
-    # conversations that the template has to write, as lists of parts and as strings
+    # Conversations that the template has to write, as lists of parts and as strings
     text, template, required = {"type": "text", "text": "?"}, tokenizer.chat_template, []
     question = {"role": "user", "content": [text, {"type": "image"}, text]}
     turns = [question, {"role": "assistant", "content": [text]}]
@@ -180,7 +180,7 @@ def _take_pictures(tokenizer: PreTrainedTokenizerBase) -> str:
             if messages is turns:
                 required.append((messages, strings))
 
-    # the first prelude with which it writes both alike
+    # The first prelude with which it writes both alike
     for prelude in ("", AS_PARTS, AS_STRING, AS_STRING + AS_ONE_PART):
         tokenizer.chat_template = prelude + template
         try:
@@ -208,7 +208,7 @@ def _unify_prefixes(tokenizer: PreTrainedTokenizerBase) -> bool:
     earlier, last, prompt = assistant_prefixes(tokenizer)
     added = [re.escape(token) for token in tokenizer.get_added_vocab()]
     if opens_like(earlier, prompt) and opens_like(last, prompt):
-        # the three differ by white space, which is left for the model to write
+        # The three differ by white space, which is left for the model to write
         longest, prefix, prefixes = max(earlier, last, key=len), prompt, [prompt]
     else:
         longest = prefix = _longest_prefix(earlier, last, prompt, "|".join([*added, TAG]))
@@ -220,12 +220,12 @@ def _unify_prefixes(tokenizer: PreTrainedTokenizerBase) -> bool:
     if len(prefixes) > 1 and not all(re.search("|".join(added), each) for each in prefixes):
         raise ValueError(f"{refusal}, and no token tells where")
 
-    # all prefixes become the shortest, the longest first; the shortest becomes the one that all are to have
+    # All prefixes become the shortest, the longest first; the shortest becomes the one that all are to have
     changes = []
     if len(prefixes) > 1:
         changes = [(each, prefixes[0]) for each in prefixes[:0:-1]] + [(prefixes[0], prefix)]
     filters = "".join(f" | replace({_quoted(old)}, {_quoted(new)})" for old, new in changes)
-    # the new template renders the old one, cuts its generation prompt off, and writes the new prompt
+    # The new template renders the old one, cuts its generation prompt off, and writes the new prompt
     template = tokenizer.chat_template.removesuffix("\n")  # Jinja drops one at the end of a template
     tokenizer.chat_template = (
         f"{{%- set rendered %}}\n{template}{{{{ '' }}}}{{% endset -%}}"
@@ -249,11 +249,11 @@ def _longest_prefix(earlier: str, last: str, prompt: str, tokens: str) -> str:
     `tokens` is a pattern of special tokens and tags.
     """
     longest, shortest = max(earlier, last, key=len), min(earlier, last, prompt, key=len)
-    # the prompt instead, where it goes on with a tag or with several tokens
+    # The prompt instead, where it goes on with a tag or with several tokens
     more = re.findall(tokens, prompt.removeprefix(longest))
     if prompt.startswith(longest) and (len(more) > 1 or re.fullmatch(TAG, "".join(more))):
         longest = prompt
-    # a single tag of the prompt is a thought that stays open
+    # A single tag of the prompt is a thought that stays open
     more = re.findall(tokens, longest.removeprefix(shortest))
     if len(more) == 1 and more[0] in prompt and re.fullmatch(TAG, more[0]):
         longest += f"\n{more[0][0]}/{more[0][1:]}\n\n"

@@ -30,7 +30,7 @@ def tower_states(
         torch.random.fork_rng([]),  # the run's own random numbers stay as they are
         no_init_weights(),  # memory that is never written costs nothing
     ):
-        # not by `from_config`, which would partition the weights under ZeRO-3
+        # Not by `from_config`, which would partition the weights under ZeRO-3
         tower = AutoModel._model_mapping[type(config)](config).eval()
         return tower, tower(torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states
 
@@ -40,7 +40,7 @@ def unused_parameters(config: PreTrainedConfig, layers: int | list[int]) -> set[
 
     The autograd graph of a small picture tells. A backward pass would need memory for every gradient.
     """
-    # the graph's nodes, from the hidden states back to the parameters
+    # The graph's nodes, from the hidden states back to the parameters
     side = 4 * config.patch_size
     tower, states = tower_states(config, side, image_size=side)
     nodes = [states[i].grad_fn for i in ([layers] if isinstance(layers, int) else layers)]

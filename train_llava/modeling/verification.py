@@ -53,7 +53,7 @@ def reference_outputs(
 
 def verify_in_fresh_process(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> Rows:
     """Calls `verify_checkpoint` in a fresh process, which sees the model as every later command does."""
-    # the two models' outputs go to the process in one file, its result comes back in another
+    # The two models' outputs go to the process in one file, its result comes back in another
     with TemporaryDirectory() as scratch:
         references, outcome = Path(scratch, "references.safetensors"), Path(scratch, "outcome.json")
         save_file({"logits": logits.contiguous(), "features": features.contiguous()}, references)
@@ -84,14 +84,14 @@ def verify_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor
 
     `logits` and `features` are the two models' own: see `reference_outputs`.
     """
-    # the LLaVA's own outputs on the inputs of `reference_outputs`
+    # The LLaVA's own outputs on the inputs of `reference_outputs`
     model, processor = load_checkpoint(str(folder))
     input_ids, pixel_values = example_inputs(processor)
     our_logits = model(input_ids=input_ids).logits[..., : logits.shape[-1]]
     outputs = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True)
     our_features = outputs.hidden_states[model.config.vision_feature_layer]
 
-    # the table, in the order in which the checks run
+    # The table, in the order in which the checks run
     chat, length = chat_of(processor), min(processor.tokenizer.model_max_length, MILLION)
     cached, longer = f"with a cache, in {length:,} tokens,", f"beside a text of {length:,} tokens"
     return [
@@ -132,7 +132,7 @@ def verify_text_path(language_model: PreTrainedModel, processor: Processor) -> N
     input_ids, decoder = example_inputs(processor)[0], decoder_of(language_model)
     model_type = decoder.config.model_type
 
-    # the decoder: from ids and from the embedding's rows
+    # The decoder: from ids and from the embedding's rows
     embeds = language_model.get_input_embeddings()(input_ids)
     from_embeds = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
     from_ids = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -142,7 +142,7 @@ def verify_text_path(language_model: PreTrainedModel, processor: Processor) -> N
             f"(states differ by {apart:.0e} of the largest), and a LLaVA has no place for that"
         )
 
-    # the output layer: hooks put large states in place of the decoder's
+    # The output layer: hooks put large states in place of the decoder's
     output_layer = language_model.get_output_embeddings()
     head = nn.Linear(output_layer.weight.shape[1], min(64, len(output_layer.weight)), bias=False)
     head.weight.copy_(output_layer.weight[: head.out_features])
@@ -207,7 +207,7 @@ def verify_conversations(chat: Chat, generation_config: GenerationConfig) -> Row
     stops = stops if isinstance(stops, list) else [stops]
     picture, end_tokens = Image.new("RGB", (8, 8)), []
     for texts in (CONVERSATION[:2], CONVERSATION):
-        # each stretch of supervised tokens is one answer
+        # Each stretch of supervised tokens is one answer
         messages = conversation(*texts)
         input_ids, labels = chat.encode(messages, [picture.size])
         supervised = np.flatnonzero(labels != IGNORE)
@@ -216,14 +216,14 @@ def verify_conversations(chat: Chat, generation_config: GenerationConfig) -> Row
         if len(stretches) != len(answers):
             raise ValueError(f"{len(stretches)} stretches are learnt of a conversation with {len(answers)} answers")
         for i, (stretch, answer) in enumerate(zip(stretches, answers, strict=True)):
-            # the answer, and the token that ends its turn
+            # The answer, and the token that ends its turn
             begin, last_id = stretch[0], int(input_ids[stretch[-1]])
             end = tokenizer.convert_ids_to_tokens(last_id)
             if tokenizer.decode(input_ids[stretch[:-1]]).strip() != answer:
                 raise ValueError(f"{tokenizer.decode(input_ids[stretch])!r} is learnt as the answer {answer!r}")
             if last_id not in stops:
                 raise ValueError(f"answers are taught to end with {end}, and generation does not stop there")
-            # the generation prompt, and the tokens before the answer in training
+            # The generation prompt, and the tokens before the answer in training
             prompt = chat.prompts([messages[: 2 * i + 1]], [picture])["input_ids"][0].tolist()
             if prompt != input_ids[:begin].tolist():
                 ours, theirs = (tokenizer.decode(ids[-8:]) for ids in (prompt, input_ids[:begin]))
@@ -299,7 +299,7 @@ def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, bool]:
     Returns:
         The largest difference, and whether it is noise.
     """
-    # two conversations without pictures, their tokens (1, T) each
+    # Two conversations without pictures, their tokens (1, T) each
     rows = []
     for texts in PACKED:
         messages = conversation(*texts)
@@ -319,7 +319,7 @@ def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, bool]:
             logits = model(input_ids=input_ids, **arguments).logits
         return logits.split([first.shape[1], second.shape[1]], dim=1)
 
-    # each conversation packed, with another text behind or in front of it, and alone
+    # Each conversation packed, with another text behind or in front of it, and alone
     first_packed, second_packed = packed(first, second)
     noise = difference(packed(first, second.flip(1))[0], first_packed)
     leak = difference(packed(first.flip(1), second)[1], second_packed)
@@ -350,7 +350,7 @@ def batching_difference(model: nn.Module, processor: Processor) -> float:
     def last_logits(texts: list[str]) -> torch.Tensor:
         inputs = processor(text=texts, padding=True, add_special_tokens=False, return_tensors="pt")
         inputs = inputs.to(model.device)
-        # as generation counts positions, without the padding
+        # As generation counts positions, without the padding
         position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         return model(**inputs, position_ids=position_ids).logits[:, -1]
 
@@ -365,7 +365,7 @@ def cached_difference(model: nn.Module, input_ids: torch.Tensor, length: int) ->
     for start in (0, length - number):
         position_ids = torch.arange(start, start + number)[None]
         whole = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        # with the cache, piece by piece
+        # With the cache, piece by piece
         cache, logits = None, []
         for ids, positions in zip(input_ids.split(sizes, 1), position_ids.split(sizes, 1), strict=True):
             output = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)

@@ -44,7 +44,7 @@ def tensors_in_files(model: nn.Module, state_dict: dict[str, torch.Tensor] | Non
         OSError: a tensor was not gathered, or not whole.
     """
     not_whole = "was not gathered whole: ZeRO-3 needs stage3_gather_16bit_weights_on_model_save"
-    # an adapter: as many numbers as train
+    # An adapter: as many numbers as train
     if isinstance(model, PeftModel):
         try:
             tensors = get_peft_model_state_dict(model, state_dict)
@@ -55,7 +55,7 @@ def tensors_in_files(model: nn.Module, state_dict: dict[str, torch.Tensor] | Non
             raise OSError(f"the adapter {not_whole}")
         return tensors
 
-    # a whole model: each tensor is there, in its full size
+    # A whole model: each tensor is there, in its full size
     tensors = model.state_dict() if state_dict is None else dict(state_dict)
     for name, parameter in model.state_dict(keep_vars=True).items():
         if name not in tensors or tensors[name].shape != getattr(parameter, "ds_shape", parameter.shape):
@@ -120,23 +120,23 @@ def save_weights(
     for name, in_memory in tensors.items():
         if not in_memory.is_floating_point():
             continue
-        # the precision that it is written in
+        # The precision that it is written in
         tensor = as_read(name, in_memory, base)
         if write_in == "memory":
             target = tensor.dtype
         else:
             target = base[name].dtype if write_in == "base" and name in base else dtype
-        # a value that is too large for the target, or for the precision in the configuration, is kept
+        # A value that is too large for the target, or for the precision in the configuration, is kept
         limit = min(torch.finfo(target).max, torch.finfo(dtype).max)
         if torch.finfo(tensor.dtype).max > limit and (largest := max(map(abs, tensor.aminmax()))) > limit:
             print(f"{folder} is to be opened in float32: {name} holds {largest:.3g}, too large for {dtype}")
             dtype = torch.float32
         elif target != tensor.dtype:
             tensor = tensor.to("cpu", target)
-        # with its own storage: transformers would copy tensors that share one, as experts do
+        # With its own storage: transformers would copy tensors that share one, as experts do
         tensors[name] = torch.from_dlpack(tensor.contiguous())
 
-    # the weights, and the configuration with the precision in which they are opened
+    # The weights, and the configuration with the precision in which they are opened
     model.save_pretrained(folder, state_dict=dict(tensors), save_original_format=False)
     apply_umask(*folder.glob("*.safetensors"))
     config = deepcopy(model.config)
@@ -148,7 +148,7 @@ def save_weights(
 
 def differing_tensor(folder: Path, tensors: dict[str, torch.Tensor]) -> str | None:
     """A name where a folder's files or index hold other tensors; None: they hold these tensors alone."""
-    # the files' tensors, and which file has which
+    # The files' tensors, and which file has which
     weight_map: dict[str, str] = {}
     for path in sorted(set(folder.glob("*.safetensors")) - {folder / PROJECTOR}):
         with safe_open(path, framework="pt") as file:
@@ -202,7 +202,7 @@ def save_projector(folder: Path) -> None:
 def first_values(model: nn.Module) -> dict[str, list[float]]:
     """The first 8 numbers of each parameter not in 4 or 8 bits. They tell models of one shape apart."""
     return {
-        # under ZeRO-3, the first rank's share is the beginning
+        # Under ZeRO-3, the first rank's share is the beginning
         name: getattr(parameter, "ds_tensor", parameter).detach().flatten()[:8].float().tolist()
         for name, parameter in model.named_parameters()
         if parameter.is_floating_point()

@@ -109,7 +109,7 @@ def locked(args: TrainingArguments) -> Iterator[None]:
             raise ValueError(f"--output_dir {folder}: another run is at work in it ({holder})") from None
         file.write_text(f"process {os.getpid()} on {platform.node()}")
 
-    # a folder that stays empty, because the run fails early, is removed again
+    # A folder that stays empty, because the run fails early, is removed again
     on_first_rank(args, acquire)
     try:
         yield

@@ -33,7 +33,7 @@ def build_extension(builder: str) -> None:
     Args:
         builder: the name of its class, such as `CPUAdamBuilder`.
     """
-    # one process builds, and the others wait for it
+    # One process builds, and the others wait for it
     extension = get_accelerator().create_op_builder(builder)
     folder = Path(_get_build_directory(extension.name, verbose=False))
     holder = folder / "builder.lock"
@@ -56,7 +56,7 @@ def build_extension(builder: str) -> None:
 
 def wait_for_others(folder: Path) -> None:
     """Waits for a build by torch alone in this folder. Removes its lock if that build was interrupted."""
-    # each reason to wait is printed once
+    # Each reason to wait is printed once
     lock, last_reason = folder / "lock", None
     while lock.exists():
         process = builder_of(folder)

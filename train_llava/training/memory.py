@@ -110,7 +110,7 @@ def empty_model(
 ) -> tuple[Llava, nn.Module]:
     """A LLaVA on the meta device, and the same model after `set_trainable`, with LoRA in a `PeftModel`."""
     anyres, vision = isinstance(config, LlavaNextConfig), config.vision_config
-    # some architectures cache tensors for the whole process: first with numbers
+    # Some architectures cache tensors for the whole process: first with numbers
     tower_states(vision, vision.image_size, num_hidden_layers=1)
     with torch.device("meta"):
         llava = (LlavaNextForConditionalGeneration if anyres else LlavaForConditionalGeneration)(config).train()
@@ -144,18 +144,18 @@ def step_bytes(llava: Llava, rows: int, tokens: int, pictures: int, answers: int
         Bytes that autograd keeps, those of the loss included; those of the language model's largest layer; those of
         the logits and their fp32 copy, while the loss is computed.
     """
-    # hooks note the bytes before and after each layer
+    # Hooks note the bytes before and after each layer
     language_model, saved, marks = llava.model.language_model, SavedTensors(llava), []
     hooks = []
     for layer in language_model.layers:
         for register in (layer.register_forward_pre_hook, layer.register_forward_hook):
             hooks.append(register(lambda *_: marks.append(saved.nbytes)))
-    # a forward pass, up to the loss
+    # A forward pass, up to the loss
     with torch.device("meta"), FusedKernels(), saved:
         embeds = llava.get_input_embeddings()(torch.empty(rows, tokens, dtype=torch.long))
         places = torch.empty(rows, tokens, 1, dtype=torch.bool)
         embeds = embeds.masked_scatter(places, picture_features(llava, pictures).to(embeds.dtype))
-        # the model would read the values of a mask that has not four dimensions
+        # The model would read the values of a mask that has not four dimensions
         mask = torch.empty(rows, 1, tokens, tokens, dtype=torch.bool)
         hidden = language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         labels, row, place = (torch.empty(answers, dtype=torch.long) for _ in range(3))
@@ -193,7 +193,7 @@ def flops_per_token(
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         features = picture_features(llava, 1)[None]
         embeds = torch.cat([features, llava.get_input_embeddings()(torch.empty(1, TEXT, dtype=torch.long))], dim=1)
-        # the model does not read a mask that is made already; without numbers, it could not
+        # The model does not read a mask that is made already; without numbers, it could not
         mask = {"full_attention": None, "sliding_attention": None}
         hidden = llava.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
         llava.lm_head(hidden.last_hidden_state[:, -ANSWER:]).sum().backward()
@@ -216,7 +216,7 @@ def model_state_bytes(
         offload: gradients and optimizer, under ZeRO-3 the weights too, are in the CPU's memory.
         bits: see `quantization`.
     """
-    # without DeepSpeed, with it, and with weights in few bits
+    # Without DeepSpeed, with it, and with weights in few bits
     trained, total = (sum(column) for column in zip(*count_parameters(model).values(), strict=True))
     if zero is None:
         copy = dtype.itemsize if dtype.itemsize < 4 else 0
@@ -289,7 +289,7 @@ def estimate_memory(
         Bytes of a forward and backward pass by kind; bytes of the optimizer step besides the `STATE`; a description
         of the batch.
     """
-    # the batch
+    # The batch
     dtype, (zero, offload) = precision(args), zero_of(args)
     with without_zero3_partitioning(args):
         llava, model = empty_model(config, args.train_type, lora_arguments, dtype)
@@ -300,7 +300,7 @@ def estimate_memory(
     if args.tokens_per_batch is not None:
         width, batch = args.tokens_per_batch, max(1, args.tokens_per_batch // tokens)
         note = f"a row of {width:,} tokens, {batch} pictures in it"
-    # its bytes
+    # Its bytes
     sizes = model_state_bytes(model, dtype, args.world_size, zero, offload, bits)
     update = optimizer_step_bytes(model, dtype, args.world_size, zero, offload)
     sizes |= activation_bytes(llava, rows, width, batch, batch * ANSWER, args.activation_checkpointing)
@@ -331,7 +331,7 @@ def print_estimate(
     except Exception as error:  # models raise errors of any type on the meta device
         print(f"memory: no estimate for a {config.text_config.model_type} ({' '.join(str(error).split())[:100]})")
         return
-    # the peak is in the backward pass, or in the optimizer step after it
+    # The peak is in the backward pass, or in the optimizer step after it
     updated = sum(sizes[name] for name in STATE) + update
     total = max(sum(sizes.values()), updated)
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in sizes.items())

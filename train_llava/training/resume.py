@@ -96,7 +96,7 @@ def data_fingerprint(dataset: LlavaDataset | None, data_path: list[str], image_d
                 name = f"{file.name} {file.stat().st_size}" if isinstance(file, Path) else str(file)
                 fingerprint.update(name.encode())
         return f"{' + '.join(counts)}, fingerprint {fingerprint.hexdigest()}"
-    # the tables' own memory, without a copy
+    # The tables' own memory, without a copy
     for table in dataset.tables:
         counts.append(f"{len(table):,} records")
         for name in ("id", "messages"):
@@ -173,7 +173,7 @@ def completed(args: TrainingArguments, settings: dict[str, Any]) -> str | None:
     """
     folder, (resume, checkpoint) = Path(args.output_dir), requested_checkpoint(args)
     own = resume is True or (checkpoint and Path(checkpoint).absolute().parent.resolve() == folder.resolve())
-    # a run writes this state last
+    # A run writes this state last
     if not own or not (folder / "trainer_state.json").exists() or not any(folder.glob("*.safetensors")):
         return None
     state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
