@@ -427,7 +427,11 @@ def test_packing_is_reported_as_equal_only_where_it_is(parts, tmp_path, capsys, 
         for i, pair in enumerate(texts)
     ]
     with torch.inference_mode():
-        packed, alone = (model(**LlavaCollator(processor, packing=p)(items)).loss for p in (True, False))
+        alone = model(**LlavaCollator(processor)(items)).loss
+        try:
+            packed = model(**LlavaCollator(processor, packing=True)(items)).loss
+        except ValueError:  # transformers itself refuses some architectures
+            packed = torch.inf
     assert (abs(packed - alone) < 1e-6) == packs
 
 

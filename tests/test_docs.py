@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from setuptools import find_packages
 from transformers import HfArgumentParser
 
 import train_llava
@@ -219,9 +218,10 @@ def test_one_version_everywhere_and_every_file_in_the_package():
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
     settings = project["tool"]["setuptools"]
-    packages = find_packages(ROOT, include=settings["packages"]["find"]["include"])
+    assert settings["packages"]["find"]["include"] == ["train_llava*"]
     files = set()
-    for package in packages:
+    for folder in {path.parent for path in (ROOT / "train_llava").rglob("__init__.py")}:
+        package = ".".join(folder.relative_to(ROOT).parts)
         for pattern in ["*.py", *settings["package-data"].get(package, [])]:
-            files |= set((ROOT / package.replace(".", "/")).glob(pattern))
+            files |= set(folder.glob(pattern))
     assert files == {path for path in (ROOT / "train_llava").rglob("*") if path.is_file() and path.suffix != ".pyc"}

@@ -17,7 +17,7 @@ def picture(record: dict[str, Any]) -> list[Image.Image]:
     return [Image.open(PICTURES / record["image"]).convert("RGB")]
 
 
-def user_message(record: dict[str, Any]) -> str:
+def question(record: dict[str, Any]) -> str:
     return record["conversations"][0]["value"]
 
 
