@@ -1,4 +1,4 @@
-"""What a step takes of a GPU, computed on the meta device, against steps computed with numbers and counts by hand."""
+"""The estimate of a step's memory, against steps computed with numbers and counts by hand."""
 
 import os
 import subprocess
@@ -28,19 +28,19 @@ from train_llava.training.memory import (
     SavedTensors,
     activation_bytes,
     empty_model,
+    forward_bytes,
     model_state_bytes,
     optimizer_step_bytes,
     picture_features,
-    step_bytes,
 )
 
 LORA = LoraArguments(lora_r=4, lora_dropout=0.0)
-SHAPE = (2, 30, 2, 12)  # rows, tokens of each; pictures, learnt tokens
+SHAPE = (2, 30, 2, 12)  # rows, tokens of each; pictures, supervised tokens
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("train_type", TRAIN_TYPES)
-def test_activations_are_those_of_a_step_with_numbers(llava, corpus, train_type, recompute):
+def test_the_activations_are_those_of_a_real_step(llava, corpus, train_type, recompute):
     llava_model, processor = load_checkpoint(str(llava), torch.float32)
     batch = LlavaCollator(processor)([LlavaDataset(str(corpus))[i] for i in range(2, 6)])
     model = set_trainable(llava_model, train_type, LORA).train()
@@ -49,12 +49,12 @@ def test_activations_are_those_of_a_step_with_numbers(llava, corpus, train_type,
     if recompute:
         llava_model.model.language_model.activation_checkpointing_enable()
         empty.model.language_model.activation_checkpointing_enable()
-    with SavedTensors(model) as saved:
+    with (saved := SavedTensors(model)):
         model(**batch, num_items_in_batch=4)
     shape = (*batch["input_ids"].shape, len(batch["pixel_values"]), len(batch["shift_labels"]))
-    # where there is a label, the step remembers by a byte a token; the meta device by two indices a label
+    # A real step finds its labels by a mask, a byte a token; on the meta device two indices a label do
     indices, mask = 2 * 8 * len(batch["shift_labels"]), batch["logits_to_keep"].nbytes
-    assert step_bytes(empty, *shape)[0] - indices == saved.nbytes - mask
+    assert forward_bytes(empty, *shape)[0] - indices == saved.nbytes - mask
 
 
 def longer(llava, layers: int, train_type: str = "freeze_vision"):
@@ -63,28 +63,29 @@ def longer(llava, layers: int, train_type: str = "freeze_vision"):
     return empty_model(config, train_type, LORA, torch.bfloat16)[0]
 
 
-def test_with_checkpointing_a_layer_keeps_its_input_alone(llava):
+def test_activation_checkpointing_keeps_only_the_input_of_each_layer(llava):
     rows, tokens, width = *SHAPE[:2], 32
-    plain, layer, logits = step_bytes(longer(llava, 2), *SHAPE)
+    plain, layer, logits = forward_bytes(longer(llava, 2), *SHAPE)
     rotary = 2 * tokens * 16 * 2  # sines and cosines of a head's width, which all layers share, counted at the first
-    assert step_bytes(longer(llava, 5), *SHAPE)[0] - plain == 3 * (layer - rotary)
+    assert forward_bytes(longer(llava, 5), *SHAPE)[0] - plain == 3 * (layer - rotary)
     short, long = (activation_bytes(longer(llava, n), *SHAPE, recompute=True)["activations"] for n in (2, 5))
     assert long - short == 3 * rows * tokens * width * 2
     assert logits == SHAPE[3] * 320 * (2 + 4)  # in bf16, and in fp32
 
 
-def test_memory_grows_evenly_with_the_rows(llava):
+def test_activations_grow_linearly_with_the_rows(llava):
     for recompute in (False, True):
         two, three, five = (
-            activation_bytes(longer(llava, 2, "lora"), n, 30, n, 6 * n, recompute)["activations"] for n in (2, 3, 5)
+            activation_bytes(longer(llava, 2, "lora"), n, 30, n, 6 * n, recompute=recompute)["activations"]
+            for n in (2, 3, 5)
         )
         assert five == two + 3 * (three - two)
 
 
-def test_dropout_keeps_a_byte_a_number_more(llava):
+def test_dropout_keeps_a_mask_of_a_byte_a_number(llava):
     config, dropout = load_config(str(llava)), LoraArguments(lora_r=4, lora_dropout=0.1)
     without, with_it = (
-        step_bytes(empty_model(config, "lora", arguments, torch.bfloat16)[0], *SHAPE)[1]
+        forward_bytes(empty_model(config, "lora", arguments, torch.bfloat16)[0], *SHAPE)[1]
         for arguments in (LORA, dropout)
     )
     # seven linear layers' inputs: their masks, and each one's own dropped-out copy in place of the input itself, which
@@ -93,7 +94,7 @@ def test_dropout_keeps_a_byte_a_number_more(llava):
     assert with_it - without == SHAPE[0] * SHAPE[1] * (inputs + 2 * (inputs - shared))
 
 
-def test_state_is_that_of_a_step_with_numbers(llava):
+def test_the_model_states_are_those_of_a_real_step(llava):
     model = set_trainable(load_checkpoint(str(llava), torch.float32)[0], "freeze_vision", LORA)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -108,7 +109,7 @@ def test_state_is_that_of_a_step_with_numbers(llava):
     }
 
 
-def test_what_zero_divides(llava):
+def test_zero_divides_the_model_states_by_its_stage(llava):
     empty = empty_model(load_config(str(llava)), "full", LORA, torch.bfloat16)[1]
     alone = model_state_bytes(empty, torch.bfloat16, 1, zero=2)
     shares = [model_state_bytes(empty, torch.bfloat16, 8, zero=stage) for stage in (0, 1, 2, 3)]
@@ -122,7 +123,7 @@ def test_what_zero_divides(llava):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_few_bits_hold_what_of_the_language_model_is_frozen(llava, bits):
+def test_quantization_shrinks_the_frozen_linear_layers_of_the_language_model(llava, bits):
     empty = empty_model(load_config(str(llava)), "lora", LORA, torch.bfloat16)[1]
     whole, few = (model_state_bytes(empty, torch.bfloat16, 1, zero=2, bits=given) for given in (None, bits))
     attention, mlp = 32 * (32 + 16 + 16 + 32), 3 * 32 * 64
@@ -130,7 +131,7 @@ def test_few_bits_hold_what_of_the_language_model_is_frozen(llava, bits):
     assert whole == few
 
 
-def test_what_is_offloaded_is_the_optimizer_and_gradients_and_under_zero_3_the_weights(llava):
+def test_offload_moves_optimizer_and_gradients_and_under_zero_3_the_weights(llava):
     empty = empty_model(load_config(str(llava)), "lora", LORA, torch.bfloat16)[1]
     for stage in (1, 2, 3):
         sizes = model_state_bytes(empty, torch.bfloat16, 2, zero=stage)
@@ -138,20 +139,20 @@ def test_what_is_offloaded_is_the_optimizer_and_gradients_and_under_zero_3_the_w
         assert model_state_bytes(empty, torch.bfloat16, 2, zero=stage, offload=True) == dict.fromkeys(sizes, 0) | kept
 
 
-def test_without_deepspeed_what_trains_has_a_copy_in_half_precision(llava):
+def test_without_deepspeed_trained_weights_have_a_copy_in_half_precision(llava):
     empty = empty_model(load_config(str(llava)), "projector", LORA, torch.bfloat16)[1]
     trained, total = (sum(column) for column in zip(*count_parameters(empty).values(), strict=True))
     sizes = {"weights": total * 2 + trained * 4, "gradients": trained * 4, "optimizer": trained * 8}
     assert model_state_bytes(empty, torch.bfloat16) == sizes
 
 
-def test_zero_3_updates_a_group_at_a_time(llava, monkeypatch):
+def test_zero_3_updates_one_group_at_a_time(llava, monkeypatch):
     monkeypatch.setattr(memory, "SUB_GROUP", 100)
     empty = empty_model(load_config(str(llava)), "full", LORA, torch.bfloat16)[1]
     assert optimizer_step_bytes(empty, torch.bfloat16, 2, zero=3) == 100 * (2 + 4)
 
 
-# what differs from two records of 16 + 64 tokens each on one rank: a run, its state, its step, and what is said of it
+# For each run that differs from two samples of 16 + 64 tokens on one rank: its options, model states, step and note
 STEP = (2, 80, 2, 64, False)
 NOTE = "2 x 80 tokens, a picture in each"
 OFFLOADED = "; ZeRO-2 divides optimizer, gradients by 4; what is offloaded is not counted"
@@ -172,7 +173,7 @@ ESTIMATES = [
 
 
 @pytest.mark.parametrize(("run", "state", "step", "note"), ESTIMATES)
-def test_an_estimate_is_that_of_the_run_at_hand(llava, monkeypatch, run, state, step, note):
+def test_the_estimate_follows_the_arguments_of_the_run(llava, monkeypatch, run, state, step, note):
     own = {"bits": None, "packing": False, "max_length": None, "zero": (None, False), "world_size": 1} | run
     zero, _ = own["zero"]
     monkeypatch.setattr(memory, "zero_of", lambda _: own["zero"])
@@ -182,7 +183,7 @@ def test_an_estimate_is_that_of_the_run_at_hand(llava, monkeypatch, run, state, 
     arguments = train.TrainArguments(output_dir="run", report_to="none", **given)
     config = load_config(str(llava))
     whole, model = empty_model(config, arguments.train_type, LORA, torch.float32)
-    sizes = model_state_bytes(model, torch.float32, **state) | activation_bytes(whole, *step)
+    sizes = model_state_bytes(model, torch.float32, **state) | activation_bytes(whole, *step[:4], recompute=step[4])
     if run.get("gradient_accumulation_steps"):
         sizes["accumulated gradients"] = sizes["gradients"]
     update = optimizer_step_bytes(model, torch.float32, own["world_size"], zero, own["zero"][1])
@@ -190,7 +191,7 @@ def test_an_estimate_is_that_of_the_run_at_hand(llava, monkeypatch, run, state, 
     assert estimate == (sizes, update, note)
 
 
-def test_the_precision_and_the_settings_of_deepspeed_are_those_of_the_run():
+def test_precision_and_zero_stage_are_read_from_the_run():
     for bf16, fp16, dtype in (
         (True, False, torch.bfloat16),
         (False, True, torch.float16),
@@ -237,8 +238,8 @@ print((peak - before) / size)
 
 
 @pytest.mark.slow
-def test_an_update_takes_what_deepspeed_takes():
-    """On one rank: of a group's gradients, beside those that are there, a copy in a row and one in fp32."""
+def test_the_optimizer_step_takes_what_deepspeed_takes():
+    """On one rank a group's gradients are copied into a row, and the row to fp32."""
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", UPDATE, free_port()]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -246,13 +247,13 @@ def test_an_update_takes_what_deepspeed_takes():
 
 
 @pytest.mark.parametrize(("stage", "batches", "earlier"), [(2, 4, 100), (2, 1, 0), (1, 4, 0), (None, 4, 0)])
-def test_gradients_of_earlier_batches_are_kept_beside_the_next(monkeypatch, stage, batches, earlier):
-    """As ZeRO-2 does, which shares them out at once; elsewhere the next ones are added where they lie."""
+def test_only_zero_2_keeps_accumulated_gradients_beside_the_next(monkeypatch, stage, batches, earlier):
+    """ZeRO-2 partitions them at once; elsewhere the next gradients are added in place."""
     monkeypatch.setattr(memory, "zero_of", lambda _: (stage, False))
     assert memory.accumulated_gradient_bytes(SimpleNamespace(gradient_accumulation_steps=batches), 100) == earlier
 
 
-def test_a_picture_in_tiles_has_its_most_tokens(parts, tmp_path):
+def test_a_picture_in_tiles_counts_with_the_most_tokens(parts, tmp_path):
     build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "model"), image_aspect_ratio="anyres")
     model, processor = load_checkpoint(str(tmp_path / "model"), torch.float32)
     empty, _ = empty_model(model.config, "lora", LORA, torch.bfloat16)
@@ -261,7 +262,7 @@ def test_a_picture_in_tiles_has_its_most_tokens(parts, tmp_path):
     assert len(picture_features(empty, 1)) == max(collator.chat.image_tokens(picture.size) for picture in pictures)
 
 
-def test_said_before_anything_is_loaded(llava, corpus, tmp_path, monkeypatch, capsys):
+def test_the_estimate_is_printed_before_anything_is_loaded(llava, corpus, tmp_path, monkeypatch, capsys):
     class LoadedError(Exception):
         pass
 
@@ -297,11 +298,11 @@ def test_said_before_anything_is_loaded(llava, corpus, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("activations", "update", "said"),
     [
-        (6e9, 23e9, ["91.0 GB", "and 23.0 for the optimizer step", "85.0 GB"]),
+        (6e9, 23e9, ["91.0 GB", "the optimizer step adds 23.0 to the first three", "85.0 GB"]),
         (24e9, 23e9, ["92.0", "85"]),
     ],
 )
-def test_what_does_not_fit_is_told_with_what_would_help(llava, monkeypatch, capsys, activations, update, said):
+def test_a_run_that_does_not_fit_is_told_what_helps(llava, monkeypatch, capsys, activations, update, said):
     sizes = {"weights": 8e9, "gradients": 9e9, "optimizer": 51e9, "activations": activations, "logits": 0}
     card = type("Card", (), {"total_memory": 85e9})
     monkeypatch.setattr(memory, "device", lambda: torch.device("cuda"))
@@ -321,14 +322,14 @@ def test_what_does_not_fit_is_told_with_what_would_help(llava, monkeypatch, caps
      (3, False, None, "--deepspeed ds_zero3_offload.json"),
      (2, False, None, "--bits 4; --deepspeed ds_zero3_offload.json")],
 )  # fmt: skip
-def test_what_would_help_is_what_a_run_does_not_do_and_may(zero, offload, bits, said, monkeypatch):
+def test_only_options_that_are_possible_and_not_in_use_are_named(zero, offload, bits, said, monkeypatch):
     given = train.TrainArguments(output_dir="run", report_to="none", per_device_train_batch_size=1)
     given.activation_checkpointing = True
     monkeypatch.setattr(memory, "zero_of", lambda _: (zero, offload))
-    assert memory.memory_advice(given, bits, activations=True) == f"Less takes: {said}"
+    assert memory.memory_advice(given, bits, fewer_activations=True) == f"Less takes: {said}"
 
 
-def test_no_estimate_costs_no_run(llava, monkeypatch, capsys):
+def test_a_model_without_an_estimate_trains_all_the_same(llava, monkeypatch, capsys):
     def fail(*_):
         raise NotImplementedError("no numbers")
 
