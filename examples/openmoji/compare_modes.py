@@ -21,7 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from threading import Lock
 
 import torch
@@ -85,6 +85,16 @@ def run(command: str, *arguments: str) -> None:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout.decode()[-2000:]}")
 
 
+def thinned(curve: list[list[float]], points: int = 20, window: int = 5) -> list[list[float]]:
+    """At most `points` of a loss curve, evenly spaced; each is the mean of the `window` logged losses up to it."""
+    first, last = min(window, len(curve)) - 1, len(curve) - 1
+    thin = []
+    for i in sorted({round(first + (last - first) * k / (points - 1)) for k in range(points)}):
+        step, _ = curve[i]
+        thin.append([step, round(mean(loss for _, loss in curve[max(0, i - window + 1) : i + 1]), 6)])
+    return thin
+
+
 def train_and_score(compared: Comparison, mode: str, seed: int, folder: Path) -> tuple[dict, list[str]]:
     """Trains one mode with one seed; returns its scores on held-out pictures and the arguments that load it."""
     base, adapter, seconds, memory, curve = compared.folder / "llava", [], 0.0, [], []
@@ -127,7 +137,7 @@ def train_and_score(compared: Comparison, mode: str, seed: int, folder: Path) ->
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "minutes": seconds / 60,
         "peak_gb": max(memory),
-        "loss": curve,
+        "loss": thinned(curve),
     }
     return scores, model
 

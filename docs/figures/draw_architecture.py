@@ -1,10 +1,10 @@
-"""Draws the whole of a LLaVA as one picture: how a picture and a question become an answer, and what of it trains.
+"""Draws a LLaVA as one figure: how a picture and a question become an answer, and which parts train.
 
-    PYTHONPATH=. python docs/draw_architecture.py
+    PYTHONPATH=. python docs/figures/draw_architecture.py
 
-writes docs/architecture.png and docs/architecture_zh.png. The picture, the questions and the answers are the
-example's, from what `bash run_zero2.sh` left in output/openmoji; its 16 patches are drawn. The sizes are counted from
-the configurations of the 4B setup. The second needs a font with Chinese characters.
+writes docs/architecture.png and docs/architecture_zh.png. Picture, question and answer are the toy example's, from
+output/openmoji, where `bash run_zero2.sh` leaves them. The sizes are counted from the configurations of the 4B setup.
+The Chinese figure needs a font with Chinese characters.
 """
 
 import json
@@ -25,7 +25,7 @@ from train_llava.model import LoraArguments, count_parameters
 from train_llava.training.memory import empty_model
 
 EXAMPLE = Path("output/openmoji")
-PICTURE, GRID = "1F469-1F3FD-200D-1F680", 4  # an astronaut, held out; the example's tower sees 4 x 4 patches
+PICTURE, GRID = "1F469-1F3FD-200D-1F680", 4  # an astronaut, held out; its tower has 4 x 4 patches
 WIDTH, HEIGHT = 10.0, 5.92  # inches
 FROZEN, TRAINED, LATER, WORD, ANSWER = "#cfe0f1", "#fbd0ad", "#fdeadb", "#eeeeee", "#cbe8c8"
 SIDE = 1.84  # of the picture
@@ -75,11 +75,11 @@ def sizes() -> dict[str, float]:
 
 
 def question_and_answer(language: str) -> tuple[str, str]:
-    """What the example's model was asked about the picture in this language, and what it said."""
+    """The question about the picture in this language, and the toy example's answer."""
     for line in (EXAMPLE / "evaluation" / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
-        asked = json.loads(line)
-        if asked["id"] == f"{PICTURE}-{language}":
-            return asked["prompt"].removeprefix("<image>").strip(), asked["prediction"]
+        record = json.loads(line)
+        if record["id"] == f"{PICTURE}-{language}":
+            return record["prompt"].removeprefix("<image>").strip(), record["prediction"]
     raise SystemExit(f"draw_architecture: {EXAMPLE}/evaluation has no {PICTURE}: run `bash run_zero2.sh` first")
 
 
@@ -96,8 +96,11 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> N
 def cut(picture: Image.Image) -> list[Image.Image]:
     """The picture's patches, row by row."""
     side = picture.width // GRID
-    corners = [(column * side, row * side) for row in range(GRID) for column in range(GRID)]
-    return [picture.crop((left, top, left + side, top + side)) for left, top in corners]
+    patches = []
+    for i in range(GRID**2):
+        row, column = divmod(i, GRID)
+        patches.append(picture.crop((column * side, row * side, (column + 1) * side, (row + 1) * side)))
+    return patches
 
 
 def draw_patch(axes: Axes, patch: Image.Image, left: float, top: float, side: float, color: str) -> None:
@@ -114,7 +117,7 @@ def draw_patches(axes: Axes, picture: Image.Image, x: float, y: float, gap: floa
 
 
 def draw_row(axes: Axes, picture: Image.Image, question: str, language: str, y: float) -> None:
-    """The row that the language model reads: a token for each patch, then the question's words."""
+    """The tokens that the language model reads: one for each patch, then the question's words."""
     side, gap, x = 0.34, 0.045, 0.1
     for patch in cut(picture):
         draw_patch(axes, patch, x, y + side, side, "#d9742b")
@@ -134,8 +137,11 @@ def draw(language: str, counted: dict[str, float], path: Path) -> None:
     picture = Image.open(EXAMPLE / "data/heldout/images_dl" / f"{PICTURE}.png").convert("RGB")
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.add_axes((0, 0, 1, 1))
-    top, row, model = 3.95, 2.45, 1.0  # the lower edges of the upper row, of the row of tokens, of the language model
+    # The lower edges of the upper row, of the tokens, and of the language model
+    top, row, model = 3.95, 2.45, 1.0
     middle, under = top + SIDE / 2, top + 0.22
+
+    # The upper row: the picture, the tower, the projector
     draw_patches(axes, picture, 0.1, top, 0.07)
     axes.text(0.1 + SIDE / 2, top - 0.12, words["picture"], ha="center", va="top", fontsize=14)
     arrow(axes, (2.05, middle), (2.55, middle))
@@ -145,12 +151,15 @@ def draw(language: str, counted: dict[str, float], path: Path) -> None:
     axes.text(5.72, middle + 0.1, words["seen"], ha="center", va="bottom", fontsize=13)
     box(axes, 6.6, middle - 0.55, 2.4, 1.1, TRAINED, words["projector"], 16)
     axes.text(7.8, under, words["trained"], ha="center", va="top", fontsize=14, color="#c25a10", weight="bold")
-    # down to the picture's tokens
+
+    # Down to the tokens
     turn = row + 1.05
     axes.plot([9.0, 9.5, 9.5, 3.2], [middle, middle, turn, turn], lw=2, color="#333333", solid_joinstyle="miter")
     axes.text(6.35, turn - 0.1, words["read"], ha="center", va="top", fontsize=13)
     arrow(axes, (3.2, turn), (3.2, row + 0.42))
     draw_row(axes, picture, question, language, row)
+
+    # The language model and its answer
     arrow(axes, (5.0, row - 0.06), (5.0, model + 0.86))
     axes.text(5.15, row - 0.33, words["row"], ha="left", va="center", fontsize=13)
     box(axes, 0.1, model, WIDTH - 0.2, 0.8, LATER, "", 16)

@@ -1,9 +1,9 @@
-"""Draws the answers about a few held-out pictures at several steps of the toy example's stage 2.
+"""Draws the answers about a few held-out pictures over the steps of the toy example's stage 2.
 
-    python examples/openmoji/draw_answers.py docs/answers.png
+    python docs/figures/draw_answers.py docs/answers.png
 
-It reads the output of `bash run_zero2.sh` in output/openmoji. Training asks questions at several steps. The
-pictures are those of every sixth English question.
+It reads output/openmoji, where `bash run_zero2.sh` leaves them. The pictures are those of every sixth English question
+that was asked while the model trained.
 """
 
 import argparse
@@ -29,15 +29,17 @@ def main() -> None:
     files = sorted((EXAMPLE / "stage2" / "answers").glob("step-*.jsonl"))
     if not files:
         raise SystemExit(f"draw_answers: no answers in {EXAMPLE}/stage2: run `bash run_zero2.sh` first")
-    names = {record["id"]: record["image"] for record in json.loads((EXAMPLE / "data/heldout/chat.json").read_text())}
+    heldout = json.loads((EXAMPLE / "data/heldout/chat.json").read_text())
+    names = {record["id"]: record["image"] for record in heldout}
     steps = {int(path.stem.removeprefix("step-")): read_lines(path) for path in files}
+    first_step = steps[min(steps)]
+    english = [i for i, line in enumerate(first_step) if line["id"].endswith("-en")][::EVERY][:ROWS]
 
-    # a row for each question: the picture, the answer at each step, the caption
-    english = [i for i, line in enumerate(steps[min(steps)]) if line["id"].endswith("-en")][::EVERY][:ROWS]
+    # A row for each picture: the picture, an answer for each step, the caption
     figure = Figure(figsize=(1.3 + 1.7 * (len(steps) + 1), 1.05 * ROWS + 0.3), layout="constrained")
     for row, i in zip(figure.subplots(ROWS, len(steps) + 2, squeeze=False), english, strict=True):
-        reference = steps[min(steps)][i]["reference"]
-        row[0].imshow(Image.open(EXAMPLE / "data/heldout/images_dl" / names[steps[min(steps)][i]["id"]]))
+        reference = first_step[i]["reference"]
+        row[0].imshow(Image.open(EXAMPLE / "data/heldout/images_dl" / names[first_step[i]["id"]]))
         answers = [(f"step {step}", lines[i]["prediction"]) for step, lines in steps.items()]
         for axes, (title, text) in zip(row[1:], [*answers, ("the caption", reference)], strict=True):
             color = "black" if title == "the caption" else "green" if text == reference else "firebrick"
