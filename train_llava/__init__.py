@@ -2,7 +2,7 @@
 
 import logging
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 # Which names a package that makes 4 bits on some CPUs faster, in every command
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
