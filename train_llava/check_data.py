@@ -102,10 +102,10 @@ def show_sample(dataset: LlavaDataset, chat: Chat) -> str:
             sample = to_sample(dataset.read(i, dataset.decode, measure=chat.anyres), chat)
         except BadRecordError:
             continue
-        # Of the image tokens in a row, one is shown
+        # Of consecutive image tokens, only the first is printed
         is_image = sample.input_ids == chat.processor.image_token_id
-        shown = ~is_image | ~np.append(False, is_image[:-1])
-        input_ids, supervised = sample.input_ids[shown], sample.labels[shown] != IGNORE
+        printed = ~is_image | ~np.append(False, is_image[:-1])
+        input_ids, supervised = sample.input_ids[printed], sample.labels[printed] != IGNORE
         borders, text = np.flatnonzero(np.diff(supervised)) + 1, ""
         for ids, flags in zip(np.split(input_ids, borders), np.split(supervised, borders), strict=True):
             part = chat.tokenizer.decode(ids)

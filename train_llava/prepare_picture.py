@@ -53,11 +53,7 @@ def as_seen(image_processor: BaseImageProcessor, image: Image.Image) -> Image.Im
 
 
 def prepare_picture(model_name_or_path: str, image: list[str], output_dir: str) -> None:
-    """Writes `NAME.png` to a new folder for each picture `NAME.*`.
-
-    Raises:
-        OSError, ValueError: there is no such model, a picture cannot be read, or two have one name.
-    """
+    """Writes `NAME.png` to a new folder for each picture `NAME.*`; a ValueError if two have one name."""
     names = [f"{Path(path).stem}.png" for path in image]
     for name in names:
         if names.count(name) > 1:

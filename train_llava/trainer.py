@@ -33,7 +33,7 @@ from train_llava.evaluation.answers import score_answers
 from train_llava.model import load_checkpoint, load_config
 from train_llava.modeling.attention import in_one_call
 from train_llava.modeling.weights import base_tensors, check_base, read_back, save_base_fingerprint, save_weights
-from train_llava.training.checkpointing import RECIPE, number_of, rotate_checkpoints, unfinished
+from train_llava.training.checkpointing import RECIPE, marked_incomplete, number_of, rotate_checkpoints
 from train_llava.training.extras import loss_sums, with_extras
 from train_llava.training.memory import precision
 from train_llava.training.optimizer import check_finite, restore_settings, settings_of_groups, split_by_part
@@ -227,7 +227,7 @@ class LlavaTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with unfinished(folder, self.accelerator), self.throughput.pausing():
+        with marked_incomplete(folder, self.accelerator), self.throughput.pausing():
             super()._save_checkpoint(model, trial)
             for name in (RECIPE, SETTINGS):
                 if self.args.should_save and (folder.parent / name).exists():

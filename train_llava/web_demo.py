@@ -58,8 +58,7 @@ from train_llava.evaluation.generation import assistant_message, prepare, sampli
 from train_llava.evaluation.web_look import Turn, example_pictures, lay_out, shown, style, translations
 from train_llava.model import Llava
 from train_llava.modeling.adapter import load_model
-from train_llava.training.cards import ancestors
-from train_llava.training.cards import shown as short_name
+from train_llava.training.cards import ancestors, short_name
 
 if find_spec("gradio"):
     import gradio as gr

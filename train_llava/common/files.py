@@ -74,11 +74,7 @@ def _is_lfs_pointer(file: Path) -> bool:
 
 @contextmanager
 def writing(path: Path | str, remedy: str = ROOM) -> Iterator[None]:
-    """If the disk is full, raises an error that names the file or folder that the block writes.
-
-    Raises:
-        OSError: the disk is full, or a limit on files is reached; libraries raise any type. Other errors pass.
-    """
+    """Turns a library's error on a full disk, of any type, into an OSError that names the file or folder."""
     try:
         yield
     except Exception as error:

@@ -88,7 +88,7 @@ def write_run_card(
         settings = vars(lora_arguments) | {"bits": model_arguments.bits}
         table["LoRA"] = ", ".join(f"{name} {value}" for name, value in settings.items())
         if model_arguments.adapter_name_or_path is not None:
-            table["goes on from"] = f"`{shown(model_arguments.adapter_name_or_path)}`"
+            table["goes on from"] = f"`{short_name(model_arguments.adapter_name_or_path)}`"
     if changes := changes_of(folder):
         table["changed by a resume"] = "; ".join(changes)
 
@@ -126,7 +126,7 @@ def hub_ids(names: list[str]) -> list[str]:
     return ids
 
 
-def shown(name: str) -> str:
+def short_name(name: str) -> str:
     """A name without this machine's folders: a hub id, or the last part of a path."""
     return name if hub_ids([name]) else Path(name).absolute().name
 
@@ -152,7 +152,7 @@ def write_card(
 ) -> None:
     """Writes a model's card: sections of Markdown under a head that links the names of the hub."""
     # The head, which the hub reads
-    models, sources = [shown(model) for model in made_of], [shown(source) for source in data]
+    models, sources = [short_name(model) for model in made_of], [short_name(source) for source in data]
     head = ModelCardData(
         library_name="peft" if adapter_of else "transformers",
         pipeline_tag="image-text-to-text",

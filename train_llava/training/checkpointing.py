@@ -35,12 +35,8 @@ def is_checkpoint_complete(checkpoint: Path) -> bool:
 
 
 @contextmanager
-def unfinished(checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Marks a checkpoint as incomplete until all ranks have left the block that writes it.
-
-    Raises:
-        ValueError: it cannot be written. Nothing is left of it.
-    """
+def marked_incomplete(checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Marks a checkpoint as incomplete until all ranks have left the block; an error removes it."""
     try:
         if accelerator.is_main_process:
             checkpoint.mkdir(parents=True, exist_ok=True)
@@ -122,11 +118,7 @@ def locked(args: TrainingArguments) -> Iterator[None]:
 
 
 def on_first_rank(args: TrainingArguments, task: Callable[[], Any]) -> Any:
-    """Runs a task on the first rank, and returns its result on all ranks.
-
-    Raises:
-        ValueError: the task has raised it, or an OSError.
-    """
+    """Runs a task on the first rank. All ranks return its result, or raise its error as a ValueError."""
     outcome, error = None, None
     if args.process_index == 0:
         try:

@@ -113,9 +113,9 @@ def describe_throughput(log_history: list[dict[str, Any]]) -> str:
     """A table of the `read_throughput` of a log: medians and ranges."""
     lines = []
     for name, values in read_throughput(log_history).items():
-        shown = [
+        texts = [
             f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
             for value in (median(values), min(values), max(values))
         ]
-        lines.append(f"{LOGGED[name]:<44}{shown[0]:>10}  ({shown[1]} to {shown[2]})")
+        lines.append(f"{LOGGED[name]:<44}{texts[0]:>10}  ({texts[1]} to {texts[2]})")
     return "\n".join(lines)
