@@ -43,8 +43,8 @@ from train_llava import (
     web_demo,
 )
 from train_llava.dataset.lengths import GroupedByLength
+from train_llava.dataset.readers import BadRecordError
 from train_llava.model import LoraArguments, load_processor
-from train_llava.records import BadRecordError
 
 MODEL = "--model_name_or_path {llava}"
 

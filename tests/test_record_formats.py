@@ -19,8 +19,8 @@ from record_files import (
 
 from train_llava.data import BadRecordError, LlavaCollator, LlavaDataset, to_item, to_sample
 from train_llava.dataset.readers import images_of
-from train_llava.dataset.table import load_records
-from train_llava.records import table_row, text_of, to_messages
+from train_llava.dataset.table import load_records, table_row
+from train_llava.records import text_of, to_messages
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 from train_llava.chat import IGNORE, Chat, chat_of
 from train_llava.data import LlavaDataset, to_item, to_sample
+from train_llava.dataset.readers import BadRecordError
 from train_llava.model import load_processor
-from train_llava.records import BadRecordError
 
 CHUNK = 100  # records that a process takes at once, since they may hold pictures
 EXAMPLES = 3  # of each kind of error

@@ -14,10 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 from train_llava.chat import IGNORE, Chat, Processor, chat_of
 from train_llava.dataset.bad_samples import log_bad_sample
 from train_llava.dataset.images import prepare_pictures
+from train_llava.dataset.readers import BadRecordError
 from train_llava.dataset.table import load_records, to_item
 from train_llava.dataset.weights import weighted_rows, weights_of
 from train_llava.modeling.attention import packed_arguments, use_packed_attention
-from train_llava.records import BadRecordError
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Turns records of every format into chat messages, and into rows of one table.
+"""Turns records of every format into chat messages.
 
 A record holds its conversation under the first of these keys that it has; null counts as absent:
 
@@ -22,33 +22,14 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-import datasets
-import msgspec
-
-from train_llava.dataset.archives import Members, data_uri, locate_image
-from train_llava.dataset.readers import BadRecordError, Record, answers_of, id_of, images_of, parse_json, texts_of
+from train_llava.dataset.readers import Record, answers_of, images_of, parse_json, texts_of
 
 IMAGE_TOKEN = "<image>"
 CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
-CACHE_VERSION = 9  # of the rules below: raise it to have every data set read again
-TEXT, TEXTS = datasets.Value("string"), datasets.List(datasets.Value("string"))
-FEATURES = datasets.Features(
-    id=TEXT,
-    messages=TEXT,  # JSON
-    images=TEXTS,  # where each image is: see `read_image`
-    image_bytes=datasets.List(datasets.Value("binary")),  # or the images themselves, if none is named
-    language=TEXT,
-    answers=TEXTS,
-    references=TEXTS,
-    error=TEXT,  # why the record cannot be used
-)
-Row = dict[str, Any]  # a value for each of these
-EMPTY_ROW: Row = dict.fromkeys(FEATURES) | {"messages": "[]", "images": [], "image_bytes": []}
 
 
 def _turns(record: Record, key: str) -> list[dict[str, Any]]:
@@ -190,40 +171,3 @@ def _message(turn: dict[str, Any]) -> dict[str, Any]:
 def text_of(message: dict[str, Any]) -> str:
     """A message as the chat template writes it: one part on a line, `<image>` for an image."""
     return "\n".join(part.get("text", IMAGE_TOKEN) for part in message["content"])
-
-
-def table_row(record: Any, number: int, image_dir: Path | None = None, members: Members | None = None) -> Row:
-    """A record as a row of the table, with `number` as its id if it has none. `error` says why it is unusable."""
-    if isinstance(record, BadRecordError):
-        record_id, reason = record.args
-        return EMPTY_ROW | {"id": _printable(record_id), "error": _printable(reason)}
-    row = EMPTY_ROW | {"id": str(number)}
-    try:
-        if not isinstance(record, dict):
-            raise ValueError("it is not an object")
-        if (record_id := id_of(record)) is not None:
-            row["id"] = _printable(record_id)
-        messages = to_messages(record)
-        images = [locate_image(image, image_dir, members) for image in images_of(record)]
-        language = record["language"] if isinstance(record.get("language"), str) else None
-        captions = record["caption"] if isinstance(record.get("caption"), list) else None
-        answers, references = answers_of(record), texts_of(record.get("references")) or texts_of(captions)
-        # If one image has a name, all get one, which keeps their order: bytes become data URIs
-        names = [image for image in images if isinstance(image, str)]
-        if names and len(names) < len(images):
-            names = [image if isinstance(image, str) else data_uri(image) for image in images]
-        # Half a surrogate pair in any text is an error
-        "".join([*names, *answers, *references, language or ""]).encode()
-        row["messages"] = msgspec.json.encode(messages).decode()
-        row["images"], row["image_bytes"] = names, [] if names else images
-        row["language"], row["answers"], row["references"] = language, answers, references
-    except UnicodeEncodeError:
-        row["error"] = "it holds half of a surrogate pair, which is not Unicode"
-    except ValueError as error:
-        row["error"] = _printable(error)
-    return row
-
-
-def _printable(value: Any) -> str:
-    """A value as a text that can be written in UTF-8."""
-    return str(value).encode("utf-8", "backslashreplace").decode()

@@ -21,8 +21,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from train_llava.chat import Chat
 from train_llava.common.files import replacing
 from train_llava.data import LlavaDataset
+from train_llava.dataset.readers import BadRecordError
 from train_llava.modeling.templates import TWO_TURNS
-from train_llava.records import BadRecordError
 
 MANY = 10_000  # records; several processes and a progress bar pay from here on
 COUNT_VERSION = 1  # of the rules in `Chat.tokenize`: raise it to have all tokens counted again

@@ -12,10 +12,9 @@ from datasets.iterable_dataset import ExamplesIterable
 from train_llava.chat import Chat
 from train_llava.data import Sample, to_item, to_sample
 from train_llava.dataset.bad_samples import log_bad_sample
-from train_llava.dataset.readers import find_records
+from train_llava.dataset.readers import BadRecordError, find_records
 from train_llava.dataset.table import table_rows
 from train_llava.dataset.weights import weights_of
-from train_llava.records import BadRecordError
 
 BUFFER = 1000  # rows that are shuffled among each other
 Shard = tuple[str, list[PurePath], PurePath | None, float]  # data path, file, folder of images, share to take

@@ -7,16 +7,39 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import datasets
+import msgspec
 import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 
 from train_llava.common.files import written_whole
-from train_llava.dataset.archives import is_archive, label, read_image, zip_members
+from train_llava.dataset.archives import Members, data_uri, is_archive, label, locate_image, read_image, zip_members
 from train_llava.dataset.images import open_image, picture_size
-from train_llava.dataset.readers import find_records, raw_records
-from train_llava.records import CACHE_VERSION, FEATURES, BadRecordError, Row, table_row
+from train_llava.dataset.readers import (
+    BadRecordError,
+    answers_of,
+    find_records,
+    id_of,
+    images_of,
+    raw_records,
+    texts_of,
+)
+from train_llava.records import to_messages
 
+CACHE_VERSION = 9  # of the rules in records.py and here: raise it to have every data set read again
+TEXT, TEXTS = datasets.Value("string"), datasets.List(datasets.Value("string"))
+FEATURES = datasets.Features(
+    id=TEXT,
+    messages=TEXT,  # JSON
+    images=TEXTS,  # where each image is: see `read_image`
+    image_bytes=datasets.List(datasets.Value("binary")),  # or the images themselves, if none is named
+    language=TEXT,
+    answers=TEXTS,
+    references=TEXTS,
+    error=TEXT,  # why the record cannot be used
+)
+Row = dict[str, Any]  # a value for each of these
+EMPTY_ROW: Row = dict.fromkeys(FEATURES) | {"messages": "[]", "images": [], "image_bytes": []}
 BATCH_BYTES = 64 << 20  # of images that are written at once: Arrow counts the bytes of a batch in 31 bits
 
 
@@ -54,6 +77,43 @@ def table_rows(data_path: str, files: list[PurePath], image_dir: PurePath | None
     members = zip_members(image_dir) if is_archive(image_dir) else None
     for number, record in enumerate(raw_records(data_path, files)):
         yield table_row(record, number, image_dir, members)
+
+
+def table_row(record: Any, number: int, image_dir: Path | None = None, members: Members | None = None) -> Row:
+    """A record as a row of the table, with `number` as its id if it has none. `error` says why it is unusable."""
+    if isinstance(record, BadRecordError):
+        record_id, reason = record.args
+        return EMPTY_ROW | {"id": _printable(record_id), "error": _printable(reason)}
+    row = EMPTY_ROW | {"id": str(number)}
+    try:
+        if not isinstance(record, dict):
+            raise ValueError("it is not an object")
+        if (record_id := id_of(record)) is not None:
+            row["id"] = _printable(record_id)
+        messages = to_messages(record)
+        images = [locate_image(image, image_dir, members) for image in images_of(record)]
+        language = record["language"] if isinstance(record.get("language"), str) else None
+        captions = record["caption"] if isinstance(record.get("caption"), list) else None
+        answers, references = answers_of(record), texts_of(record.get("references")) or texts_of(captions)
+        # If one image has a name, all get one, which keeps their order: bytes become data URIs
+        names = [image for image in images if isinstance(image, str)]
+        if names and len(names) < len(images):
+            names = [image if isinstance(image, str) else data_uri(image) for image in images]
+        # Half a surrogate pair in any text is an error
+        "".join([*names, *answers, *references, language or ""]).encode()
+        row["messages"] = msgspec.json.encode(messages).decode()
+        row["images"], row["image_bytes"] = names, [] if names else images
+        row["language"], row["answers"], row["references"] = language, answers, references
+    except UnicodeEncodeError:
+        row["error"] = "it holds half of a surrogate pair, which is not Unicode"
+    except ValueError as error:
+        row["error"] = _printable(error)
+    return row
+
+
+def _printable(value: Any) -> str:
+    """A value as a text that can be written in UTF-8."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _write_table(rows: Iterable[Row], path: Path) -> None:

@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from train_llava.chat import Chat
 from train_llava.common.checks import ADDRESSES
-from train_llava.dataset.readers import BadRecordError, read_jsonl
+from train_llava.dataset.readers import BadRecordError, Record, id_of, images_of, read_jsonl
 from train_llava.evaluation.generation import WINDOW, Messages, generate_all, prepare, sampling, this_process
 from train_llava.model import Llava
 from train_llava.modeling.weights import first_values
-from train_llava.records import IMAGE_TOKEN, Record, id_of, images_of, text_of, to_messages
+from train_llava.records import IMAGE_TOKEN, text_of, to_messages
 
 REMEDY = "choose another name, or remove that file"
 LINE_START = b'{"id": '  # of every answer
