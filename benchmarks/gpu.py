@@ -1,4 +1,4 @@
-"""Trains the real shapes with random weights on a GPU, in every way, and writes pace, memory and loss to a table.
+"""Trains the real shapes with random weights on a GPU, in every way, and writes throughput, memory and loss to a table.
 
     bash benchmarks/gpu.sh
 
@@ -103,16 +103,16 @@ def run(command: list, seconds: float) -> tuple[str, str]:
 
 
 def training_row(name: str, command: list, output_dir: Path, seconds: float) -> str:
-    """Trains, and returns the row of it: medians of the pace and the largest memory behind the first step."""
+    """Trains, and returns the row of it: medians of the throughput and the largest memory behind the first step."""
     text, error = run([*command, "--output_dir", output_dir], seconds)
     estimate = re.search(r"memory: about ([\d.]+) GB", text)
     cells = [""] * 3 + [estimate[1] if estimate else "", ""]
     if not error:
         log = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
-        pace, losses = read_throughput(log), [entry["loss"] for entry in log if "loss" in entry]
-        cells[0] = f"{median(pace['tokens_per_second']):,.0f}"
-        cells[1] = f"{100 * median(pace['mfu']):.2g}%" if "mfu" in pace else ""
-        cells[2] = f"{max(pace['memory_gb']):.1f}"
+        rates, losses = read_throughput(log), [entry["loss"] for entry in log if "loss" in entry]
+        cells[0] = f"{median(rates['tokens_per_second']):,.0f}"
+        cells[1] = f"{100 * median(rates['mfu']):.2g}%" if "mfu" in rates else ""
+        cells[2] = f"{max(rates['memory_gb']):.1f}"
         cells[4] = f"{losses[0]:.3f} → {losses[-1]:.3f}"
     shutil.rmtree(output_dir, ignore_errors=True)
     return f"| `{name}` | {' | '.join(cells)} | {error.replace('|', '/')} |"
@@ -140,7 +140,7 @@ def head(geometry: str) -> str:
     return (
         f"{where}; torch {torch.__version__}; {date.today()}; geometry {geometry}, random weights, bf16, "
         f"{STEPS} steps of {BATCH[geometry]} records of up to 640 tokens a device\n\n"
-        "| run | tokens/s | of the multiplication rate | GB measured | GB estimated | loss, first → last | failed |\n"
+        "| run | tokens/s | of the matmul peak | GB measured | GB estimated | loss, first → last | failed |\n"
         "|---|---:|---:|---:|---:|---:|---|"
     )
 

@@ -309,7 +309,7 @@ def main() -> None:
         f"geometry {arguments.geometry}: {flops / 1e12:.2f} TFLOP a step of ours, matrix multiplication at "
         f"{rate / 1e9:.0f} GFLOP/s\n"
     )
-    print("| | s a step (range) | times ours | peak GB | first loss | of the multiplication rate |")
+    print("| | s a step (range) | times ours | peak GB | first loss | of the matmul peak |")
     print("|---|---:|---:|---:|---:|---:|")
     for contender, found in turns.items():
         if contender in failed:

@@ -30,8 +30,7 @@ from train_llava.data import LlavaDataset, to_sample
 from train_llava.evaluation import answers
 from train_llava.evaluation.answers import LOGGED
 from train_llava.model import LoraArguments, load_checkpoint, load_processor, set_trainable
-from train_llava.training import memory
-from train_llava.training import throughput as pace
+from train_llava.training import memory, throughput
 
 SETTINGS = ["--learning_rate", "2e-2", "--per_device_train_batch_size", "4", "--lora_r", "4", "--warmup_steps", "0"]
 
@@ -238,8 +237,8 @@ def test_the_log_reports_the_throughput(llava, corpus, tmp_path, monkeypatch, ca
     settings = ["--train_type", "full", "--max_steps", "4", "--per_device_train_batch_size", "16"]
     settings += ["--eval_data_path", corpus, "--eval_strategy", "steps", "--eval_steps", "1", "--preflight", "false"]
     clock = iter(range(10**6))
-    monkeypatch.setattr(pace, "perf_counter", lambda: next(clock))  # a second passes at each look
-    monkeypatch.setattr(pace, "matmul_peak", lambda *_: 1e6)
+    monkeypatch.setattr(throughput, "perf_counter", lambda: next(clock))  # a second passes at each look
+    monkeypatch.setattr(throughput, "matmul_peak", lambda *_: 1e6)
     run_train(monkeypatch, llava, corpus, tmp_path / "run", *settings)
     processor = load_processor(str(llava))[1]
     dataset, chat = LlavaDataset(str(corpus)), Chat(processor)

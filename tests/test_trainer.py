@@ -28,7 +28,7 @@ from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.train import TrainArguments
 from train_llava.trainer import LlavaTrainer
 from train_llava.training import preflight as preflight_module
-from train_llava.training import throughput as pace
+from train_llava.training import throughput
 from train_llava.training.checkpointing import (
     INCOMPLETE,
     check_resumable,
@@ -440,9 +440,9 @@ def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, name, expected):
     monkeypatch.setitem(sys.modules, "resource", module)
     monkeypatch.setattr(sys, "platform", name)
     monkeypatch.setattr(
-        pace.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=7))
+        throughput.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=7))
     )
-    assert pace.peak_memory(torch.device("cpu")) == expected
+    assert throughput.peak_memory(torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize("train_type", ["lora", "full", "freeze_vision", "projector"])
