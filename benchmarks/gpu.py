@@ -1,4 +1,4 @@
-"""Trains the real shapes with random weights on a GPU, in every way, and writes throughput, memory and loss to a table.
+"""Trains the real shapes with random weights on a GPU, in every way; writes throughput, memory and loss to a table.
 
     bash benchmarks/gpu.sh
 
