@@ -12,6 +12,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from conftest import NARROW, logged, run_train, run_zero2, turns
 from test_data import gradients
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.data import BatchSampler
 from transformers import AutoModel, MistralConfig
 
@@ -22,6 +23,7 @@ from train_llava.dataset.lengths import count_tokens
 from train_llava.dataset.packing import WINDOW, PackedDataset, pack
 from train_llava.model import load_checkpoint
 from train_llava.modeling import attention
+from train_llava.modeling.verification import packing_difference, refuse_mixing
 from train_llava.train import TrainArguments
 from train_llava.trainer import LlavaTrainer
 
@@ -278,6 +280,21 @@ def test_a_gpu_computes_a_packed_row_in_one_call_a_layer(llava, mixed, varlen_ke
     assert varlen_kernel == [(starts, max(np.diff(starts)), -1 if window is None else window - 1)] * 2
     assert (in_one_call - masked).abs().max() <= 1e-5 * masked.abs().max()
     assert model.model.language_model.config._attn_implementation == "sdpa"
+    difference, equal = packing_difference(model, Chat(processor), model.model.language_model)
+    assert equal
+    assert difference <= 1e-5
+
+
+def test_a_kernel_that_mixes_conversations_is_found(llava, varlen_kernel, monkeypatch):
+    model, processor = load_checkpoint(str(llava))
+
+    def whole_row(query, key, value, starts, *rest, **options):
+        return varlen_attn(query, key, value, starts[[0, -1]], *rest, **options)
+
+    monkeypatch.setattr(attention, "varlen_attn", whole_row)
+    measured = packing_difference(model, Chat(processor), model.model.language_model)
+    with pytest.raises(ValueError, match="--packing: a qwen2 does not keep the conversations of a row apart"):
+        refuse_mixing(model, measured)
 
 
 def test_a_run_resumes_among_the_rows(llava, mixed, tmp_path, monkeypatch):

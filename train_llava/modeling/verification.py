@@ -26,7 +26,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from train_llava.chat import IGNORE, Chat, Processor, chat_of, turn_structure
 from train_llava.cli import ROOT
 from train_llava.model import Llava, load_checkpoint
-from train_llava.modeling.attention import in_one_call, packed_arguments, use_packed_attention
+from train_llava.modeling.attention import in_one_call, packed_arguments
 from train_llava.modeling.parts import decoder_of, running_as_one
 from train_llava.modeling.weights import base_tensors, differing_tensor, save_weights
 from train_llava.records import IMAGE_TOKEN
@@ -114,11 +114,15 @@ def verify_for_training(model: nn.Module, processor: Processor, packing: bool) -
     chat = chat_of(processor)
     verify_conversations(chat, model.generation_config)
     if packing and not is_deepspeed_zero3_enabled():  # under ZeRO-3 no rank holds the whole model
-        packed, equal = packing_difference(model, chat)
-        if not equal:
-            mixes = f"a {model.config.text_config.model_type} does not keep the conversations of a row apart"
-            apart = f"logits differ by {packed:.0e} of the largest from those of each alone"
-            raise ValueError(f"--packing: {mixes} ({apart})")
+        refuse_mixing(model, packing_difference(model, chat))
+
+
+def refuse_mixing(model: nn.Module, measured: tuple[float, bool]) -> None:
+    """Refuses `--packing` if `packing_difference` measured more than noise."""
+    apart, equal = measured
+    if not equal:
+        mixes = f"a {model.config.text_config.model_type} does not keep the conversations of a row apart"
+        raise ValueError(f"--packing: {mixes} (logits differ by {apart:.0e} of the largest from those of each alone)")
 
 
 @torch.inference_mode()
@@ -289,12 +293,18 @@ def verify_generation(model: Llava, processor: Processor) -> str:
 
 
 @torch.inference_mode()
-def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, bool]:
+def packing_difference(
+    model: nn.Module, chat: Chat, packed_model: nn.Module | None = None, dtype: torch.dtype | None = None
+) -> tuple[float, bool]:
     """Compares the logits of two packed conversations with those of each alone.
 
     Some architectures cannot tell conversations apart by `position_ids`: linear attention, convolutions,
     masks made without them. A conversation cannot see the text behind it, so that text's effect is noise. The
     text in front may have three times this effect. Neither may exceed the precision.
+
+    Args:
+        packed_model: the language model, if it computes packed rows in one call; see `in_one_call`.
+        dtype: the precision of the computation; default: that of the model.
 
     Returns:
         The largest difference, and whether it is noise.
@@ -307,15 +317,12 @@ def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, bool]:
         rows.append(torch.from_numpy(chat.encode(messages)[0])[None].to(model.device))
     first, second = rows
     arguments = packed_arguments([row.shape[1] for row in rows], model.device)
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
-        use_packed_attention()
-    else:  # a CPU's loop would keep apart what the model's own mask does not
+    if packed_model is None:  # a CPU's loop would keep apart what the model's own mask does not
         arguments = {name: arguments[name] for name in ("position_ids", "use_cache")}
 
     def packed(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, ...]:
         input_ids = torch.cat([first, second], dim=1)
-        with in_one_call(model.model.language_model if on_gpu else None):
+        with in_one_call(packed_model):
             logits = model(input_ids=input_ids, **arguments).logits
         return logits.split([first.shape[1], second.shape[1]], dim=1)
 
@@ -325,7 +332,7 @@ def packing_difference(model: nn.Module, chat: Chat) -> tuple[float, bool]:
     leak = difference(packed(first.flip(1), second)[1], second_packed)
     first_apart = difference(first_packed, model(input_ids=first, use_cache=False).logits)
     second_apart = difference(second_packed, model(input_ids=second, use_cache=False).logits)
-    within = all(apart <= tolerance(model.dtype) for apart in (noise, first_apart, second_apart))
+    within = all(apart <= tolerance(dtype or model.dtype) for apart in (noise, first_apart, second_apart))
     return max(leak, first_apart, second_apart), within and leak <= max(1e-5, 3 * noise)
 
 

@@ -22,6 +22,7 @@ from train_llava.dataset.packing import PackedDataset
 from train_llava.model import part_of
 from train_llava.modeling.attention import in_one_call
 from train_llava.modeling.templates import context_length
+from train_llava.modeling.verification import packing_difference, refuse_mixing
 from train_llava.trainer import LlavaTrainer
 from train_llava.training.memory import (
     accumulated_gradient_bytes,
@@ -87,6 +88,12 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
     if isinstance(trainer.train_dataset, PackedDataset):
         what = f"the fullest row, {batch['extras']['tokens']:,} tokens of {len(samples)} records,"
     pixel_values = batch["pixel_values"]
+    # On a GPU, packed rows take another way than the one that was verified on the CPU
+    if trainer.packed_model is not None:
+        with trainer.accelerator.autocast():
+            chat, dtype = trainer.data_collator.keywords["collator"].chat, precision(args)
+            refuse_mixing(model, packing_difference(model.eval(), chat, trainer.packed_model, dtype))
+        model.train()
     # Forward and backward; each gradient is checked and freed as soon as it is there
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     finite: dict[nn.Parameter, bool] = {}
