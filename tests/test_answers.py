@@ -262,6 +262,8 @@ def test_mfu_counts_the_flops_of_a_real_step(llava, corpus, tmp_path, monkeypatc
     given = LoraArguments(lora_r=4, lora_dropout=0.0)
     args = SimpleNamespace(train_type=train_type, activation_checkpointing=False, deepspeed=None)
     assumed = memory.flops_per_token(model.config, given, args)
+    with_recomputation = memory.flops_per_token(model.config, given, args, recompute=True)
+    assert with_recomputation > assumed
     args.deepspeed, args.hf_deepspeed_config = "ds_zero3.json", HfDeepSpeedConfig(str(ROOT / "ds_zero3.json"))
     assert memory.flops_per_token(model.config, given, args) == assumed  # whose empty weights are not shared out
     assert is_deepspeed_zero3_enabled()
@@ -273,9 +275,46 @@ def test_mfu_counts_the_flops_of_a_real_step(llava, corpus, tmp_path, monkeypatc
     logits_to_keep[:, -7:] = True
     input_ids = torch.cat([torch.full((1, 16), processor.image_token_id), torch.full((1, 45), 5)], dim=1)
     inputs = {"input_ids": input_ids, "pixel_values": torch.randn(1, 3, 28, 28), "logits_to_keep": logits_to_keep}
-    with FlopCounterMode(display=False) as counter:
-        model(**inputs).logits.sum().backward()
-    assert counter.get_total_flops() / 61 == pytest.approx(assumed, rel=1e-6)
+    for recompute, expected in ((False, assumed), (True, with_recomputation)):
+        if recompute:
+            model.train()
+            language_model = next(m for name, m in model.named_modules() if name.endswith("model.language_model"))
+            language_model.activation_checkpointing_enable()
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs).logits.sum().backward()
+        assert counter.get_total_flops() / 61 == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 125e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_mfu_is_of_the_published_peak_and_else_of_the_measured_one(monkeypatch, name, peak):
+    clock = iter([0, 1, 3])  # the run begins, waits a second, and logs after three
+    monkeypatch.setattr(throughput, "perf_counter", lambda: next(clock, 3))
+    monkeypatch.setattr(throughput, "matmul_peak", lambda *_: 1e13)
+    counts = throughput.Throughput(torch.device("cpu"), torch.bfloat16, 2)
+    counts.published_peak = throughput.published_peak(name)
+    counts.model_flops, counts.all_flops = 2e10, 3e10
+    with counts.waiting():
+        pass
+    counts.add(300, 5)
+    rates = counts.read()
+    used = peak or 1e13
+    assert counts.published_peak == peak
+    assert rates["mfu"] == pytest.approx(100 * 2e10 / used, rel=5e-3)
+    assert rates["hfu"] == pytest.approx(100 * 3e10 / used, rel=5e-3)
+    assert rates.get("matmul_share") == (pytest.approx(0.2, rel=5e-3) if peak else None)
+    assert (rates["tokens_per_second"], rates["data_wait"]) == pytest.approx((200, 1 / 3), rel=5e-3)
 
 
 def test_held_out_data_without_a_question_is_refused(llava, corpus, tmp_path, monkeypatch):

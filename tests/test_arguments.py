@@ -499,7 +499,8 @@ CASES = {
         TRAIN,
         f"{TRAIN} --train_type full --vision_learning_rate 2e-3 --eval_data_path {{root}}/data --eval_answers 3 "
         "--eval_image_dir {images} --packing true --tokens_per_batch 120 --early_stopping_patience 4 "
-        "--eval_strategy steps --save_strategy steps --load_best_model_at_end true --save_dtype float16",
+        "--eval_strategy steps --save_strategy steps --load_best_model_at_end true --save_dtype float16 "
+        "--dataloader_num_workers 2",
         {
             train.DataArguments: {
                 "eval_data_path": lambda s: len(s.trainer.eval_dataset) == 8,
@@ -510,6 +511,7 @@ CASES = {
             train.TrainArguments: {
                 "train_type": lambda s: not isinstance(s.trainer.model, PeftModel),
                 "save_dtype": lambda s: s.trainer.dtype == torch.float16,
+                "dataloader_num_workers": lambda s: s.trainer.args.dataloader_num_workers == 2,
                 "vision_learning_rate": lambda s: 2e-3 in rates(s),
                 "tokens_per_batch": lambda s: (
                     len(batch(s)["input_ids"]) == 1 and batch(s)["input_ids"].shape[1] <= 120

@@ -143,7 +143,8 @@ def run(
     if args.deepspeed is None:  # DeepSpeed keeps its own float32 copies
         use_float32(model, args.train_type)
     print_once(describe_trainable(model, learning_rates))
-    if args.activation_checkpointing:
+    recompute = args.activation_checkpointing
+    if recompute:
         # Of the language model alone: the Trainer would recompute a frozen vision tower, too
         language_model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
         args.activation_checkpointing = False
@@ -176,7 +177,7 @@ def run(
         packed_model=language_model if packing and on_gpu and args.bf16 else None,
     )
     if args.preflight:
-        trainer.throughput.learn_operations(model.config, lora_arguments, args)
+        trainer.throughput.count_flops(model.config, lora_arguments, args, recompute)
         preflight(trainer)
 
     # 7. Training, and its results

@@ -79,7 +79,7 @@ def draw_sample_grid(
     count = min(len(drawable), rows * columns)
     samples = [drawable[i * len(drawable) // count] for i in range(count)]
 
-    # The texts, and a figure that is as high as the longest of them need
+    # The texts
     titles, answers = [], []
     for sample in samples:
         question = _cut(sample["prompt"].replace(IMAGE_TOKEN, "").strip())
@@ -87,25 +87,28 @@ def draw_sample_grid(
         titles.append(f"{question}\n{reference}" if with_question else reference)
         characters = [c if ord(c) in writable else "\N{REPLACEMENT CHARACTER}" for c in sample["prediction"]]
         answers.append(_cut("".join(characters)))
-    lines = 0
-    for texts in (titles, answers):
-        lines += max((text.count("\n") + 1 for text in texts), default=0)
-    size = (COLUMN * columns, (PICTURE + LINE * lines) * rows + 0.4)
+
+    # In inches: the longest texts above and below a picture, a row, the figure
+    above, below = (LINE * max((text.count("\n") + 1 for text in texts), default=0) for texts in (titles, answers))
+    row_height = above + PICTURE + below + 0.45
+    width, height = COLUMN * columns, row_height * rows + 0.4
 
     # One cell of the grid a sample
     with matplotlib.rc_context({"font.family": fonts, "font.size": 11, "text.parse_math": False}):
-        figure = Figure(size, layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"wspace": 0.1}).ravel()
-        for axes in grid:
+        figure = Figure((width, height))
+        for i, (sample, title, answer) in enumerate(zip(samples, titles, answers, strict=True)):
+            row, column = divmod(i, columns)
+            left = COLUMN * column + (COLUMN - PICTURE) / 2
+            bottom = height - 0.55 - row_height * row - above - PICTURE
+            axes = figure.add_axes((left / width, bottom / height, PICTURE / width, PICTURE / height))
             axes.axis("off")
-        for axes, sample, title, answer in zip(grid, samples, titles, answers, strict=False):
             with suppress(OSError, ValueError):  # a picture that went away meanwhile
                 axes.imshow(dataset[sample["index"]]["images"][0], interpolation="bicubic")
             axes.set_title(title, fontsize=11)
             color = "green" if is_exact(sample) else "firebrick"
             axes.text(0.5, -0.05, answer, transform=axes.transAxes, color=color, ha="center", va="top")
         texts = "the question and the reference" if with_question else "the reference"
-        figure.suptitle(f"above each picture {texts}, below it the model's answer", fontsize=12)
+        figure.suptitle(f"above each picture {texts}, below it the model's answer", y=1 - 0.1 / height, fontsize=12)
         figure.savefig(path, dpi=110)
 
 

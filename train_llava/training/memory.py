@@ -163,15 +163,18 @@ def activation_bytes(llava: Llava, *batch: int, recompute: bool) -> dict[str, in
 
 
 def flops_per_token(
-    config: LlavaConfig | LlavaNextConfig, lora_arguments: LoraArguments, args: TrainingArguments
+    config: LlavaConfig | LlavaNextConfig,
+    lora_arguments: LoraArguments,
+    args: TrainingArguments,
+    recompute: bool = False,
 ) -> float:
-    """FLOPs of a training step for each token, those of recomputed layers included.
+    """FLOPs of a training step for each token; with `recompute`, those of activation checkpointing count, too.
 
     PyTorch counts the matrix products, forward and backward, of a row with one picture of the largest size.
     """
     with without_zero3_partitioning(args):
         llava, _ = empty_model(config, args.train_type, lora_arguments, torch.float32)
-    if args.activation_checkpointing:
+    if recompute:
         llava.model.language_model.activation_checkpointing_enable()
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         text = llava.get_input_embeddings()(torch.empty(1, TEXT, dtype=torch.long))

@@ -82,6 +82,9 @@ class TrainArguments(TrainingArguments):
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
         default="auto", help="The precision of the saved model; auto: that of the model it began with."
     )
+    dataloader_num_workers: int | None = HfArg(
+        default=None, help="Processes that open pictures, for each rank; default: 4 on a GPU, otherwise none."
+    )
     remove_unused_columns: bool = HfArg(default=False, help="Stays false: the collator needs all columns.")
     prediction_loss_only: bool = HfArg(default=True, help="Stays true: only logits with labels are computed.")
 
@@ -106,10 +109,13 @@ class TrainArguments(TrainingArguments):
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         self.use_cpu = self.use_cpu or device().type == "cpu"
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 0 if self.use_cpu else 4
         if self.fp16 and self.use_cpu:
             raise ValueError("--fp16 takes a GPU: on a CPU take --bf16 true, or neither")
         # The score that decides which checkpoint is best
         if self.early_stopping_patience is not None or self.save_strategy == "best":
             self.metric_for_best_model = self.metric_for_best_model or "loss"
         super().__post_init__()
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory  # batches are copied while the GPU computes
         self.accelerator_config.dispatch_batches = False  # each rank reads its own shards of a stream

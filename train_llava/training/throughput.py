@@ -20,7 +20,27 @@ LOGGED = {
     "tokens_per_second": "tokens a second, on all devices",
     "data_wait": "share of the time spent waiting for data",
     "mfu": "share of the device's matmul peak",
+    "hfu": "the same, with what is recomputed",
+    "matmul_share": "share of the matmul peak measured here",
     "memory_gb": "peak memory of a process, GB",
+}
+
+
+# FLOPs per second of dense bf16 products with sums in fp32, by NVIDIA's data sheets. The first name that a device's
+# name contains counts
+PUBLISHED_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX A6000": 155e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
 }
 
 
@@ -39,7 +59,9 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs per second of the fastest of five products of two large square matrices."""
     side, times = 8192 if device.type == "cuda" else 512, []
     with torch.no_grad():
-        matrix = torch.ones(side, side, device=device, dtype=dtype)
+        # Random numbers: a GPU multiplies ones faster. They are not the run's own
+        generator = torch.Generator(device).manual_seed(0)
+        matrix = torch.randn(side, side, generator=generator, device=device, dtype=dtype)
         for _ in range(5):
             started = perf_counter()
             (matrix @ matrix)[0, 0].item()  # waits for the device
@@ -47,19 +69,32 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(times)
 
 
+def published_peak(name: str) -> float | None:
+    """The peak of a GPU with that name, in FLOPs per second; None if it is not in the table."""
+    return next((peak for part, peak in PUBLISHED_PEAKS.items() if part in name), None)
+
+
 class Throughput:
     """Counts the work of this process between two log entries. The other processes do as much."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, processes: int):
-        self.device, self.processes, self.rate = device, processes, matmul_peak(device, dtype)
-        self.operations = 0.0  # FLOPs per token; 0: unknown
+        self.device, self.processes, self.measured_peak = device, processes, matmul_peak(device, dtype)
+        self.published_peak = None
+        if device.type == "cuda" and dtype != torch.float32:
+            self.published_peak = published_peak(torch.cuda.get_device_name(device))
+        # FLOPs per token of the model, and with what activation checkpointing recomputes; 0: unknown
+        self.model_flops = self.all_flops = 0.0
         self.tokens = self.pictures = 0
         self.waited, self.started = 0.0, None
 
-    def learn_operations(self, config: Any, lora_arguments: LoraArguments, args: TrainingArguments) -> None:
+    def count_flops(
+        self, config: Any, lora_arguments: LoraArguments, args: TrainingArguments, recompute: bool
+    ) -> None:
         """Counts the FLOPs per token, if the model runs on the meta device."""
         with suppress(Exception):  # models raise errors of any type there
-            self.operations = flops_per_token(config, lora_arguments, args)
+            self.model_flops = flops_per_token(config, lora_arguments, args)
+            if recompute:
+                self.all_flops = flops_per_token(config, lora_arguments, args, recompute)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -89,11 +124,16 @@ class Throughput:
             "pictures_per_second": self.processes * self.pictures / seconds,
             "tokens_per_second": self.processes * tokens_per_second,
             "data_wait": self.waited / seconds,
-            "mfu": tokens_per_second * self.operations / self.rate,
             "memory_gb": peak_memory(self.device) / 1e9,
         }
-        if not self.operations:
-            del values["mfu"]
+        # Without a published peak, the measured one takes its place
+        peak = self.published_peak or self.measured_peak
+        if self.model_flops:
+            values["mfu"] = tokens_per_second * self.model_flops / peak
+            if self.all_flops:
+                values["hfu"] = tokens_per_second * self.all_flops / peak
+            if self.published_peak:
+                values["matmul_share"] = tokens_per_second * self.model_flops / self.measured_peak
         self.tokens = self.pictures = 0
         self.waited, self.started = 0.0, perf_counter()
         return {name: float(f"{value:.3g}") for name, value in values.items()}
