@@ -10,10 +10,9 @@ import threading
 import time
 import zipfile
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import distribution
 from pathlib import Path
 
-import packaging
-import pip
 import pytest
 import torch
 from conftest import ROOT, random_adapter, run_train, run_zero2
@@ -315,8 +314,8 @@ def install(tmp_path):
     (tmp_path / "requirements.txt").write_text("torch==0.0.1 # as it is\n")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
     site = next(tmp_path.glob(".venv/lib/python*/site-packages"))
-    for module in (pip, packaging):
-        (site / module.__name__).symlink_to(Path(module.__file__).parent)
+    for name in ("pip", "packaging"):  # found, not imported: a process that imports pip gets the old distutils
+        (site / name).symlink_to(distribution(name).locate_file(name))
     requests = []
 
     class Indexes(SimpleHTTPRequestHandler):
