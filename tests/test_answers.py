@@ -291,11 +291,17 @@ def test_mfu_counts_the_flops_of_a_real_step(llava, corpus, tmp_path, monkeypatc
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A10G", 125e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA H200 NVL", 835e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
         ("Tesla V100-SXM2-16GB", None),
+        # Their names hold another's
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ],
 )
 def test_mfu_is_of_the_published_peak_and_else_of_the_measured_one(monkeypatch, name, peak):

@@ -1,5 +1,6 @@
 """Measures a run's throughput: tokens and pictures a second, waiting for data, memory, use of the matmul peak."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,10 +27,11 @@ LOGGED = {
 }
 
 
-# FLOPs per second of dense bf16 products with sums in fp32, by NVIDIA's data sheets. The first name that a device's
-# name contains counts
+# FLOPs per second of dense bf16 products with sums in fp32, by NVIDIA's data sheets. The first name that stands as a
+# whole in a device's name counts
 PUBLISHED_PEAKS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -71,7 +73,10 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def published_peak(name: str) -> float | None:
     """The peak of a GPU with that name, in FLOPs per second; None if it is not in the table."""
-    return next((peak for part, peak in PUBLISHED_PEAKS.items() if part in name), None)
+    for model, peak in PUBLISHED_PEAKS.items():
+        if re.search(rf"\b{model}\b(?! Laptop)", name):
+            return peak
+    return None
 
 
 class Throughput:
