@@ -32,6 +32,7 @@ from train_llava.training import resume
 from train_llava.training.arguments import check_argument_pairs, check_batches, check_training_options
 from train_llava.training.cards import write_run_card
 from train_llava.training.checkpointing import locked, on_first_rank, starting_point, write_recipe
+from train_llava.training.liger import use_liger
 from train_llava.training.memory import precision, print_estimate
 from train_llava.training.optimizer import describe_trainable, use_float32
 from train_llava.training.options import DataArguments, ModelArguments, TrainArguments
@@ -178,6 +179,11 @@ def run(
     )
     if args.preflight:
         trainer.throughput.count_flops(model.config, lora_arguments, args, recompute)
+    if args.use_liger_kernel:
+        # In the language model alone: the Trainer would also replace the LLaVA's forward, which takes the labels
+        use_liger(trainer, language_model)
+        args.use_liger_kernel = False
+    if args.preflight:
         preflight(trainer)
 
     # 7. Training, and its results

@@ -78,6 +78,12 @@ def check_training_options(args: TrainingArguments, model: nn.Module, eval_answe
         raise ValueError(f"--metric_for_best_model {metric}: this run measures {', '.join(metrics)}")
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel")
+    if args.use_liger_kernel:
+        from liger_kernel.transformers import monkey_patch  # here, since it need not be installed
+
+        kind = model.config.text_config.model_type
+        if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+            raise ValueError(f"--use_liger_kernel: leave it out, since liger-kernel does not know a {kind}")
 
     # Each library makes its object from the arguments, or says why it cannot
     schedule = (args.lr_scheduler_type, SGD([torch.zeros(1)]), 1, 2, args.lr_scheduler_kwargs)
