@@ -127,7 +127,7 @@ def test_a_broken_file_of_an_adapter_is_named(llava, trained_adapter, tmp_path, 
     if (name, content) == ("base_fingerprint.json", b"{}"):
         load_model(str(llava), str(folder))
         return
-    with pytest.raises(ValueError, match=rf"{name} cannot be read"):
+    with pytest.raises(ValueError, match=rf"{name} cannot be opened"):
         load_model(str(llava), str(folder))
 
 
@@ -135,7 +135,7 @@ def test_a_torn_adapter_is_named(llava, trained_adapter, tmp_path):
     folder = shutil.copytree(trained_adapter, tmp_path / "run")
     whole = (folder / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors cannot be read"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors cannot be opened"):
         load_model(str(llava), str(folder))
 
 

@@ -14,7 +14,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers.hf_argparser import HfArg
 
@@ -51,16 +51,11 @@ class BuildArguments:
     trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a tokenizer.")
 
     def __post_init__(self) -> None:
-        check_grids(self.image_aspect_ratio, self.image_grid_pinpoints)
-
-
-def check_grids(image_aspect_ratio: str, image_grid_pinpoints: list[str] | None) -> None:
-    """Refuses grids of tiles without anyres, and grids that are not written as in 2x3."""
-    if image_aspect_ratio != "anyres" and image_grid_pinpoints is not None:
-        raise ValueError("--image_grid_pinpoints goes with --image_aspect_ratio anyres")
-    for grid in image_grid_pinpoints or []:
-        if not re.fullmatch("[1-9]x[1-9]", grid):
-            raise ValueError(f"--image_grid_pinpoints {grid}: rows x columns of tiles, 1 to 9 each, as in 2x3")
+        if self.image_aspect_ratio != "anyres" and self.image_grid_pinpoints is not None:
+            raise ValueError("--image_grid_pinpoints goes with --image_aspect_ratio anyres")
+        for grid in self.image_grid_pinpoints or []:
+            if not re.fullmatch("[1-9]x[1-9]", grid):
+                raise ValueError(f"--image_grid_pinpoints {grid}: rows x columns of tiles, 1 to 9 each, as in 2x3")
 
 
 if __name__ == "__main__":
@@ -82,16 +77,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from train_llava.chat import Processor
 from train_llava.dataset.images import is_anyres
 from train_llava.model import Llava, count_parameters
-from train_llava.modeling.parts import (
-    decoder_of,
-    load_image_processor,
-    load_language_model,
-    load_tokenizer,
-    load_vision_tower,
-    part_config,
-    probe_tower,
-    running_as_one,
-)
+from train_llava.modeling import parts
 from train_llava.modeling.templates import complete_generation_config
 from train_llava.modeling.verification import reference_outputs, verify_in_fresh_process, verify_text_path
 from train_llava.modeling.weights import PROJECTOR
@@ -99,50 +85,39 @@ from train_llava.records import IMAGE_TOKEN
 from train_llava.training.cards import write_card
 
 
-def build_model(
-    vision_model_name_or_path: str,
-    language_model_name_or_path: str,
-    output_dir: str,
-    dtype: str = "auto",
-    vision_feature_layer: int = -2,
-    vision_feature_select_strategy: str = "auto",
-    image_aspect_ratio: str = "crop",
-    image_grid_pinpoints: list[str] | None = None,
-    projector: str | None = None,
-    skip_checks: bool = False,
-    trust_remote_code: bool = False,
-) -> None:
-    """Writes a LLaVA checkpoint. The arguments are those of the command: see `BuildArguments`.
+def build_model(*values: Any, **options: Any) -> None:
+    """Writes a LLaVA checkpoint. The parameters are those of the command: see `BuildArguments`.
 
     Raises:
         OSError, ValueError: a part cannot be loaded, or a check of the LLaVA fails; nothing is left behind.
     """
-    check_grids(image_aspect_ratio, image_grid_pinpoints)
+    arguments = BuildArguments(*values, **options)
+    vision, language = arguments.vision_model_name_or_path, arguments.language_model_name_or_path
+    output_dir, layer, projector = arguments.output_dir, arguments.vision_feature_layer, arguments.projector
     trained_projector = None if projector is None else load_projector(projector)
-    anyres = image_aspect_ratio == "anyres"
+    aspect_ratio, grids = arguments.image_aspect_ratio, arguments.image_grid_pinpoints or PINPOINTS
+    anyres = aspect_ratio == "anyres"
     with written_whole(output_dir) as folder:
         # The parts; a configuration is checked before code that comes with a tokenizer may run
-        part_config(language_model_name_or_path)
-        tokenizer = load_tokenizer(language_model_name_or_path, trust_remote_code)
-        print(f"language model  {language_model_name_or_path}")
-        language_model = load_language_model(language_model_name_or_path, dtype)
-        print(f"vision tower    {vision_model_name_or_path}")
-        vision_tower = load_vision_tower(vision_model_name_or_path, language_model.dtype)
-        image_processor = load_image_processor(
-            vision_tower, vision_model_name_or_path, image_aspect_ratio, image_grid_pinpoints or PINPOINTS
-        )
+        parts.part_config(language)
+        tokenizer = parts.load_tokenizer(language, arguments.trust_remote_code)
+        print(f"language model  {language}")
+        language_model = parts.load_language_model(language, arguments.dtype)
+        print(f"vision tower    {vision}")
+        vision_tower = parts.load_vision_tower(vision, language_model.dtype)
+        image_processor = parts.load_image_processor(vision_tower, vision, aspect_ratio, grids)
 
         # The tower's tokens for a picture, and which of them the projector reads
-        tokens, num_prefix_tokens, states = probe_tower(vision_tower, image_processor, vision_model_name_or_path)
-        if not -states <= vision_feature_layer < states:
+        tokens, num_prefix_tokens, states = parts.probe_tower(vision_tower, image_processor, vision)
+        if not -states <= layer < states:
             layers = f"the tower has hidden states {-states} to {states - 1}"
-            raise ValueError(f"--vision_feature_layer {vision_feature_layer}: {layers}")
-        strategy = vision_feature_select_strategy
+            raise ValueError(f"--vision_feature_layer {layer}: {layers}")
+        strategy = arguments.vision_feature_select_strategy
         if strategy == "auto":
             strategy = "default" if num_prefix_tokens else "full"
         dropped = int(strategy == "default")
         if anyres and num_prefix_tokens != dropped:
-            more = f"{vision_model_name_or_path} gives {num_prefix_tokens} tokens beside its patches"
+            more = f"{vision} gives {num_prefix_tokens} tokens beside its patches"
             with_strategy = f"with --vision_feature_select_strategy {strategy}"
             raise ValueError(f"anyres: {more}, and {with_strategy} more than the patches would stand in the grid")
         processor = (LlavaNextProcessor if anyres else LlavaProcessor)(
@@ -155,11 +130,11 @@ def build_model(
         )
 
         # The LLaVA
-        with running_as_one():
-            if not skip_checks:
+        with parts.running_as_one():
+            if not arguments.skip_checks:
                 verify_text_path(language_model, processor)
-                references = reference_outputs(vision_tower, language_model, processor, vision_feature_layer)
-            model = assemble(vision_tower, language_model, processor, tokens - dropped, vision_feature_layer)
+                references = reference_outputs(vision_tower, language_model, processor, layer)
+            model = assemble(vision_tower, language_model, processor, tokens - dropped, layer)
         note = "Put together and not trained yet: the projector is random."  # in the model card
         if trained_projector is not None:
             put_projector(model, trained_projector, projector)
@@ -172,11 +147,10 @@ def build_model(
         # Its folder
         model.save_pretrained(folder, state_dict=published_names(model))
         processor.save_pretrained(folder)
-        base_models = [vision_model_name_or_path, language_model_name_or_path]
-        write_card(folder, Path(output_dir).name, base_models, [], [note])
+        write_card(folder, Path(output_dir).name, [vision, language], [], [note])
         rows = [(part, f"{total:,} parameters") for part, (_, total) in count_parameters(model).items()]
         del model, vision_tower, language_model  # the checks load the saved model: never two in memory
-        if not skip_checks:
+        if not arguments.skip_checks:
             try:
                 rows += verify_in_fresh_process(folder, *references)
             except ValueError as error:
@@ -186,20 +160,17 @@ def build_model(
 
 
 def assemble(
-    vision_tower: PreTrainedModel,
-    language_model: PreTrainedModel,
-    processor: Processor,
-    image_seq_length: int,
-    vision_feature_layer: int,
+    vision_tower: PreTrainedModel, language_model: PreTrainedModel, processor: Processor, tokens: int, layer: int
 ) -> Llava:
     """Joins the two models by a new projector, without copying a weight.
 
     The projector is LLaVA-1.5's (Liu et al., 2023): two linear layers with a GELU. The LLaVA is made on the
-    meta device, which takes no memory, and the two models' own modules are put into it.
+    meta device, which takes no memory, and the two models' own modules are put into it. A picture becomes
+    `tokens` tokens, and the projector reads the tower's hidden state `layer`.
     """
     # The embedding gets rows for the tokenizer's new tokens
     tokenizer, anyres = processor.tokenizer, is_anyres(processor.image_processor)
-    decoder = decoder_of(language_model)
+    decoder = parts.decoder_of(language_model)
     if language_model.config.tie_word_embeddings and not hasattr(decoder, "embed_tokens"):
         kind = f"the output layer of a {decoder.config.model_type} is its embedding"
         raise ValueError(f"{kind}, and a LLaVA shares only one that is called embed_tokens")
@@ -212,8 +183,8 @@ def assemble(
         vision_config=vision_tower.config,
         text_config=language_model.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=image_seq_length,
-        vision_feature_layer=vision_feature_layer,
+        image_seq_length=tokens,
+        vision_feature_layer=layer,
         vision_feature_select_strategy=processor.vision_feature_select_strategy,
         pad_token_id=tokenizer.pad_token_id,
         dtype=language_model.dtype,

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import datasets
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from datasets.utils.file_utils import xopen
+from datasets.table import embed_table_storage
 from filelock import FileLock
 from huggingface_hub import HfApi, HfFileSystem, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionResolutionError
@@ -171,18 +171,6 @@ def rows_on_hub(data_path: str, on_hub: PurePath) -> Iterator[dict[str, Any]]:
     # In batches, because `datasets` gives a data-loading worker only a share of single rows. As Arrow, because
     # it takes any features
     for table in rows.with_format("arrow").iter(batch_size=1):
-        yield from map(_with_bytes, table.to_pylist())
-
-
-def _with_bytes(value: Any) -> Any:
-    """A row, or a part of one, with the bytes of images that it names by their address on the hub."""
-    if isinstance(value, list):
-        return [_with_bytes(entry) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() != {"bytes", "path"}:
-        return {name: _with_bytes(entry) for name, entry in value.items()}
-    if value["bytes"] is None and "://" in (value["path"] or ""):
-        with suppress(OSError), xopen(value["path"], "rb") as file:  # a missing file makes a bad record
-            return value | {"bytes": file.read()}
-    return value
+        with suppress(OSError):  # a missing file makes a bad record
+            table = embed_table_storage(table, local_files=False)  # bytes of images that are named by their address
+        yield from table.to_pylist()

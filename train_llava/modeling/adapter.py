@@ -1,9 +1,6 @@
 """Opens a LLaVA checkpoint with or without a LoRA adapter, to answer questions or to continue training."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
@@ -11,7 +8,8 @@ from peft.utils import load_peft_weights
 
 from train_llava.chat import Processor
 from train_llava.cli import device
-from train_llava.model import Llava, LoraArguments, load_checkpoint
+from train_llava.common.files import opening
+from train_llava.model import Llava, LoraArguments, find_file, load_checkpoint
 from train_llava.modeling.weights import check_base
 
 # The names of a LLaVA's parts in transformers before 4.52, and since
@@ -34,21 +32,11 @@ def load_model(
     return model.eval(), processor
 
 
-@contextmanager
-def reading_adapter(adapter_name_or_path: str, file_name: str) -> Iterator[None]:
-    """Turns any error of a library that reads a file of an adapter into a ValueError that names the file."""
-    try:
-        yield
-    except Exception as error:  # a broken file raises errors of any type
-        path = Path(adapter_name_or_path, file_name)
-        if path.exists():
-            raise ValueError(f"{path} cannot be read: {error}") from error
-        raise ValueError(f"{adapter_name_or_path} is no adapter folder, and no adapter on the hub") from error
-
-
 def read_adapter_config(adapter_name_or_path: str) -> LoraConfig:
     """Reads the configuration of a LoRA adapter, a folder or a hub id; a ValueError names a broken file."""
-    with reading_adapter(adapter_name_or_path, "adapter_config.json"):
+    with opening(adapter_name_or_path):
+        if find_file(adapter_name_or_path, "adapter_config.json") is None:
+            raise ValueError(f"{adapter_name_or_path} is no adapter folder, and no adapter on the hub")
         config = PeftConfig.from_pretrained(adapter_name_or_path)
         if not isinstance(config, LoraConfig):
             raise ValueError("it is no LoRA adapter's")
@@ -88,8 +76,7 @@ def load_adapter(model: Llava, adapter_name_or_path: str, model_name: str, train
     """
     # Its files
     config = read_adapter_config(adapter_name_or_path)
-    files = [path.name for path in Path(adapter_name_or_path).glob("adapter_model.*")]
-    with reading_adapter(adapter_name_or_path, files[0] if files else "adapter_model.safetensors"):
+    with opening(adapter_name_or_path):
         saved = load_peft_weights(adapter_name_or_path, device="cpu", key_mapping=RENAMED)
     check_base(adapter_name_or_path, model, model_name)
 

@@ -17,7 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import _get_resolved_checkpoint_files, load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from train_llava.common.files import apply_umask, replacing
+from train_llava.common.files import apply_umask, opening, replacing
 from train_llava.model import find_file, part_of
 
 FINGERPRINT = "base_fingerprint.json"  # in an adapter's folder: of the model that it was trained on
@@ -233,11 +233,9 @@ def check_base(adapter_name_or_path: str, model: nn.Module, model_name: str) -> 
     if path is None:  # trained elsewhere
         return
     numbers, same = base_fingerprint(model), True
-    try:
+    with opening(str(path)):
         for name, saved in json.loads(path.read_text()).items():
             for theirs, ours in zip(saved, numbers.get(name, []), strict=False):
                 same = same and abs(theirs - ours) <= abs(theirs) / 128 + 1e-6
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
     if not same:
         raise ValueError(f"the adapter {adapter_name_or_path} was trained on another model than {model_name}")
