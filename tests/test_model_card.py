@@ -112,7 +112,7 @@ def test_every_setting_of_a_run_is_in_its_card(tmp_path, run, otherwise, replace
     )
     lora = LoraArguments(lora_r=8, use_rslora=True)
     rates = {"projector": 2e-5, "language model": 3e-4}
-    write_run_card(model, lora, data, args, *{"records": 1234, "rates": rates, **replaced}.values(), state)
+    write_run_card((model, lora, data, args), *{"records": 1234, "rates": rates, **replaced}.values(), state)
     table = re.findall(r"\| (.+) \| (.+) \|", ModelCard.load(tmp_path / "README.md").text)
     expected = {
         "what trained": "`full`", "learning rates": "projector 2e-05, language model 0.0003",

@@ -7,7 +7,7 @@ import pytest
 from test_chat import CASES, PLAIN, chat_of, marked, parts_only, roles
 
 from train_llava.chat import IGNORE
-from train_llava.evaluation.decoding import answer_text
+from train_llava.evaluation.generation import answer_text
 from train_llava.evaluation.questions import read_question
 from train_llava.records import IMAGE_TOKEN, text_of, to_messages
 

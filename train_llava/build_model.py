@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from transformers.hf_argparser import HfArg
 
-from train_llava.cli import parse_arguments, parse_first, run_command
+from train_llava.cli import Dtype, parse_arguments, parse_first, run_command
 from train_llava.common.files import opening, written_whole
 
 PINPOINTS = ["1x2", "2x1", "2x2", "3x1", "1x3"]  # LLaVA-NeXT's
@@ -26,14 +26,10 @@ PINPOINTS = ["1x2", "2x1", "2x2", "3x1", "1x3"]  # LLaVA-NeXT's
 
 @dataclass
 class BuildArguments:
-    vision_model_name_or_path: str = HfArg(
-        help="A vision model over a grid of patches, such as CLIP or SigLIP: folder or hub id."
-    )
+    vision_model_name_or_path: str = HfArg(help="A tower over a grid of patches, such as CLIP: folder or hub id.")
     language_model_name_or_path: str = HfArg(help="A causal language model with a chat template.")
     output_dir: str = HfArg(help="The LLaVA checkpoint to write; it must not exist yet.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
-        default="auto", help="What the weights are written in; auto: the language model's own."
-    )
+    dtype: Dtype = HfArg(default="auto", help="What the weights are written in; auto: the language model's own.")
     vision_feature_layer: int = HfArg(default=-2, help="The hidden state for the projector.")
     vision_feature_select_strategy: Literal["auto", "default", "full"] = HfArg(
         default="auto", help="default drops the class token, full keeps all; auto: default if there is one."

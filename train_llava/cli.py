@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from transformers import HfArgumentParser
 
@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 LAUNCHER_OPTIONS = ("--local_rank=", "--deepspeed=")
 RECIPES = (".yaml", ".yml")
 BATCH, NEW_TOKENS = 16, 128  # by default: the questions answered at once, and the longest answer
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # of the files that a command writes
 BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
 

@@ -32,22 +32,12 @@ class EvaluateArguments:
     output_dir: str = HfArg(help="The folder to write; it must not exist yet.")
     model_name_or_path: str | None = HfArg(default=None, help="A LLaVA checkpoint, a folder or a hub id.")
     data_path: str | None = HfArg(default=None, help="Questions and answers, in any format of training.")
-    compare: list[str] = HfArg(
-        default_factory=list, help="Folders that this command wrote: compare them and ask no model."
-    )
+    compare: list[str] = HfArg(default_factory=list, help="Compare folders that this command wrote; ask no model.")
     adapter_name_or_path: str | None = HfArg(default=None, help="A LoRA adapter trained on that model.")
-    image_dir: str | None = HfArg(
-        default=None, help="The folder of pictures; default: images_dl/ or images/ beside the records."
-    )
-    text_path: str | None = HfArg(
-        default=None, help="A plain text: how well the model predicts it, and how well the base does."
-    )
-    base: str | None = HfArg(
-        default=None, help="With --text_path, the model before training; default: the model without its adapter."
-    )
-    blank_control: bool = HfArg(
-        default=False, help="Ask all questions again with blank pictures, to see what the pictures add."
-    )
+    image_dir: str | None = HfArg(default=None, help="Its pictures' folder; default: images_dl/ or images/ beside it.")
+    text_path: str | None = HfArg(default=None, help="A plain text that the model and its base are to predict.")
+    base: str | None = HfArg(default=None, help="With --text_path, the base; default: the model without its adapter.")
+    blank_control: bool = HfArg(default=False, help="Ask again with blank pictures, to see what the pictures add.")
     bits: Literal[4, 8] | None = HfArg(default=None, help=BITS_HELP)
     batch_size: int = HfArg(default=BATCH, help="Questions answered at once.")
     max_new_tokens: int = HfArg(default=NEW_TOKENS, help="The longest answer, in tokens.")

@@ -27,9 +27,7 @@ from train_llava.common.checks import ADDRESSES, check_number
 class InferArguments:
     model_name_or_path: str = HfArg(help="A LLaVA checkpoint, a folder or a hub id.")
     prompt: str | None = HfArg(default=None, help="The question.")
-    image: list[str] = HfArg(
-        default_factory=list, help="The pictures of the question: files, http(s) addresses, or - for stdin."
-    )
+    image: list[str] = HfArg(default_factory=list, help="Its pictures: files, http(s) addresses, or - for stdin.")
     interactive: bool = HfArg(
         default=False, help="Chat: /image FILE adds a picture, /image takes it back, an empty line ends it."
     )

@@ -7,11 +7,10 @@
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
-from train_llava.cli import parse_arguments, parse_first, run_command
+from train_llava.cli import Dtype, parse_arguments, parse_first, run_command
 from train_llava.common.files import written_whole
 
 
@@ -20,9 +19,7 @@ class MergeArguments:
     model_name_or_path: str = HfArg(help="The LLaVA checkpoint the adapter was trained on.")
     adapter_name_or_path: str = HfArg(help="The adapter.")
     output_dir: str = HfArg(help="The checkpoint to write; it must not exist yet.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
-        default="auto", help="The precision to write; auto: the base's, which may lose much."
-    )
+    dtype: Dtype = HfArg(default="auto", help="The precision to write; auto: the base's, which may lose much.")
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def run(
         eval_dataset=eval_dataset,
         processing_class=processor,
         learning_rates=learning_rates,
-        write_card=partial(write_run_card, *all_arguments, records, trained_rates),
+        write_card=partial(write_run_card, all_arguments, records, trained_rates),
         eval_answers=data_arguments.eval_answers,
         packed_model=language_model if packing and on_gpu and args.bf16 else None,
     )

@@ -53,8 +53,7 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from train_llava.chat import Processor, chat_of
 from train_llava.dataset.images import open_image
-from train_llava.evaluation.decoding import answer_text
-from train_llava.evaluation.generation import assistant_message, prepare, sampling, user_message
+from train_llava.evaluation.generation import answer_text, assistant_message, prepare, sampling, user_message
 from train_llava.evaluation.web_look import Turn, example_pictures, lay_out, shown, style, translations
 from train_llava.model import Llava
 from train_llava.modeling.adapter import load_model

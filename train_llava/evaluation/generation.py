@@ -1,5 +1,6 @@
 """Generates answers, one at a time or in batches."""
 
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from train_llava.chat import Chat, Processor, chat_of
 from train_llava.cli import NEW_TOKENS, device
-from train_llava.evaluation.decoding import answer_text
 from train_llava.model import Llava
 from train_llava.modeling.templates import special_tokens
 from train_llava.records import IMAGE_TOKEN
@@ -153,3 +153,27 @@ def pad_left(inputs: list[Inputs], pad_token_id: int) -> Inputs:
     if sizes:
         batch["image_sizes"] = torch.stack(sizes)
     return batch
+
+
+def answer_text(chat: Chat, token_ids: list[int]) -> str:
+    """The text of an answer's tokens. Its own indentation stays; the template's white space does not."""
+    text, prefix = decode(chat, token_ids).rstrip(), answer_prefix(chat)
+    return text.lstrip() if prefix is None else text.removeprefix(prefix)
+
+
+@lru_cache(maxsize=8)
+def answer_prefix(chat: Chat) -> str | None:
+    """The white space before an answer, measured on one; None if no answer can be supervised."""
+    messages = [{"role": role, "content": [{"type": "text", "text": "red"}]} for role in ("user", "assistant")]
+    try:
+        token_ids, supervised = chat.tokenize(messages)
+    except ValueError:
+        return None
+    return decode(chat, token_ids[supervised].tolist()).partition("red")[0]
+
+
+def decode(chat: Chat, token_ids: list[int]) -> str:
+    """Tokens as text without special tokens. They are decoded behind an "a": first in a text, a space is lost."""
+    before = chat.tokenizer("a", add_special_tokens=False)["input_ids"]
+    texts = [chat.tokenizer.decode(ids, skip_special_tokens=True) for ids in (before, [*before, *token_ids])]
+    return texts[1].removeprefix(texts[0])

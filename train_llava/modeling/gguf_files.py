@@ -137,18 +137,13 @@ def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase,
     # The type of each row's token; spare rows are unused
     tokenizer_json = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-    added_tokens = tokenizer.added_tokens_decoder
-    types = []
-    for token_id in range(rows):
-        if token_id in added_tokens:
-            special = added_tokens[token_id].special
-            types.append(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
-        else:
-            types.append(gguf.TokenType.NORMAL if token_id in tokens else gguf.TokenType.UNUSED)
+    types = dict.fromkeys(range(rows), gguf.TokenType.UNUSED) | dict.fromkeys(tokens, gguf.TokenType.NORMAL)
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        types[token_id] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer(tokenizer_json))
     writer.add_token_list([tokens.get(token_id, f"[PAD{token_id}]") for token_id in range(rows)])
-    writer.add_token_types(types)
+    writer.add_token_types([types[token_id] for token_id in range(rows)])
     writer.add_token_merges([" ".join(pair) for pair in tokenizer_json["model"]["merges"]])
     # The format has fields for three tokens that end an answer
     if tokenizer.bos_token_id is not None:

@@ -146,7 +146,7 @@ def verify_text_path(language_model: PreTrainedModel, processor: Processor) -> N
             f"(states differ by {apart:.0e} of the largest), and a LLaVA has no place for that"
         )
 
-    # The output layer: hooks put large states in place of the decoder's
+    # The output layer, with large states in place of the decoder's
     output_layer = language_model.get_output_embeddings()
     head = nn.Linear(output_layer.weight.shape[1], min(64, len(output_layer.weight)), bias=False)
     head.weight.copy_(output_layer.weight[: head.out_features])
@@ -156,17 +156,10 @@ def verify_text_path(language_model: PreTrainedModel, processor: Processor) -> N
     def replace_states(module: nn.Module, inputs: Any, output: Any) -> Any:
         return output | {"last_hidden_state": states}
 
-    hooks = []
-    for module in language_model.modules():
-        if isinstance(module, PreTrainedModel) and module is not language_model:
-            hooks.append(module.register_forward_hook(replace_states))
     language_model.set_output_embeddings(head)
-    try:
+    with decoder.register_forward_hook(replace_states):
         logits = language_model(input_ids=input_ids, use_cache=False).logits
-    finally:
-        language_model.set_output_embeddings(output_layer)
-        for hook in hooks:
-            hook.remove()
+    language_model.set_output_embeddings(output_layer)
     if not (apart := difference(logits, head(states))) <= tolerance(torch.float32):
         raise ValueError(
             f"the logits of a {model_type} are not those of its output layer alone (they differ by "

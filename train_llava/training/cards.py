@@ -8,37 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerState
 from yaml import YAMLError
 
 from train_llava.evaluation.metrics import METRICS
 from train_llava.evaluation.plots import plot_loss
-from train_llava.model import LoraArguments, find_file
+from train_llava.model import find_file
 from train_llava.training.resume import changes_of
 
 FILE = "README.md"
 ADAPTER = " It is a LoRA adapter: `PeftModel.from_pretrained` puts it on its base model."
-CARD = """\
----
-{head}
----
-
-# {name}
-
-A LLaVA, which answers questions about pictures.
-`AutoModelForImageTextToText` and `AutoProcessor` open it.{adapter}
-
-Give it pictures that are upright, RGB with 8 bits, and on white where they were transparent.
-`pipeline`, llama.cpp and others read other pictures differently than its training did.
-`python -m train_llava.prepare_picture` makes such files.
-
-{sections}
-
-## Licence
-
-The weights descend from the models and the data named above, and their licences hold here, too.
-Look them up before you share this model.
-"""
+CARD = Path(__file__).with_name("card.md").read_text(encoding="utf-8")  # with the places that `write_card` fills
 
 
 def cell(scores: dict[str, Any], metric: str) -> str:
@@ -56,15 +36,10 @@ def markdown(rows: list[Sequence[str]]) -> str:
 
 
 def write_run_card(
-    model_arguments: Any,
-    lora_arguments: LoraArguments,
-    data_arguments: Any,
-    args: TrainingArguments,
-    records: int | None,
-    learning_rates: dict[str, float],
-    state: TrainerState,
+    arguments: tuple[Any, ...], records: int | None, learning_rates: dict[str, float], state: TrainerState
 ) -> None:
-    """Writes the loss curve and the model card of a run; `records` is None for streamed data."""
+    """Writes the loss curve and the model card of a run with these `arguments`; `records` is None for a stream."""
+    model_arguments, lora_arguments, data_arguments, args = arguments
     folder, base = Path(args.output_dir), model_arguments.model_name_or_path
     is_adapter = args.train_type == "lora"
     plot_loss(state.log_history, folder / "loss.png")

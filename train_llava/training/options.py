@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from train_llava.cli import BITS_HELP, device
+from train_llava.cli import BITS_HELP, Dtype, device
 from train_llava.model import TRAIN_TYPES
 
 LEARNING_RATES = {name: rate for name, (rate, _) in TRAIN_TYPES.items()}
@@ -79,9 +79,7 @@ class TrainArguments(TrainingArguments):
     )
     tokens_per_batch: int | None = HfArg(default=None, help="Packing: fill each batch up to this many tokens.")
     bf16: bool | None = HfArg(default=None, help="Compute in bfloat16; default: if the GPU can.")
-    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
-        default="auto", help="The precision of the saved model; auto: that of the model it began with."
-    )
+    save_dtype: Dtype = HfArg(default="auto", help="Of the saved model; auto: that of the model it began with.")
     dataloader_num_workers: int | None = HfArg(
         default=None, help="Processes that open pictures, for each rank; default: 4 on a GPU, otherwise none."
     )

@@ -1,9 +1,11 @@
 """Measures a run's throughput: tokens and pictures a second, waiting for data, memory, use of the matmul peak."""
 
+import json
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -25,25 +27,9 @@ LOGGED = {
     "matmul_share": "share of the matmul peak measured here",
     "memory_gb": "peak memory of a process, GB",
 }
-
-
 # FLOPs per second of dense bf16 products with sums in fp32, by NVIDIA's data sheets. The first name that stands as a
 # whole in a device's name counts
-PUBLISHED_PEAKS = {
-    "B200": 2250e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX A6000": 155e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+PUBLISHED_PEAKS = json.loads(Path(__file__).with_name("published_peaks.json").read_text())
 
 
 def peak_memory(device: torch.device) -> int:
