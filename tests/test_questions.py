@@ -8,10 +8,11 @@ import pytest
 from conftest import QUESTIONS, user_message
 
 from train_llava import infer
+from train_llava.common.files import held
 from train_llava.evaluation import generation
 from train_llava.evaluation import questions as question_files
 from train_llava.evaluation.generation import generate
-from train_llava.evaluation.questions import answered_before, locked, read_questions
+from train_llava.evaluation.questions import answered_before, read_questions
 from train_llava.modeling.adapter import load_model
 
 SETTINGS = {"model_name_or_path": "m", "max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0}
@@ -100,7 +101,10 @@ def test_the_settings_tell_models_apart_by_their_weights(opened, llava):
 
 def test_one_process_at_a_time_writes_a_file(opened, tmp_path):
     files = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
-    with locked(files[1]), pytest.raises(ValueError, match=r"a.jsonl is being written by another process"):
+    with (
+        held(tmp_path / ".a.jsonl.lock", ""),
+        pytest.raises(ValueError, match=r"a.jsonl is being written by another process"),
+    ):
         ask_file(opened, *files, {"prompt": "hi"})
     assert not files[1].exists()
     assert len(ask_file(opened, *files, {"prompt": "hi"})) == 1

@@ -82,10 +82,9 @@ from train_llava.training.cards import write_card
 
 
 def build_model(*values: Any, **options: Any) -> None:
-    """Writes a LLaVA checkpoint. The parameters are those of the command: see `BuildArguments`.
+    """Writes a LLaVA checkpoint. The parameters are the command's arguments, in their order: see `BuildArguments`.
 
-    Raises:
-        OSError, ValueError: a part cannot be loaded, or a check of the LLaVA fails; nothing is left behind.
+    An OSError or ValueError says which part cannot be loaded, or which check fails; nothing is left behind.
     """
     arguments = BuildArguments(*values, **options)
     vision, language = arguments.vision_model_name_or_path, arguments.language_model_name_or_path
@@ -224,10 +223,8 @@ def assemble(
 def load_projector(path: str) -> dict[str, torch.Tensor]:
     """Reads a trained projector: its tensors by their names in a LLaVA, and `image_newline` where it has one.
 
-    `path` is a file of safetensors or of torch, or the folder of a run that trained the projector alone.
-
-    Raises:
-        OSError, ValueError: it cannot be read, or holds no such projector.
+    `path` is a file of safetensors or of torch, or the folder of a run that trained the projector alone. An
+    OSError or ValueError says why it cannot be read, or is no such projector.
     """
     if Path(path).is_dir():
         path = str(Path(path) / PROJECTOR)

@@ -52,10 +52,8 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
     """Parses the command line into one instance of each dataclass; the fields' `help` is the documentation.
 
-    A recipe, a YAML file of arguments, may come first. Arguments after it override it.
-
-    Raises:
-        ValueError: an argument is wrong, or names something that does not exist.
+    A recipe, a YAML file of arguments, may come first. Arguments after it override it. A ValueError says which
+    argument is wrong, or names something that does not exist.
     """
     # Every required argument is there, and every value lies in its interval
     arguments, parser = given_arguments(dataclasses), HfArgumentParser(dataclasses)
@@ -94,11 +92,8 @@ def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
 def given_arguments(dataclasses: Iterable[type], words: list[str] | None = None) -> dict[str, Any]:
     """The arguments on the command line and in its recipe, by name; the others are left out.
 
-    Args:
-        words: the command line; by default this process's.
-
-    Raises:
-        ValueError: a word is no argument, or a value has the wrong type.
+    `words` are the command line, by default this process's. A ValueError names a word that is no argument, or a
+    value of the wrong type.
     """
     words = sys.argv[1:] if words is None else words
     parser = HfArgumentParser(dataclasses)

@@ -148,10 +148,8 @@ def compare_text_loss(
 ) -> dict[str, Any]:
     """The `loss` of a text, its number of `tokens`, and the `base_loss` of the model before training.
 
-    This model is `base`, or the model without its adapter. Without either, there is no `base_loss`.
-
-    Raises:
-        ValueError: the base cannot be opened or splits the text into other tokens, or the text has one token.
+    This model is `base`, or the model without its adapter. Without either, there is no `base_loss`. A ValueError
+    says that the base cannot be opened or splits the text into other tokens, or that the text has one token.
     """
     input_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(input_ids) < 2:
@@ -186,8 +184,7 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
         check_name(f"--base {arguments.base}", arguments.base)
     text = None if arguments.text_path is None else read_text(arguments.text_path)
     dataset = LlavaDataset(arguments.data_path, arguments.image_dir)
-    names = arguments.model_name_or_path, arguments.adapter_name_or_path
-    model, processor = load_model(*names, arguments.bits)
+    model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
     dataset.min_side = chat_of(processor).min_side  # as training opens pictures
     # The loss of the text, the answers, and those of the controls
     text_scores = text and compare_text_loss(model, processor.tokenizer, text, arguments.base)

@@ -121,8 +121,7 @@ def go_text(text: str) -> str:
 def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
     """Ollama's description of the model: both files, the chat template in Go, the tokens that end an answer.
 
-    Raises:
-        ValueError: the chat template writes other text around a message when the conversation is longer.
+    A ValueError says that the template writes other text around a message when the conversation is longer.
     """
     # What the chat template writes before, between and after the texts of a conversation
     segments = template_segments(tokenizer, (QUESTION, ANSWER, QUESTION), answer_next=True)
@@ -167,10 +166,8 @@ def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
 def export_gguf(model_name_or_path: str, output_dir: str, class_token: str = "last") -> None:
     """Writes `model-f16.gguf`, `mmproj-f16.gguf` and `Modelfile` to a new folder; see `ExportArguments`.
 
-    Prints which pictures and texts the engines read differently, and the remedy.
-
-    Raises:
-        ValueError: there is no such checkpoint, or llama.cpp would compute other numbers; nothing is written.
+    Prints which pictures and texts the engines read differently, and the remedy. Where llama.cpp would compute
+    other numbers, a ValueError says why, and nothing is written.
     """
     if not is_gguf_available():
         raise ValueError("this needs a package that is not installed: pip install gguf")

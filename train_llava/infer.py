@@ -73,10 +73,7 @@ MAX_BYTES = 50 << 20  # of a picture from the network
 def fetch_image(name: str, min_side: int | None = None) -> Image.Image:
     """The picture at a path, at an http(s) address, in a data URI or, for "-", on standard input.
 
-    `min_side`: see `open_image`.
-
-    Raises:
-        OSError, ValueError: it is not there, or no picture.
+    `min_side`: see `open_image`. An OSError or ValueError says that it is not there, or no picture.
     """
     if name == "-":
         return open_image(sys.stdin.buffer.read(), "the picture on standard input", min_side)
@@ -170,8 +167,7 @@ def main() -> None:
     this_process()  # before the model is opened: each process has a device of its own
     if arguments.answers is not None:
         Path(arguments.answers).absolute().parent.mkdir(parents=True, exist_ok=True)
-    names = arguments.model_name_or_path, arguments.adapter_name_or_path
-    model, processor = load_model(*names, arguments.bits)
+    model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
     # A chat, a file of questions, or one question
     images = [fetch_image(name, chat_of(processor).min_side) for name in arguments.image]
     options = sampling(arguments.temperature, arguments.top_p) | {"max_new_tokens": arguments.max_new_tokens}

@@ -41,9 +41,7 @@ def merge_layers(model: PeftModel, dtype: torch.dtype) -> str:
     """Adds each layer's update to its weights in float32, and rounds once to `dtype`.
 
     Returns a line for the user: the share of the updates' norm that rounding took, and the layer that lost most.
-
-    Raises:
-        ValueError: a weight is not finite, or not in `dtype`.
+    A ValueError names a weight that is not finite, or not in `dtype`.
     """
     lost, changed, worst = 0.0, 0.0, (0.0, "")
     for name, layer in model.named_modules():
@@ -74,8 +72,7 @@ def merge_layers(model: PeftModel, dtype: torch.dtype) -> str:
 def merge_lora(model_name_or_path: str, adapter_name_or_path: str, output_dir: str, dtype: str = "auto") -> None:
     """Adds the adapter's updates to the weights, puts its projector in place, and saves the checkpoint.
 
-    Raises:
-        OSError, ValueError: an input cannot be opened, or the saved checkpoint differs; no file is left.
+    An OSError or ValueError says what cannot be opened, or that the saved checkpoint differs; no file is left.
     """
     with written_whole(output_dir) as folder:
         opened_in = torch.float32 if dtype == "float32" else "auto"

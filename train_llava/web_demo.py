@@ -87,8 +87,7 @@ def stream(
 ) -> Iterator[str]:
     """Yields the answer to a conversation as it grows, and at last the answer of `generate`; `stop` ends it.
 
-    Raises:
-        ValueError: the conversation cannot be answered; see `prepare`.
+    A ValueError says why the conversation cannot be answered; see `prepare`.
     """
     chat = chat_of(processor)
     inputs, options["max_new_tokens"] = prepare(chat, messages, images, max_new_tokens)
@@ -127,8 +126,7 @@ def answer(
 ) -> Iterator[None]:
     """Answers the last turn, in one chat after the other; yields whenever an answer has grown.
 
-    Raises:
-        ValueError: a picture cannot be read, or the question cannot be answered.
+    A ValueError says which picture cannot be read, or why the question cannot be answered.
     """
     if not turns[-1].text:
         raise ValueError("there is no question yet")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 
 ROOM = "make room on its disk"
@@ -127,6 +129,31 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(lock_file: Path, taken: str, wait: bool = False) -> Iterator[None]:
+    """Keeps all other processes out of the block. The lock ends with its process.
+
+    While another process holds it, `taken` with that process's name is an error or, with `wait`, is printed.
+    """
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=int(wait))  # a wait of a second is not worth a line
+    except Timeout:
+        message = f"{taken} ({lock_file.read_text()})"
+        if not wait:
+            raise ValueError(message) from None
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(message, flush=True)
+        lock.acquire()
+    try:
+        lock_file.write_text(f"process {os.getpid()} on {platform.node()}")
+        yield
+    finally:
+        if not wait:  # nobody waits for this file
+            lock_file.unlink(missing_ok=True)
+        lock.release()
 
 
 def apply_umask(*paths: Path) -> None:

@@ -83,8 +83,7 @@ def candidate_names(name: str, top: str) -> list[str]:
 def zip_members(archive: Path) -> Members:
     """The files of a zip archive by `normal_path`, with and without the top folder: records may leave it out.
 
-    Raises:
-        ValueError: the archive is damaged; the message names it.
+    A ValueError names an archive that is damaged.
     """
     try:
         with zipfile.ZipFile(archive) as file:

@@ -25,10 +25,8 @@ def compare(folders: list[Path | str], output_dir: Path) -> str:
     """Writes `comparison.md` and `comparison.png` into `output_dir` and returns the table.
 
     Each run is compared with the first one question by question, which tells more than two intervals. A line
-    below the table names each setting that differs.
-
-    Raises:
-        OSError, ValueError: a folder is no evaluation, or was asked other questions than the first.
+    below the table names each setting that differs. An OSError or ValueError names a folder that is no evaluation,
+    or was asked other questions than the first.
     """
     runs = {str(folder): read_run(Path(folder)) for folder in folders}
     first, (_, ours) = next(iter(runs.items()))

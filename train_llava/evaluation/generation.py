@@ -90,10 +90,8 @@ def generate(
 ) -> list[str]:
     """Answers conversations that end with a question. `images` are in the order of their `<image>` tokens.
 
-    Answers are greedy by default; `options` go to `model.generate` (see `sampling`).
-
-    Raises:
-        ValueError: one of them cannot be asked (see `prepare`), or there are not as many images as tags.
+    Answers are greedy by default; `options` go to `model.generate` (see `sampling`). A ValueError says which cannot
+    be asked (see `prepare`), or that there are not as many images as tags.
     """
     tags = []
     for messages in conversations:

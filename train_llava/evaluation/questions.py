@@ -13,20 +13,20 @@ import json
 import os
 import reprlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from filelock import FileLock, Timeout
 from peft import PeftModel
 from PIL import Image
 from tqdm import tqdm
 
 from train_llava.chat import Chat
 from train_llava.common.checks import ADDRESSES
+from train_llava.common.files import held
 from train_llava.dataset.readers import BadRecordError, Record, id_of, images_of, read_jsonl
 from train_llava.evaluation.generation import WINDOW, Messages, generate_all, prepare, sampling, this_process
 from train_llava.model import Llava
@@ -43,10 +43,8 @@ SETTINGS = ("model_name_or_path", "adapter_name_or_path", "data_path", "image_di
 def read_question(record: Record, number: int, folder: Path) -> dict[str, Any]:
     """A line of a file of questions, as `id`, `prompt`, `messages` and `pictures`.
 
-    `pictures` are files, relative to `folder`, addresses and data URIs. Without an id, `number` is the id.
-
-    Raises:
-        ValueError: it is no question; the message is the reason.
+    `pictures` are files, relative to `folder`, addresses and data URIs. Without an id, `number` is the id. A
+    ValueError says why it is no question.
     """
     if not isinstance(record, dict):
         raise record if isinstance(record, BadRecordError) else ValueError("it is no object")
@@ -84,26 +82,10 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     return questions
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keeps other processes from writing a file; a ValueError if one is writing it now."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"{path} is being written by another process: wait, or name another file") from None
-    try:
-        yield
-    finally:
-        os.unlink(lock.lock_file)
-        lock.release()
-
-
 def read_answers(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines of a file of answers, and the bytes of a torn line at its end, which a killed run left.
 
-    Raises:
-        OSError, ValueError: it cannot be read, or another program wrote it.
+    An OSError or ValueError says that it cannot be read, or that another program wrote it.
     """
     *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
     answers = []
@@ -125,10 +107,8 @@ def answered_before(
 ) -> list[dict[str, Any] | None]:
     """For each question, its line in a file of answers, or None. They match by `id`, `prompt` and `number`.
 
-    A torn last line is cut off the file.
-
-    Raises:
-        OSError, ValueError: the file cannot be read, or answers other questions, or with other settings.
+    A torn last line is cut off the file. An OSError or ValueError says that it cannot be read, or answers other
+    questions, or with other settings.
     """
     # The places of each question without an answer; equal questions take the lines in their order
     waiting = defaultdict(list)
@@ -183,13 +163,11 @@ def answer_questions(
 
     Returns:
         Each question's line of the file, or None; and the `id` and `reason` of each that could not be asked.
-
-    Raises:
-        OSError, ValueError: the file cannot be continued; see `locked` and `answered_before`.
     """
     state, refused = this_process(), []
-    writes = state.is_main_process
-    with locked(path) if writes else nullcontext():
+    writes, lock_file = state.is_main_process, path.with_name(f".{path.name}.lock")
+    taken = f"{path} is being written by another process: wait, or name another file"
+    with held(lock_file, taken) if writes else nullcontext():
         # The first process cuts off a torn line before the others read
         with state.main_process_first():
             lines = answered_before(path, questions, settings)

@@ -46,11 +46,8 @@ def read_adapter_config(adapter_name_or_path: str) -> LoraConfig:
 def continued(adapter_name_or_path: str, arguments: dict[str, Any]) -> LoraArguments:
     """Reads the LoRA settings of an adapter that is trained further.
 
-    Args:
-        arguments: the command line's arguments by name.
-
-    Raises:
-        ValueError: an argument differs from the adapter's setting, or the adapter trains no projector.
+    `arguments` are the command line's by name. A ValueError says which differs from the adapter's setting, or that
+    the adapter trains no projector.
     """
     config = read_adapter_config(adapter_name_or_path)
     if "multi_modal_projector" not in (config.modules_to_save or []):
@@ -69,10 +66,8 @@ def load_adapter(model: Llava, adapter_name_or_path: str, model_name: str, train
     """Puts a LoRA adapter on a model, and makes sure that the model takes every tensor of it.
 
     With `trains`, the adapter and its projector continue to train. An adapter from transformers before 4.52,
-    which names a LLaVA's parts differently, can be read, too.
-
-    Raises:
-        ValueError: it cannot be opened, or was trained on another model; the message says which.
+    which names a LLaVA's parts differently, can be read, too. A ValueError says that it cannot be opened, or was
+    trained on another model.
     """
     # Its files
     config = read_adapter_config(adapter_name_or_path)

@@ -33,11 +33,7 @@ NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
 
 def check_exportable(config: LlavaConfig | LlavaNextConfig) -> None:
-    """Verifies that llama.cpp can compute what transformers computes.
-
-    Raises:
-        ValueError: it cannot; the message names the feature that llama.cpp lacks.
-    """
+    """Verifies that llama.cpp can compute what transformers computes; a ValueError names the feature that it lacks."""
     if config.model_type == "llava_next":
         raise ValueError(
             "anyres cannot be exported to GGUF: llama.cpp keeps the padding of tiles, puts the whole picture last, "

@@ -86,12 +86,11 @@ def load_vision_tower(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
         none = "nor does transformers find one in it that takes plain pictures"
         raise ValueError(f"{name_or_path} is a {kind} model, not a vision tower, {none}")
     required = [name for name, parameter in parameters.items() if parameter.default is Parameter.empty]
+    its_tower = f"{name_or_path} is a {kind}, whose vision tower"
     if others := [name for name in required if name not in ("pixel_values", "args", "kwargs")]:
-        takes = f"takes {' and '.join(others)} with a picture"
-        raise ValueError(f"{name_or_path} is a {kind}, whose vision tower {takes}, which no LLaVA gives it")
+        raise ValueError(f"{its_tower} takes {' and '.join(others)} with a picture, which no LLaVA gives it")
     if not isinstance(tower, PreTrainedModel):
-        alone = "is no model by itself in transformers"
-        raise ValueError(f"{name_or_path} is a {kind}, whose vision tower {alone}")
+        raise ValueError(f"{its_tower} is no model by itself in transformers")
 
     # Missing weights that no hidden state uses are zero, such as the pooler of a ViT classifier
     prefix = next(name for name, module in model.named_modules() if module is tower)

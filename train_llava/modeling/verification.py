@@ -1,9 +1,6 @@
 """Verifies a LLaVA by measuring it: against its two parts, and what training and generation rely on.
 
-    python -m train_llava.modeling.verification FOLDER REFERENCES OUTCOME
-
-is how `build_model` verifies a folder in a fresh process (see `verify_in_fresh_process`). A check that fails
-raises a ValueError that names what is wrong.
+A check that fails raises a ValueError that names what is wrong.
 """
 
 import json
@@ -69,6 +66,7 @@ def verify_in_fresh_process(folder: Path, logits: torch.Tensor, features: torch.
 
 
 def main() -> None:
+    """The fresh process of `verify_in_fresh_process`."""
     folder, references, outcome = map(Path, sys.argv[1:])
     try:
         result: dict[str, Any] = {"rows": verify_checkpoint(folder, **load_file(references))}
@@ -141,10 +139,8 @@ def verify_text_path(language_model: PreTrainedModel, processor: Processor) -> N
     from_embeds = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
     from_ids = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
     if not (apart := difference(from_embeds, from_ids)) <= tolerance(torch.float32):
-        raise ValueError(
-            f"a {model_type} does more with a text's embeddings than its decoder does "
-            f"(states differ by {apart:.0e} of the largest), and a LLaVA has no place for that"
-        )
+        more = f"a {model_type} does more with a text's embeddings than its decoder does"
+        raise ValueError(f"{more} (states differ by {apart:.0e} of the largest), and a LLaVA has no place for that")
 
     # The output layer, with large states in place of the decoder's
     output_layer = language_model.get_output_embeddings()
@@ -161,10 +157,9 @@ def verify_text_path(language_model: PreTrainedModel, processor: Processor) -> N
         logits = language_model(input_ids=input_ids, use_cache=False).logits
     language_model.set_output_embeddings(output_layer)
     if not (apart := difference(logits, head(states))) <= tolerance(torch.float32):
-        raise ValueError(
-            f"the logits of a {model_type} are not those of its output layer alone (they differ by "
-            f"{apart:.0e} of the largest): a LLaVA has no place for a scale, a cap or another layer"
-        )
+        more = f"the logits of a {model_type} are not those of its output layer alone"
+        place = "a LLaVA has no place for a scale, a cap or another layer"
+        raise ValueError(f"{more} (they differ by {apart:.0e} of the largest): {place}")
 
 
 # The checks: each returns the outcome for its row of the table
@@ -184,10 +179,8 @@ def verify_part(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> str:
     """Verifies that the LLaVA computes what one of the two models computes alone."""
     apart = difference(ours, theirs)
     if not apart <= tolerance(theirs.dtype):
-        raise ValueError(
-            f"the {name} differ from the part's own by {apart:.0e} of the largest: this architecture does "
-            "something that a LLaVA of transformers does not"
-        )
+        more = "this architecture does something that a LLaVA of transformers does not"
+        raise ValueError(f"the {name} differ from the part's own by {apart:.0e} of the largest: {more}")
     return f"equal to the part's own (difference {apart:.0e})"
 
 

@@ -38,10 +38,8 @@ def tensors_in_files(model: nn.Module, state_dict: dict[str, torch.Tensor] | Non
     """A model's tensors and persistent buffers, or an adapter's alone, as files hold them.
 
     Their names are those of the checkpoint that the model was read from. A tied weight appears once.
-    `state_dict` is what DeepSpeed gathered of it; None: the model itself holds everything.
-
-    Raises:
-        OSError: a tensor was not gathered, or not whole.
+    `state_dict` is what DeepSpeed gathered of it; None: the model itself holds everything. An OSError names a
+    tensor that was not gathered, or not whole.
     """
     not_whole = "was not gathered whole: ZeRO-3 needs stage3_gather_16bit_weights_on_model_save"
     # An adapter: as many numbers as train

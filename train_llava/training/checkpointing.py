@@ -1,13 +1,11 @@
 """A run's files on disk: its lock, its checkpoints, its recipe, and the checkpoint that it starts from."""
 
 import json
-import os
-import platform
 import re
 import shutil
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -16,12 +14,11 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from train_llava.cli import ROOT, given_arguments
-from train_llava.common.files import replacing
+from train_llava.common.files import held, replacing
 
 RECIPE = "recipe.yaml"
 DERIVED = ("train_type", "learning_rate", "projector_learning_rate", "vision_learning_rate", "bf16", "seed")
@@ -89,32 +86,23 @@ def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> Non
 def locked(args: TrainingArguments) -> Iterator[None]:
     """Keeps every other run out of a run's folder; the lock ends with its process.
 
-    Raises:
-        OSError, ValueError: another run is at work in it, or it cannot be written to.
+    An OSError or ValueError says that another run is at work in it, or that it cannot be written to.
     """
-    folder = Path(args.output_dir)
-    file, is_new = folder / LOCK, not folder.exists()
-    lock = FileLock(file)
+    folder, lock = Path(args.output_dir), ExitStack()
+    is_new = not folder.exists()
 
     def acquire() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            holder = file.read_text()
-            raise ValueError(f"--output_dir {folder}: another run is at work in it ({holder})") from None
-        file.write_text(f"process {os.getpid()} on {platform.node()}")
+        lock.enter_context(held(folder / LOCK, f"--output_dir {folder}: another run is at work in it"))
 
-    # A folder that stays empty, because the run fails early, is removed again
     on_first_rank(args, acquire)
     try:
-        yield
+        with lock:
+            yield
     finally:
-        if lock.is_locked:
-            file.unlink(missing_ok=True)
-            lock.release()
-            if is_new and not any(folder.iterdir()):
-                folder.rmdir()
+        # A folder that stays empty, because the run fails early, is removed again
+        if args.process_index == 0 and is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def on_first_rank(args: TrainingArguments, task: Callable[[], Any]) -> Any:
@@ -148,8 +136,7 @@ def requested_checkpoint(args: TrainingArguments) -> tuple[bool | str, str | Non
 def starting_point(args: TrainingArguments) -> str | None:
     """The checkpoint that a run resumes from, the last complete one or a given one; None: the run starts anew.
 
-    Raises:
-        ValueError: it cannot resume, or its folder holds a model already.
+    A ValueError says why it cannot resume, or that its folder holds a model already.
     """
     resume, checkpoint = requested_checkpoint(args)
     check_output_dir(args.output_dir, checkpoint, resume is True)

@@ -5,17 +5,16 @@ later build would wait for ever. Here, a lock of the system protects the build, 
 """
 
 import os
-import platform
 import time
 from pathlib import Path
 
 import psutil
 from deepspeed.accelerator import get_accelerator
-from filelock import FileLock, Timeout
 from torch.utils.cpp_extension import _get_build_directory
 from transformers import TrainingArguments
 
 from train_llava.cli import device
+from train_llava.common.files import held
 from train_llava.training.memory import zero_of
 
 
@@ -36,22 +35,11 @@ def build_extension(builder: str) -> None:
     # One process builds, and the others wait for it
     extension = get_accelerator().create_op_builder(builder)
     folder = Path(_get_build_directory(extension.name, verbose=False))
-    holder = folder / "builder.lock"
-    lock = FileLock(holder)
-    try:
-        lock.acquire(timeout=1)  # if it is built already, another rank needs less
-    except Timeout:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"waiting for {holder.read_text()}, which builds DeepSpeed's {extension.name}", flush=True)
-        lock.acquire()
-    try:
-        holder.write_text(f"process {os.getpid()} on {platform.node()}")
+    with held(folder / "builder.lock", f"waiting for a build of DeepSpeed's {extension.name}", wait=True):
         wait_for_others(folder)
         if not (folder / f"{extension.name}.so").exists():
             print(f"building DeepSpeed's CPU extension {extension.name}, about a minute", flush=True)
         extension.load(verbose=False)
-    finally:
-        lock.release()
 
 
 def wait_for_others(folder: Path) -> None:

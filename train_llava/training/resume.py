@@ -166,11 +166,7 @@ def is_run_complete(state: TrainerState, args: TrainingArguments) -> bool:
 
 
 def completed(args: TrainingArguments, settings: dict[str, Any]) -> str | None:
-    """A line for the user if the run to resume is complete, and its model written; else None.
-
-    Raises:
-        ValueError: the settings are another run's; see `compare`.
-    """
+    """A line for the user if the run to resume is complete, and its model written; else None. Raises as `compare`."""
     folder, (resume, checkpoint) = Path(args.output_dir), requested_checkpoint(args)
     own = resume is True or (checkpoint and Path(checkpoint).absolute().parent.resolve() == folder.resolve())
     # A run writes this state last
