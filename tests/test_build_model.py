@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from dataclasses import MISSING, fields
+from inspect import Parameter, signature
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ from transformers import (
     pipeline,
 )
 
-from train_llava.build_model import build_model, load_projector
+from train_llava.build_model import BuildArguments, build_model, load_projector
 from train_llava.chat import Chat
 from train_llava.data import LlavaCollator
 from train_llava.evaluation.generation import generate, sampling, user_message
@@ -48,6 +50,12 @@ from train_llava.records import to_messages
 from train_llava.training.optimizer import describe_trainable
 
 PICTURE = Image.new("RGB", (50, 30), "red")
+
+
+def test_the_function_and_the_command_have_the_same_arguments_and_defaults():
+    parameters = signature(build_model).parameters.values()
+    function = [(p.name, MISSING if p.default is Parameter.empty else p.default) for p in parameters]
+    assert function == [(field.name, field.default) for field in fields(BuildArguments)]
 
 
 def test_weights_are_those_of_the_parts(parts, model):
@@ -599,7 +607,7 @@ def test_a_projector_is_recognised_by_its_content(tmp_path):
     [
         (
             {"linear_1.weight": (48, 32)},
-            r"linear_1.weight is \(48, 32\), and between these two models it would be \(32, 32\)",
+            r"linear_1.weight is \(48, 32\), and these two models need \(32, 32\)",
         ),
         ({"linear_2.bias": None}, "no projector of two linear layers"),
         ({"linear_3.bias": (32,)}, "no projector of two linear layers"),

@@ -13,6 +13,7 @@ weights, processor, chat template and generation config. Its class is `LlavaForC
 import re
 import sys
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,6 +155,9 @@ def build_model(*values: Any, **options: Any) -> None:
         print(f"{label:<26}{outcome}")
 
 
+build_model.__signature__ = signature(BuildArguments)  # for `help` and notebooks
+
+
 def assemble(
     vision_tower: PreTrainedModel, language_model: PreTrainedModel, processor: Processor, tokens: int, layer: int
 ) -> Llava:
@@ -265,9 +269,7 @@ def put_projector(model: Llava, projector: dict[str, torch.Tensor], path: str) -
     for name in projector.keys() & parameters.keys():
         shape, needed = tuple(projector[name].shape), tuple(parameters[name].shape)
         if shape != needed:
-            raise ValueError(
-                f"--projector {path}: {name} is {shape}, and between these two models it would be {needed}"
-            )
+            raise ValueError(f"--projector {path}: {name} is {shape}, and these two models need {needed}")
         parameters[name].data = projector[name].to(parameters[name].dtype)
 
 

@@ -150,16 +150,13 @@ def answer_file(
 
     lines, refused = answer_questions(model, chat, records, open_question, answers, settings, batch_size)
     # One line for all answers that were cut, one for each question that could not be asked
-    cut = sum(line["cut"] for line in lines if line)
-    notes = [f"question {entry['id']!r}: {entry['reason']}" for entry in refused]
-    if cut:
-        limit = settings["max_new_tokens"]
-        notes.insert(0, f"{cut} of {len(records)} answers were cut at --max_new_tokens {limit}")
-    if notes and this_process().is_main_process:
-        print(*notes, sep="\n", file=sys.stderr)
+    cut, limit = sum(line["cut"] for line in lines if line), settings["max_new_tokens"]
+    notes = [f"{cut} of {len(records)} answers were cut at --max_new_tokens {limit}"] if cut else []
+    reasons = [f"question {entry['id']!r}: {entry['reason']}" for entry in refused]
+    if (notes or reasons) and this_process().is_main_process:
+        print(*notes, *reasons, sep="\n", file=sys.stderr)
     if refused:
-        first = f"question {refused[0]['id']!r}: {refused[0]['reason']}"
-        raise ValueError(f"{len(refused)} of {len(records)} questions could not be asked; {first}")
+        raise ValueError(f"{len(refused)} of {len(records)} questions could not be asked; {reasons[0]}")
 
 
 def main() -> None:

@@ -55,10 +55,8 @@ def continued(adapter_name_or_path: str, arguments: dict[str, Any]) -> LoraArgum
         raise ValueError(f"{adapter_name_or_path} holds no projector: {remedy}")
     settings = {name: getattr(config, name.replace("lora_r", "r")) for name in vars(LoraArguments())}
     for name, value in settings.items():
-        if arguments.get(name, value) != value:
-            raise ValueError(
-                f"--{name} {arguments[name]}: {adapter_name_or_path}, which goes on training, has {value}"
-            )
+        if (given := arguments.get(name, value)) != value:
+            raise ValueError(f"--{name} {given}: {adapter_name_or_path}, which goes on training, has {value}")
     return LoraArguments(**settings)
 
 

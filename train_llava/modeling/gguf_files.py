@@ -35,10 +35,8 @@ NamedTensors = Iterator[tuple[str, torch.Tensor]]
 def check_exportable(config: LlavaConfig | LlavaNextConfig) -> None:
     """Verifies that llama.cpp can compute what transformers computes; a ValueError names the feature that it lacks."""
     if config.model_type == "llava_next":
-        raise ValueError(
-            "anyres cannot be exported to GGUF: llama.cpp keeps the padding of tiles, puts the whole picture last, "
-            "and puts no image_newline between rows"
-        )
+        other = "keeps the padding of tiles, puts the whole picture last, and puts no image_newline between rows"
+        raise ValueError(f"anyres cannot be exported to GGUF: llama.cpp {other}")
     text, vision, layer = config.text_config, config.vision_config, config.vision_feature_layer
     if text.model_type not in LANGUAGE_MODELS or vision.model_type not in TOWERS:
         models = "only CLIP or SigLIP with a Qwen2, Qwen3 or Llama language model"

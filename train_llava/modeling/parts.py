@@ -189,9 +189,7 @@ def load_image_processor(
         if pixel_values.shape != wide["pixel_values"].shape:
             raise ValueError(f"{name_or_path} makes no square of a wide picture: {take}")
         if others := square.keys() - {"pixel_values"}:
-            raise ValueError(
-                f"{name_or_path} gives {min(others)} with a picture, and no LLaVA takes it: have it padded"
-            )
+            raise ValueError(f"{name_or_path} gives {min(others)} with a picture, which no LLaVA takes: {take}")
         return image_processor
 
     # LLaVA's own processors, with its numbers; imported here, since they warn of a missing torchvision
@@ -230,10 +228,8 @@ def probe_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, nam
     try:
         states = tower(pixel_values, output_hidden_states=True).hidden_states
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the image processor of {name} makes pictures of {side} pixels a side, its vision tower takes "
-            f"{'others' if image_size is None else image_size}: {error}"
-        ) from error
+        made, taken = f"makes pictures of {side} pixels a side", "others" if image_size is None else image_size
+        raise ValueError(f"the image processor of {name} {made}, its vision tower takes {taken}: {error}") from error
 
     # One grid of patches for each picture
     for size in (patch_size, image_size):

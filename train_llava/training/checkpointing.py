@@ -49,11 +49,10 @@ def marked_incomplete(checkpoint: Path, accelerator: Accelerator) -> Iterator[No
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
     """The last checkpoint of a run that was written to its end; None if there is none."""
-    complete = {}
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        if is_checkpoint_complete(folder) and number_of(folder) is not None:  # copies may have other names
-            complete[number_of(folder)] = folder
-    return str(complete[max(complete)]) if complete else None
+    folders = filter(is_checkpoint_complete, Path(output_dir).glob("checkpoint-*"))
+    complete = {number_of(folder): str(folder) for folder in folders}
+    complete.pop(None, None)  # a copy may have another name
+    return complete[max(complete)] if complete else None
 
 
 def number_of(checkpoint: Path) -> int | None:
