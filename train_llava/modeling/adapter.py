@@ -34,9 +34,9 @@ def load_model(
 
 def read_adapter_config(adapter_name_or_path: str) -> LoraConfig:
     """Reads the configuration of a LoRA adapter, a folder or a hub id; a ValueError names a broken file."""
+    if find_file(adapter_name_or_path, "adapter_config.json") is None:
+        raise ValueError(f"{adapter_name_or_path} is no adapter folder, and no adapter on the hub")
     with opening(adapter_name_or_path):
-        if find_file(adapter_name_or_path, "adapter_config.json") is None:
-            raise ValueError(f"{adapter_name_or_path} is no adapter folder, and no adapter on the hub")
         config = PeftConfig.from_pretrained(adapter_name_or_path)
         if not isinstance(config, LoraConfig):
             raise ValueError("it is no LoRA adapter's")
