@@ -14,7 +14,6 @@ such folders in `comparison.md` and `comparison.png`.
 import json
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -84,25 +83,23 @@ SAMPLE_GRID = (2, 4)  # rows and columns of captions.png
 def table(metrics: dict[str, Any]) -> str:
     """The exact match of the model and of each control, then the model's other metrics, by language."""
 
-    def row(name: str, cells: Iterable[str]) -> str:
-        return f"{name:<22}" + "".join(f"{text:>14}" for text in cells)
+    def cells(scores: dict[str, Any], metric: str = "exact_match") -> list[str]:
+        return [cell(column, metric) for column in (*scores.get("by_language", {}).values(), scores)]
 
-    def score_row(name: str, scores: dict[str, Any], metric: str = "exact_match") -> str:
-        columns = [*scores.get("by_language", {}).values(), scores]
-        return row(name, [cell(column, metric) for column in columns])
-
-    ours = [*metrics.get("by_language", {}).values(), metrics]
-    lines = [row("exact match", [*metrics.get("by_language", {}), "all"]), score_row("this model", metrics)]
-    bounds = [scores["intervals"]["exact_match"] for scores in ours]
-    lines.append(row("  95 % interval", [f"{low:.1%}-{high:.1%}" for low, high in bounds]))
+    languages = metrics.get("by_language", {})
+    rows = [["exact match", *languages, "all"], ["this model", *cells(metrics)], ["  95 % interval"]]
+    for scores in (*languages.values(), metrics):
+        low, high = scores["intervals"]["exact_match"]
+        rows[-1].append(f"{low:.1%}-{high:.1%}")
     for name, control in metrics["controls"].items():
-        lines.append(score_row(name.replace("_", " "), control))
+        rows.append([name.replace("_", " "), *cells(control)])
     # The other metrics
-    lines.append("this model's")
+    rows.append(["this model's"])
     for metric, name in METRICS.items():
         if metric in metrics and metric != "exact_match":
-            lines.append(score_row(f"  {name}", metrics, metric))
-    lines.append(row("questions", [f"{scores['n']:,}" for scores in ours]))
+            rows.append([f"  {name}", *cells(metrics, metric)])
+    rows.append(["questions", *(f"{scores['n']:,}" for scores in (*languages.values(), metrics))])
+    lines = [f"{name:<22}{''.join(f'{text:>14}' for text in texts)}".rstrip() for name, *texts in rows]
     for metric, reason in metrics.get("undefined", {}).items():
         lines.append(f"{METRICS[metric]} is not defined: {reason}")
     # Lines that only some evaluations have
