@@ -11,17 +11,11 @@ from train_llava.modeling.verification import difference, tolerance
 from train_llava.trainer import LlavaTrainer
 from train_llava.training.memory import precision
 
-SETTINGS = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # the loss stays this repo's
-
 
 def use_liger(trainer: LlavaTrainer, language_model: nn.Module) -> None:
-    """Lets liger-kernel compute what it knows of a language model: norms, rotary embedding, MLPs.
+    """Lets liger-kernel compute what it knows of a language model (norms, rotary embedding, MLPs), and not the loss.
 
-    The forward of the LLaVA stays, and so does the loss. The rotary embedding changes for all models of this type in
-    the process.
-
-    Raises:
-        ValueError: a kernel does not run here, or changes the logits by more than noise.
+    Raises a ValueError if a kernel does not run here, or changes the logits by more than noise.
     """
     args, whole = trainer.args, not is_deepspeed_zero3_enabled()  # under ZeRO-3 no rank holds the whole model
 
@@ -37,7 +31,7 @@ def use_liger(trainer: LlavaTrainer, language_model: nn.Module) -> None:
     refused = f"--use_liger_kernel: leave it out, since this {language_model.config.model_type}"
     before = logits() if whole else None
     try:
-        apply_liger_kernel(language_model, SETTINGS)
+        apply_liger_kernel(language_model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
         apart = difference(logits(), before) if whole else 0.0
     except Exception as error:  # of any type: some of its functions cannot do without an output layer
         raise ValueError(f"{refused} does not run with it here: {error}") from error
