@@ -285,6 +285,26 @@ def test_a_gpu_computes_a_packed_row_in_one_call_a_layer(llava, mixed, varlen_ke
     assert difference <= 1e-5
 
 
+def test_a_row_may_end_in_padding_of_its_own(llava, mixed, varlen_kernel):
+    """On a GPU, T is a multiple of 64. No conversation sees the rest: the loss and all gradients stay."""
+    model, processor = load_checkpoint(str(llava))
+    dataset = LlavaDataset(str(mixed))
+    items = [dataset[i] for i in (0, 1, 2, 4)]
+    plain = LlavaCollator(processor, packing=True)(items)
+    padded = LlavaCollator(processor, packing=True, multiple=64)(items)
+    length = plain["input_ids"].shape[1]
+    assert padded["input_ids"].shape[1] == -(-length // 64) * 64 > length
+    assert padded["cu_seq_lens_q"].tolist() == [*plain["cu_seq_lens_q"].tolist(), padded["input_ids"].shape[1]]
+    assert padded["shift_labels"].equal(plain["shift_labels"])
+    (loss, grads), (plain_loss, plain_grads) = gradients(model, **padded), gradients(model, **plain)
+    assert abs(loss - plain_loss) <= 1e-6 * plain_loss
+    for name, grad in plain_grads.items():
+        assert (grads[name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-10, name
+    with torch.no_grad(), attention.in_one_call(model.model.language_model):
+        assert abs(model(**padded).loss - plain_loss) <= 1e-6 * plain_loss
+    assert varlen_kernel[0][0] == padded["cu_seq_lens_q"].tolist()
+
+
 def test_a_kernel_that_mixes_conversations_is_found(llava, varlen_kernel, monkeypatch):
     model, processor = load_checkpoint(str(llava))
 

@@ -252,6 +252,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(llava, co
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
+    assert "step 1: the loss is nan at the records" in done.stderr  # the preflight's
 
 
 @pytest.mark.parametrize(

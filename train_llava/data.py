@@ -139,12 +139,12 @@ class LlavaCollator:
 
     With the last two, the model computes logits at N positions instead of B x T. Loss and gradients are the same.
 
-    With `packing`, the conversations are one row `(1, sum of lengths)`, without padding and `attention_mask`;
-    `packed_arguments` keep them apart.
+    With `packing`, the conversations are one row `(1, T)` without `attention_mask`; `packed_arguments` keep them apart.
 
     Args:
         padding_mask: False leaves out `attention_mask`, for models to which padding on the right is invisible.
-        multiple: T is rounded up to a multiple of it, so that batches have few distinct lengths.
+        multiple: T is rounded up to a multiple of it, so that batches have few distinct lengths. Padding at the end of
+            a packed row is kept apart as a conversation is.
     """
 
     def __init__(
@@ -181,10 +181,10 @@ class LlavaCollator:
         pad_id = self.processor.tokenizer.pad_token_id
         input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
         labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)
-        if not self.packing:
-            more = -input_ids.shape[1] % self.multiple
+        if more := -input_ids.shape[1] % self.multiple:
             input_ids = nn.functional.pad(input_ids, (0, more), value=pad_id)
             labels = nn.functional.pad(labels, (0, more), value=IGNORE)
+            lengths.append(more)
         # The token before each label predicts it
         logits_to_keep = torch.zeros_like(labels, dtype=torch.bool)
         logits_to_keep[:, :-1] = labels[:, 1:] != IGNORE

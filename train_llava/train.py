@@ -38,6 +38,7 @@ from train_llava.training.optimizer import describe_trainable, use_float32
 from train_llava.training.options import DataArguments, ModelArguments, TrainArguments
 from train_llava.training.preflight import preflight
 from train_llava.training.throughput import describe_throughput
+from train_llava.training.waits import check_on_device
 
 
 def load_data(
@@ -118,6 +119,7 @@ def run(
     )
     check_training_options(args, model, data_arguments.eval_answers)
     verify_for_training(model, processor, packing)
+    check_on_device(model)
 
     # 4. The data. On a GPU, few distinct lengths and no mask let attention run its fastest kernel
     on_gpu, padding_mask = args.device.type == "cuda", True

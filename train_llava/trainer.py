@@ -40,6 +40,7 @@ from train_llava.training.optimizer import check_finite, restore_settings, setti
 from train_llava.training.resume import SETTINGS, is_run_complete
 from train_llava.training.stopping import StopOnSignal, outlive_sigterm
 from train_llava.training.throughput import Throughput
+from train_llava.training.waits import check_losses, keep_positions, wait_once_for_norm
 
 
 class LlavaTrainer(Trainer):
@@ -63,6 +64,7 @@ class LlavaTrainer(Trainer):
         self.data_collator = partial(with_extras, collator=self.data_collator)
         self.learning_rates, self.write_card, self.eval_answers = learning_rates, write_card, eval_answers
         self.packed_model = packed_model
+        self.losses: list[tuple[list[str], torch.Tensor]] = []  # of the step's batches, with their records
         # Trainer would remove older checkpoints too early; `_save_checkpoint` removes them
         self.limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.throughput = Throughput(self.args.device, precision(self.args), self.args.world_size)
@@ -139,18 +141,21 @@ class LlavaTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         extras = inputs.pop("extras")
         self.throughput.add(extras["tokens"], extras["images"])
-        outcome = super().compute_loss(model, inputs, *args, **kwargs)
-        loss = outcome[0] if isinstance(outcome, tuple) else outcome
-        if model.training and not torch.isfinite(loss):
-            step, names = self.state.global_step + 1, ", ".join(map(repr, extras["ids"]))
-            raise ValueError(f"step {step}: the loss is {loss.item()} at the records {names}")
+        del inputs["logits_to_keep"]
+        with keep_positions(self.model, extras["positions"]):
+            outcome = super().compute_loss(model, inputs, *args, **kwargs)
+        if model.training:
+            loss = outcome[0] if isinstance(outcome, tuple) else outcome
+            self.losses.append((extras["ids"], loss.detach().to("cpu", non_blocking=True)))
         return outcome
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
+        norm = None if norm is None else float(norm)  # waits for the GPU, unless DeepSpeed has done so
+        check_losses(self.losses, self.state.global_step + 1)
         # DeepSpeed may give -1 for NaN. In fp16, a step that overflows is left out
         if norm is not None and not self.args.fp16 and not 0 <= norm < math.inf:
-            reason = f"step {self.state.global_step + 1}: the gradients are not finite (norm {float(norm)})"
+            reason = f"step {self.state.global_step + 1}: the gradients are not finite (norm {norm})"
             raise ValueError(f"{reason}; checkpoints before it are whole, and a lower --learning_rate may help")
         return norm
 
@@ -185,6 +190,8 @@ class LlavaTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, loader: DataLoader, checkpoint: str | None) -> Any:
         prepared = super()._prepare_for_training(max_steps, loader, checkpoint)
+        if self.is_deepspeed_enabled:
+            wait_once_for_norm(self.deepspeed.optimizer)
         if checkpoint is not None:
             check_finite(self.model, f"{checkpoint} is nothing to go on from; take an earlier one")
         return prepared

@@ -20,7 +20,9 @@ def with_extras(samples: list[Sample], collator: LlavaCollator) -> dict[str, Any
         "tokens": sum(len(sample.input_ids) for sample in samples),
         "images": sum(len(sample.images) for sample in samples),
     }
-    return collator(samples) | {"extras": extras}
+    batch = collator(samples)
+    extras["positions"] = batch["logits_to_keep"].flatten().nonzero().squeeze(1)  # in all rows, one after the other
+    return batch | {"extras": extras}
 
 
 def loss_sums(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

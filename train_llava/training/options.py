@@ -74,6 +74,7 @@ class TrainArguments(TrainingArguments):
     warmup_steps: float = HfArg(default=0.03, help="Steps of warm-up; below 1, a share of all steps.")
     lr_scheduler_type: str = HfArg(default="cosine", help="The learning rate's schedule.")
     logging_steps: float = HfArg(default=10, help="Steps between two logged losses.")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="Not needed: a loss that is not finite ends the run.")
     report_to: str = HfArg(
         default="tensorboard", help="Where losses are reported: tensorboard, wandb, swanlab, trackio …"
     )

@@ -32,6 +32,7 @@ from train_llava.training.memory import (
     zero_of,
 )
 from train_llava.training.throughput import peak_memory
+from train_llava.training.waits import check_losses
 
 
 def longest_samples(trainer: LlavaTrainer) -> list[Sample]:
@@ -112,6 +113,7 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
     loss.backward()
     for hook in hooks:
         hook.remove()
+    check_losses(trainer.losses, 1)
     for name, parameter in trained.items():
         if not finite.get(parameter, True):
             raise ValueError(f"preflight: {name} gets a gradient that is not finite (loss {loss.item():.4f})")

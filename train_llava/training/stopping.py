@@ -52,10 +52,12 @@ class StopOnSignal(TrainerCallback):
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "received", True))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        received = torch.tensor(float(self.received), device=args.device)
+        received = self.received
         if args.world_size > 1:  # the signal may reach ranks in different steps; all end in the same
-            torch.distributed.all_reduce(received)
-        if received.item():
+            count = torch.tensor(float(received), device=args.device)
+            torch.distributed.all_reduce(count)
+            received = count.item()
+        if received:
             if state.is_world_process_zero:
                 print(f"SIGTERM: ending at step {state.global_step} with a checkpoint", flush=True)
             self.received = control.should_save = control.should_training_stop = True
