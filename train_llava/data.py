@@ -139,7 +139,7 @@ class LlavaCollator:
 
     With the last two, the model computes logits at N positions instead of B x T. Loss and gradients are the same.
 
-    With `packing`, the conversations are one row `(1, T)` without `attention_mask`; `packed_arguments` keep them apart.
+    With `packing`, the conversations are one row `(1, T)` without `attention_mask`; `packed_arguments` part them.
 
     Args:
         padding_mask: False leaves out `attention_mask`, for models to which padding on the right is invisible.

@@ -54,8 +54,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         received = self.received
         if args.world_size > 1:  # the signal may reach ranks in different steps; all end in the same
-            count = torch.tensor(float(received), device=args.device)
-            torch.distributed.all_reduce(count)
+            torch.distributed.all_reduce(count := torch.tensor(float(received), device=args.device))
             received = count.item()
         if received:
             if state.is_world_process_zero:

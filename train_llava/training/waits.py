@@ -1,4 +1,4 @@
-"""Spares a training step waits of the host for the GPU: in each, the GPU soon has nothing to do."""
+"""Spares a training step waits of the host for the GPU: after each, the GPU has nothing to do for a moment."""
 
 from typing import Any
 
@@ -8,22 +8,14 @@ from torch.utils.hooks import RemovableHandle
 
 
 def keep_positions(model: nn.Module, positions: torch.Tensor) -> RemovableHandle:
-    """Lets the head see these positions `(N,)` of all rows `(B x T)` alone, until the handle is left.
-
-    `logits_to_keep` as a mask does the same, but the host has to wait for the number of positions.
-    """
-
-    def select(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (inputs[0].flatten(0, 1).index_select(0, positions),)
-
-    return model.get_output_embeddings().register_forward_pre_hook(select)
+    """Shows the head these positions `(N,)` of all rows `(B x T)` alone. A mask would make the host wait."""
+    return model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: inputs[0].flatten(0, 1).index_select(0, positions)
+    )
 
 
 def check_losses(losses: list[tuple[list[str], torch.Tensor]], step: int) -> None:
-    """Stops a run at a loss that is not finite, and names the records of its batch. Empties the list.
-
-    The losses have been copied without a wait: they are there after the next wait for a later result.
-    """
+    """Raises a ValueError with the records of a loss that is not finite. All are there after a wait for gradients."""
     for ids, loss in losses:
         if not loss.isfinite():
             raise ValueError(f"step {step}: the loss is {loss} at the records {', '.join(map(repr, ids))}")
@@ -31,13 +23,10 @@ def check_losses(losses: list[tuple[list[str], torch.Tensor]], step: int) -> Non
 
 
 def check_on_device(model: nn.Module) -> None:
-    """Lets the device check that a batch has as many image tokens as features. Otherwise, the host waits for it."""
-    image_token_id = model.config.image_token_id
+    """Lets the device compare the numbers of image tokens and features; the model's own check makes the host wait."""
 
-    def placeholder_mask(
-        input_ids: torch.Tensor, inputs_embeds: torch.Tensor, image_features: torch.Tensor
-    ) -> torch.Tensor:
-        mask = (input_ids == image_token_id)[..., None]
+    def placeholder_mask(input_ids: torch.Tensor, inputs_embeds: torch.Tensor, image_features: torch.Tensor) -> Any:
+        mask = (input_ids == model.config.image_token_id)[..., None]
         equal = mask.sum() * inputs_embeds.shape[-1] == image_features.numel()
         torch._assert_async(equal, "image features and image tokens do not match")
         return mask
