@@ -111,15 +111,21 @@ def test_every_recipe_parses_and_the_batch_is_that_of_the_readme():
     for file in (ROOT / "recipes").glob("*.yaml"):
         *_, args = parse("train", [str(file)])
         batches[file.stem] = args.per_device_train_batch_size * args.gradient_accumulation_steps, args.train_type
+        if args.batches is not None:
+            assert (args.global_batch_size, args.batches[0]) == (
+                batches[file.stem][0],
+                (args.global_batch_size, False),
+            )
+            assert all(args.global_batch_size % gpus == 0 for gpus in (1, 2, 4, 8, 16))
         example = f"examples/{file.stem.partition('-')[0]}/run.sh"
         where = [example] if (ROOT / example).exists() else ENGLISH
         assert any(f" recipes/{file.name}" in (ROOT / name).read_text(encoding="utf-8") for name in where)
     assert batches == {
         "one-gpu-stage1": (256, "projector"),
         "one-gpu-stage2": (128, "lora"),
-        "eight-gpus-stage1": (256 // 8, "projector"),
-        "eight-gpus-stage2": (128 // 8, "freeze_vision"),
-        "two-nodes-stage2": (128 // 16, "freeze_vision"),
+        "eight-gpus-stage1": (256, "projector"),
+        "eight-gpus-stage2": (128, "freeze_vision"),
+        "two-nodes-stage2": (128, "freeze_vision"),
         "openmoji-stage1": (32 // 2, "projector"),
         "openmoji-stage2": (64 // 2, "freeze_vision"),
         "smollm2-stage1": (8 // 2, "projector"),

@@ -61,7 +61,7 @@ def test_every_argument_is_honoured_or_free_or_refused(tmp_path):
     assert not resume.HONOURED & resume.FREE
     earlier, args = settings(tmp_path), TrainArguments(output_dir=str(tmp_path))
     earlier |= {"model_name_or_path": "a", "data_path": "b", "to_come": 1}
-    batch = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    batch = {"per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"}
     assert {name.split()[0] for name in earlier} == (names - resume.FREE - batch) | {
         "per_device_train_batch_size",
         "to_come",

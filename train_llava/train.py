@@ -30,6 +30,7 @@ from train_llava.modeling.weights import save_projector
 from train_llava.trainer import LlavaTrainer
 from train_llava.training import resume
 from train_llava.training.arguments import check_argument_pairs, check_batches, check_training_options
+from train_llava.training.batch_size import choose_batch, recompute_activations
 from train_llava.training.cards import write_run_card
 from train_llava.training.checkpointing import locked, on_first_rank, starting_point, write_recipe
 from train_llava.training.liger import use_liger
@@ -102,7 +103,7 @@ def run(
         print_once(change)
 
     # 3. The model
-    if args.preflight and args.process_index == 0:
+    if args.preflight and args.process_index == 0 and args.batches is None:
         print_estimate(model_name, lora_arguments, args, model_arguments.bits, packing, data_arguments.max_length)
     if args.deepspeed is not None:
         from train_llava.training.extension import build_extensions  # here, since DeepSpeed takes seconds
@@ -135,6 +136,8 @@ def run(
         resume.compare(checkpoint, settings, args)
 
     on_first_rank(args, compare_fingerprints)
+    if args.batches is not None:
+        choose_batch(args, model, lora_arguments, model_arguments.bits, dataset, collator)
 
     # 5. What trains
     language_model = model.model.language_model
@@ -146,11 +149,7 @@ def run(
     if args.deepspeed is None:  # DeepSpeed keeps its own float32 copies
         use_float32(model, args.train_type)
     print_once(describe_trainable(model, learning_rates))
-    recompute = args.activation_checkpointing
-    if recompute:
-        # Of the language model alone: the Trainer would recompute a frozen vision tower, too
-        language_model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
-        args.activation_checkpointing = False
+    recompute_activations(model, args)
 
     if args.torch_compile:
         # The layers alone, in one graph for all lengths: the Trainer would compile code that cannot be
@@ -180,7 +179,7 @@ def run(
         packed_model=language_model if packing and on_gpu and args.bf16 else None,
     )
     if args.preflight:
-        trainer.throughput.count_flops(model.config, lora_arguments, args, recompute)
+        trainer.throughput.count_flops(model.config, lora_arguments, args, language_model.is_activation_checkpointing)
     if args.use_liger_kernel:
         # In the language model alone: the Trainer would also replace the LLaVA's forward, which takes the labels
         use_liger(trainer, language_model)
@@ -190,6 +189,8 @@ def run(
 
     # 7. Training, and its results
     write_recipe(*all_arguments)
+    if resume.BATCH in settings:
+        settings[resume.BATCH] = args.per_device_train_batch_size  # as `auto` chose
     on_first_rank(args, lambda: resume.write_settings(args.output_dir, settings, changes))
     trainer.train(resume_from_checkpoint=checkpoint)
     with writing(args.output_dir, "make room on its disk, and go on by --resume_from_checkpoint true"):

@@ -15,7 +15,7 @@ INTERVALS = {
     "(-inf, inf)": "vision_feature_layer",
     "(0, inf)": "eval_steps logging_steps num_train_epochs save_steps",
     "[1, inf)": "batch_size dataloader_prefetch_factor early_stopping_patience eval_accumulation_steps "
-    "gradient_accumulation_steps lora_alpha lora_r max_length max_new_tokens max_steps num_proc "
+    "global_batch_size gradient_accumulation_steps lora_alpha lora_r max_length max_new_tokens max_steps num_proc "
     "per_device_eval_batch_size per_device_train_batch_size save_total_limit tokens_per_batch "
     "torch_empty_cache_steps",
     "[1, 2147483648)": "ddp_bucket_cap_mb ddp_timeout",

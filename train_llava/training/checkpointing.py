@@ -165,6 +165,8 @@ def write_recipe(*arguments: Any) -> None:
         return
     # By name, in the order of the dataclasses, without secrets
     values = given_arguments([type(part) for part in arguments]) | {name: getattr(args, name) for name in DERIVED}
+    if args.batches is not None:  # as `auto` chose; the accumulation follows
+        values["per_device_train_batch_size"], values["activation_checkpointing"] = args.batches[0]
     if "deepspeed" in values and Path(values["deepspeed"]).parent == ROOT:
         values["deepspeed"] = Path(values["deepspeed"]).name
     recipe = {}

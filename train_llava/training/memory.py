@@ -5,9 +5,9 @@ torch 2.13 has no counter for this: `MemTracker` fails at a frozen parameter, an
 cannot add LoRA. Training the projector gives the same bytes there, in four times the time.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 import torch
@@ -104,9 +104,9 @@ def picture_features(llava: Llava, pictures: int) -> torch.Tensor:
     side, options = llava.config.vision_config.image_size, {}
     shape: tuple[int, ...] = (pictures, 3, side, side)
     if isinstance(llava.config, LlavaNextConfig):
-        largest = max(llava.config.image_grid_pinpoints, key=prod)
+        largest = max(llava.config.image_grid_pinpoints, key=math.prod)
         options["image_sizes"] = [tuple(largest)] * pictures
-        shape = (pictures, 1 + prod(largest) // side**2, 3, side, side)
+        shape = (pictures, 1 + math.prod(largest) // side**2, 3, side, side)
     pixel_values = torch.empty(shape, dtype=llava.dtype, device="meta")
     return torch.cat(list(llava.model.get_image_features(pixel_values, **options).pooler_output))
 
@@ -262,8 +262,12 @@ def estimate_memory(
     bits: int | None = None,
     packing: bool = False,
     max_length: int | None = None,
+    longest: list[int] | None = None,
 ) -> tuple[dict[str, float], float, str]:
     """Estimates a run on one GPU, where each sample has a picture of the largest size and `TEXT` tokens.
+
+    Args:
+        longest: instead, the most tokens, image tokens and tokens of text of a sample.
 
     Returns:
         Bytes of a forward and backward pass by kind; bytes that the optimizer step adds to `MODEL_STATES`; a
@@ -274,19 +278,21 @@ def estimate_memory(
         llava, model = empty_model(config, args.train_type, lora_arguments, dtype)
 
     # The batch
-    batch, tokens = args.per_device_train_batch_size, len(picture_features(llava, 1)) + TEXT
-    tokens = min(tokens, max_length or tokens)
-    rows, width = (1, batch * tokens) if packing else (batch, tokens)
-    note = f"{batch} x {tokens:,} tokens, a picture in each"
+    batch, picture = args.per_device_train_batch_size, len(picture_features(llava, 1))
+    tokens, image_tokens, text = longest or (min(picture + TEXT, max_length or math.inf), picture, ANSWER)
     if args.tokens_per_batch is not None:
-        width, batch = args.tokens_per_batch, max(1, args.tokens_per_batch // tokens)
-        note = f"a row of {width:,} tokens, {batch} pictures in it"
+        batch = max(1, args.tokens_per_batch // tokens)
+    pictures = max(1, math.ceil(batch * image_tokens / picture))
+    rows, width = (1, args.tokens_per_batch or batch * tokens) if packing else (batch, tokens)
+    note = f"{batch} x {tokens:,} tokens, " + ("a picture in each" if pictures == batch else f"{pictures} pictures")
+    if args.tokens_per_batch is not None:
+        note = f"a row of {width:,} tokens, {pictures} pictures in it"
 
     # What it takes
     sizes = model_state_bytes(model, dtype, args.world_size, zero, offload, bits)
     optimizer_step = optimizer_step_bytes(model, dtype, args.world_size, zero, offload)
     recompute = args.activation_checkpointing
-    sizes |= activation_bytes(llava, rows, width, batch, batch * ANSWER, recompute=recompute)
+    sizes |= activation_bytes(llava, rows, width, pictures, batch * text, recompute=recompute)
     if accumulated := accumulated_gradient_bytes(args, sizes["gradients"]):
         sizes["accumulated gradients"] = accumulated
 
@@ -302,12 +308,13 @@ def print_estimate(
     args: TrainingArguments,
     bits: int | None,
     packing: bool,
-    max_length: int,
+    max_length: int | None,
+    longest: list[int] | None = None,
 ) -> None:
     """Prints a run's estimate and, where the GPU has less memory, what helps. Raises as `load_config`."""
     config = load_config(model_name_or_path)
     try:
-        sizes, optimizer_step, note = estimate_memory(config, lora_arguments, args, bits, packing, max_length)
+        sizes, optimizer_step, note = estimate_memory(config, lora_arguments, args, bits, packing, max_length, longest)
     except Exception as error:  # a model that cannot run on meta raises anything, and trains all the same
         reason = " ".join(str(error).split())[:100]
         print(f"memory: no estimate for a {config.text_config.model_type} ({reason})")

@@ -9,6 +9,7 @@ from transformers.hf_argparser import HfArg
 
 from train_llava.cli import BITS_HELP, Dtype, device
 from train_llava.model import TRAIN_TYPES
+from train_llava.training.batch_size import divide_batch
 
 LEARNING_RATES = {name: rate for name, (rate, _) in TRAIN_TYPES.items()}
 TUTORIAL_NAMES = {"use_lora": "lora", "none": "full"}
@@ -51,6 +52,13 @@ class DataArguments:
             self.eval_answers = 0 if self.eval_data_path is None else 64
 
 
+class NumberOrAuto(int):
+    """An int, or the text "auto", of a text on the command line."""
+
+    def __new__(cls, text: str) -> int | str:
+        return text if text == "auto" else int(text)
+
+
 @dataclass
 class TrainArguments(TrainingArguments):
     """`TrainingArguments` with what trains, and with defaults that suit a LLaVA."""
@@ -71,6 +79,15 @@ class TrainArguments(TrainingArguments):
         default=None, help="Stop after this many evaluations without a better --metric_for_best_model."
     )
     preflight: bool = HfArg(default=True, help="First try a step, saving and reading back on the longest records.")
+    global_batch_size: int | None = HfArg(
+        default=None, help="Records (of --tokens_per_batch, rows) of an optimizer step; accumulation follows."
+    )
+    per_device_train_batch_size: NumberOrAuto = HfArg(
+        default=8, help="auto: the most that fit, if they do without --activation_checkpointing, of that total."
+    )
+    gradient_accumulation_steps: int | None = HfArg(
+        default=None, help="Batches of an optimizer step; default: by global_batch_size, otherwise 1."
+    )
     warmup_steps: float = HfArg(default=0.03, help="Steps of warm-up; below 1, a share of all steps.")
     lr_scheduler_type: str = HfArg(default="cosine", help="The learning rate's schedule.")
     logging_steps: float = HfArg(default=10, help="Steps between two logged losses.")
@@ -99,9 +116,7 @@ class TrainArguments(TrainingArguments):
             self.projector_learning_rate = self.learning_rate * (0.1 if self.train_type == "lora" else 1)
         if self.vision_learning_rate is None:
             self.vision_learning_rate = self.learning_rate * 0.1
-        # With packed rows, a batch is one row
-        if self.tokens_per_batch is not None:
-            self.per_device_train_batch_size = 1
+        self.batches = divide_batch(self)
         # The device and its precision
         if self.bf16 is None:
             on_gpu = device().type == "cuda" and not self.fp16

@@ -1,5 +1,6 @@
 """Tries the longest batch of a run before its first step: forward, backward, save and read back."""
 
+import math
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -9,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from train_llava.cli import device
 from train_llava.common.files import writing
 from train_llava.data import CheckedDataset, Sample
 from train_llava.dataset.images import prepare_pictures
@@ -24,6 +27,7 @@ from train_llava.modeling.attention import in_one_call
 from train_llava.modeling.templates import context_length
 from train_llava.modeling.verification import packing_difference, refuse_mixing
 from train_llava.trainer import LlavaTrainer
+from train_llava.training.batch_size import next_batch
 from train_llava.training.memory import (
     accumulated_gradient_bytes,
     model_state_bytes,
@@ -67,14 +71,23 @@ def preflight(trainer: LlavaTrainer) -> None:
     for i in tqdm(mine, "held-out records", disable=len(mine) < 1000 or args.process_index > 0):
         held_out.good_sample(i)
     # The trial on the first rank, and on all ranks its result
-    untrained: list[set[str]] = [set()]
-    if trainer.is_world_process_zero():
-        if is_deepspeed_zero3_enabled():
+    untrained: set[str] | None = None
+    while untrained is None:
+        if trainer.is_world_process_zero() and is_deepspeed_zero3_enabled():
             print("preflight left out: under ZeRO-3 no rank holds the whole model")
-        else:
-            with torch.random.fork_rng(), in_one_call(trainer.packed_model):
-                untrained = [_try_once(trainer)]
-    for name in broadcast_object_list(untrained)[0]:
+            untrained = set()
+        elif trainer.is_world_process_zero():
+            try:
+                with torch.random.fork_rng(), in_one_call(trainer.packed_model):
+                    untrained = _try_once(trainer)
+            except RuntimeError as error:
+                if not (should_reduce_batch_size(error) and args.batches and args.batches[1:]):
+                    raise
+        (untrained,) = broadcast_object_list([untrained])
+        if untrained is None:
+            next_batch(args, trainer.model)
+            trainer._train_batch_size = args.train_batch_size
+    for name in untrained:
         trainer.model.get_parameter(name).requires_grad_(False)
 
 
@@ -109,10 +122,12 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
         with trainer.accelerator.autocast():
             return trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
 
-    loss = compute_loss()
-    loss.backward()
-    for hook in hooks:
-        hook.remove()
+    try:
+        loss = compute_loss()
+        loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
     check_losses(trainer.losses, 1)
     for name, parameter in trained.items():
         if not finite.get(parameter, True):
@@ -146,6 +161,9 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
     update = weights + optimizer_step_bytes(model, dtype, args.world_size, zero, offload)
     gradients = states["gradients"] + accumulated_gradient_bytes(args, states["gradients"])
     more = gradients + states["optimizer"] + max(update - peak, 0)
+    limit = torch.cuda.get_device_properties(args.device).total_memory if device().type == "cuda" else math.inf
+    if args.batches and args.batches[1:] and peak + more > limit:
+        raise torch.OutOfMemoryError("the optimizer would run out of memory.")
     print(
         f"preflight: {what} forward and backward, saved, read back alike (loss {loss.item():.4f}); "
         f"{peak / 1e9:.1f} GB, and {more / 1e9:.1f} GB more a rank for gradients and optimizer"

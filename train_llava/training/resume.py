@@ -45,6 +45,7 @@ COMPUTING = """attn_implementation activation_checkpointing activation_checkpoin
 DATA = "image_dir bad_samples max_bad_fraction"  # the records themselves are compared by their fingerprint
 RESUMING = "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint"
 FREE = {*" ".join([LOGGING, SAVING, EVALUATION, COMPUTING, DATA, RESUMING]).split()}
+BATCH = "per_device_train_batch_size"
 SCORE = {"metric_for_best_model", "greater_is_better"}  # may be added and dropped, and not exchanged
 STATEFUL = {"reduce_lr_on_plateau", "greedy"}  # schedules that compute the rate from the scores so far
 
@@ -60,12 +61,15 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     args = arguments[-1]
     values = {field.name: getattr(part, field.name) for part in arguments for field in fields(part)}
     settings = {name: value for name, value in values.items() if name not in FREE}
-    for name in ("model_name_or_path", "data_path", "per_device_train_batch_size"):
+    for name in ("model_name_or_path", "data_path", "global_batch_size", BATCH):
         del settings[name]
     # A step takes the same records, in however many batches
     batch, steps = args.per_device_train_batch_size, settings.pop("gradient_accumulation_steps")
-    name = "per_device_train_batch_size x --gradient_accumulation_steps"
-    settings[name] = {"text": f"{batch} x {steps}", "same": batch * steps}
+    text = f"{batch} x {steps}" if args.batches is None else batch * steps
+    settings[f"{BATCH} x --gradient_accumulation_steps"] = {"text": text, "same": batch * steps}
+    # But the workers of a stream take turns by batches, and the last records of a pass are dropped by batches
+    if args.dataloader_drop_last or (values["streaming"] and args.dataloader_num_workers > 1):
+        settings[BATCH] = batch if args.batches is None else "auto"
     stage, offload = zero_of(args)
     settings["deepspeed"] = None
     if stage is not None:
