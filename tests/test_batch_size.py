@@ -28,8 +28,8 @@ def arguments(tmp_path: Path, **given) -> TrainArguments:
     ("given", "ranks", "message"),
     [
         ({"size": "auto"}, 1, "auto divides a total: set --global_batch_size"),
-        ({"size": "auto", "total": 128}, 3, "--global_batch_size 128 cannot be .* 3 ranks in batches of 1: take 126"),
-        ({"size": 3, "total": 2}, 2, "--global_batch_size 2 cannot be .* 2 ranks in batches of 3: take 6"),
+        ({"size": "auto", "total": 128}, 3, "--global_batch_size 128 cannot be .* batches of 1 on 3 ranks: take 126"),
+        ({"size": 3, "total": 2}, 2, "--global_batch_size 2 cannot be .* batches of 3 on 2 ranks: take 6"),
         ({"size": 4, "total": 16, "steps": 2}, 1, "--gradient_accumulation_steps 2 follows from --global_batch_size"),
         ({"size": "auto", "total": 16, "steps": 2}, 1, "--gradient_accumulation_steps 2 follows from"),
     ],

@@ -112,11 +112,10 @@ def test_every_recipe_parses_and_the_batch_is_that_of_the_readme():
         *_, args = parse("train", [str(file)])
         batches[file.stem] = args.per_device_train_batch_size * args.gradient_accumulation_steps, args.train_type
         if args.batches is not None:
-            assert (args.global_batch_size, args.batches[0]) == (
-                batches[file.stem][0],
-                (args.global_batch_size, False),
-            )
-            assert all(args.global_batch_size % gpus == 0 for gpus in (1, 2, 4, 8, 16))
+            total = args.global_batch_size
+            assert batches[file.stem][0] == total
+            assert args.batches[0] == (total, False)  # all at once, without recomputation, is tried first
+            assert all(total % gpus == 0 for gpus in (1, 2, 4, 8, 16))
         example = f"examples/{file.stem.partition('-')[0]}/run.sh"
         where = [example] if (ROOT / example).exists() else ENGLISH
         assert any(f" recipes/{file.name}" in (ROOT / name).read_text(encoding="utf-8") for name in where)
