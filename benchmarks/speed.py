@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -47,7 +48,7 @@ from transformers import (
 from train_llava.build_model import build_model
 from train_llava.cli import device
 from train_llava.data import LlavaCollator
-from train_llava.evaluation.generation import user_message
+from train_llava.evaluation.generation import assistant_message, user_message
 from train_llava.model import LoraArguments, load_checkpoint, lora_config, set_trainable
 from train_llava.training.throughput import peak_memory
 
@@ -98,10 +99,9 @@ def configurations(tower: tuple[int, int], text: tuple[int, int], vocabulary: in
     )
 
 
-def make_model(geometry: str, folder: Path) -> None:
-    """Writes a LLaVA of random weights, and its parts beside it."""
+def make_parts(geometry: str, parts: Path) -> None:
+    """Writes a tower and a language model of random weights."""
     vision, text = (CLIP, QWEN) if geometry == REAL else configurations(*GEOMETRIES[geometry])
-    parts = folder.with_name(f"{geometry}-parts")
     dtype = torch.bfloat16 if geometry == REAL else torch.float32
     torch.set_default_dtype(dtype)
     with device():  # a GPU draws billions of numbers in a second
@@ -113,6 +113,12 @@ def make_model(geometry: str, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLE)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(parts / "qwen2")
+
+
+def make_model(geometry: str, folder: Path) -> None:
+    """Writes a LLaVA of random weights, and its parts beside it."""
+    parts = folder.with_name(f"{geometry}-parts")
+    make_parts(geometry, parts)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the table
         build_model(str(parts / "clip"), str(parts / "qwen2"), str(folder), skip_checks=True)
 
@@ -191,15 +197,37 @@ def train_in_fp32(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def run(contender: str, folder: Path, output: Path, steps: int) -> dict:
-    """Trains for some steps; returns their seconds, the first loss and the peak memory."""
+def two_items() -> list[dict]:
+    """Two captioned pictures, as a `LlavaDataset` gives them."""
+    items = []
+    for i, (text, answer) in enumerate(TEXTS):
+        picture = Image.effect_mandelbrot((336, 336), (-2, -1.5, 1, 1.5), 20 + i).convert("RGB")
+        messages = [user_message(text, 1), assistant_message(answer)]
+        items.append({"id": str(i), "messages": messages, "images": [picture]})
+    return items
+
+
+def run(
+    contender: str,
+    folder: Path,
+    output: Path,
+    steps: int,
+    items: list[dict],
+    batch: int = 2,
+    lora_arguments: LoraArguments = LORA,
+) -> dict:
+    """Trains for some steps; returns their seconds, the losses and the peak memory.
+
+    `items`: of a `LlavaDataset`, `batch` a step; they come again where they end.
+    """
     model, processor = load_checkpoint(str(folder), DTYPE)
-    pictures = [Image.effect_mandelbrot((336, 336), (-2, -1.5, 1, 1.5), 20 + i).convert("RGB") for i in range(2)]
+    items = list(islice(cycle(items), steps * batch))
     clock, flops = Clock(), 0
     settings = {
         "output_dir": str(output),
-        "per_device_train_batch_size": 2,
+        "per_device_train_batch_size": batch,
         "max_steps": steps,
+        "train_sampling_strategy": "sequential",
         "logging_steps": 1,
         "report_to": "none",
         "save_strategy": "no",
@@ -211,47 +239,40 @@ def run(contender: str, folder: Path, output: Path, steps: int) -> dict:
         "lr_scheduler_type": "constant",
         "disable_tqdm": True,
     }
-    items = [
-        {
-            "id": str(i),
-            "messages": [user_message(text, 1), {"role": "assistant", "content": [{"type": "text", "text": answer}]}],
-            "images": [picture],
-        }
-        for i, ((text, answer), picture) in enumerate(zip(TEXTS, pictures, strict=True))
-    ]
-    lora = lora_config(model.model.language_model, LORA)
+    lora = lora_config(model.model.language_model, lora_arguments)
     collator = LlavaCollator(processor, packing=contender == "ours, packed")
     if contender.startswith("ours"):
-        model = set_trainable(model, "lora", LORA)
+        model = set_trainable(model, "lora", lora_arguments)
         model.config.text_config.use_cache = False
         train_in_fp32(model)
         model.to(device())
-        batch = send_to_device(collator(items), device())
+        inputs = send_to_device(collator(items[:batch]), device())
         in_bf16 = torch.autocast(device().type, torch.bfloat16, enabled=ON_GPU)
         with in_bf16, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-            model(**batch).loss.backward()
+            model(**inputs).loss.backward()
         model.zero_grad()
         flops = counter.get_total_flops()
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
-        trainer = Trainer(model, TrainingArguments(**settings), data_collator=collator, train_dataset=items * steps)
+        trainer = Trainer(model, TrainingArguments(**settings), data_collator=collator, train_dataset=items)
     elif contender == "plain transformers":
 
-        def full(batch: list[dict]) -> dict:
+        def full(rows: list[dict]) -> dict:
             keep = ("input_ids", "attention_mask", "pixel_values", "labels")
-            return {name: value for name, value in collator(batch).items() if name in keep}
+            return {name: value for name, value in collator(rows).items() if name in keep}
 
         model = get_peft_model(model, lora)
         train_in_fp32(model)
-        trainer = Trainer(model, TrainingArguments(**settings), data_collator=full, train_dataset=items * steps)
+        trainer = Trainer(model, TrainingArguments(**settings), data_collator=full, train_dataset=items)
     else:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
+        texts = [[message["content"][-1]["text"] for message in item["messages"]] for item in items]
         columns = {
-            "images": [[picture] for picture in pictures] * steps,
-            "prompt": [[{"role": "user", "content": text}] for text, _ in TEXTS] * steps,
-            "completion": [[{"role": "assistant", "content": answer}] for _, answer in TEXTS] * steps,
+            "images": [item["images"] for item in items],
+            "prompt": [[{"role": "user", "content": text}] for text, _ in texts],
+            "completion": [[{"role": "assistant", "content": answer}] for _, answer in texts],
         }
         if contender != "TRL":
             settings["gradient_checkpointing"] = False
@@ -263,8 +284,8 @@ def run(contender: str, folder: Path, output: Path, steps: int) -> dict:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "seconds": clock.seconds[1:],
-        "loss": float(losses[0]),
+        "seconds": clock.seconds,
+        "losses": list(map(float, losses)),
         "peak_gb": peak_memory(device()) / 1e9,
         "flops": flops,
         "rate": matmul_rate(),
@@ -281,7 +302,8 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = make_apart(arguments.geometry, arguments.work_dir)
     if arguments.contender is not None:
-        print(json.dumps(run(arguments.contender, folder, arguments.work_dir / "output", arguments.steps)))
+        output = arguments.work_dir / "output"
+        print(json.dumps(run(arguments.contender, folder, output, arguments.steps, two_items())))
         return
 
     turns: dict[str, list[dict]] = {contender: [] for contender in CONTENDERS}
@@ -294,11 +316,12 @@ def main() -> None:
             if done.returncode != 0:
                 failed[contender] = " ".join(done.stderr.strip().rpartition("\n")[2].split())
                 continue
-            turns[contender].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {number + 1}: {contender} {turns[contender][-1]['seconds']}", file=sys.stderr, flush=True)
+            turns[contender].append(turn := json.loads(done.stdout.splitlines()[-1]))
+            turn["seconds"] = turn["seconds"][1:]  # the first step warms up
+            print(f"round {number + 1}: {contender} {turn['seconds']}", file=sys.stderr, flush=True)
     if "ours" in failed:
         raise SystemExit(f"error: {failed['ours']}")
-    losses = {contender: found[0]["loss"] for contender, found in turns.items() if contender not in failed}
+    losses = {contender: found[0]["losses"][0] for contender, found in turns.items() if contender not in failed}
     if max(losses.values()) - min(losses.values()) > (2e-2 if ON_GPU else 1e-4) * min(losses.values()):
         raise SystemExit(f"the contenders do not compute the same loss: {losses}")
 
