@@ -239,7 +239,7 @@ def run(
         "lr_scheduler_type": "constant",
         "disable_tqdm": True,
     }
-    lora = lora_config(model.model.language_model, lora_arguments)
+    lora = lora_config(model, ["projector", "language model"], lora_arguments)
     collator = LlavaCollator(processor, packing=contender == "ours, packed")
     if contender.startswith("ours"):
         model = set_trainable(model, "lora", lora_arguments)

@@ -199,10 +199,10 @@ def run_zero2(model: Path, data: Path, output: Path, *arguments: str, ranks: int
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def random_adapter(llava: Path, folder: Path, seed: int) -> Path:
+def random_adapter(llava: Path, folder: Path, seed: int, train_type: str = "lora") -> Path:
     """Writes a LoRA adapter for a LLaVA whose matrices and projector are random, so that it changes every answer."""
     model, processor = load_checkpoint(str(llava))
-    adapted = set_trainable(model, "lora", LoraArguments(lora_r=4, lora_alpha=8))
+    adapted = set_trainable(model, train_type, LoraArguments(lora_r=4, lora_alpha=8))
     torch.manual_seed(seed)
     for parameter in adapted.parameters():
         if parameter.requires_grad:

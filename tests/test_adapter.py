@@ -198,6 +198,59 @@ def test_arguments_that_contradict_an_adapter_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_lora_all_at_projector_rate_0_trains_merges_and_goes_on(llava, corpus, tmp_path, monkeypatch):
+    """The adapter holds no projector: it goes on without one, and on its own base alone."""
+    run, more = tmp_path / "run", tmp_path / "more"
+    arguments = ["--train_type", "lora_all", "--max_steps", "2", "--learning_rate", "1e-2", "--lora_r", "4"]
+    arguments += ["--vision_learning_rate", "1e-2", "--preflight", "false", "--warmup_steps", "0"]
+    run_train(monkeypatch, llava, corpus, run, *arguments, "--projector_learning_rate", "0")
+    tensors = load_file(run / "adapter_model.safetensors")
+    assert json.loads((run / "adapter_config.json").read_text())["modules_to_save"] is None
+    assert {name.split(".")[3] for name in tensors} == {"vision_tower", "language_model"}
+    assert all(tensor.any() for name, tensor in tensors.items())  # lora_B begins at 0
+
+    # Merged, it differs from its base in the linear layers alone
+    merge_lora(str(llava), str(run), str(tmp_path / "merged"))
+    base, merged = (load_checkpoint(str(folder))[0].state_dict() for folder in (llava, tmp_path / "merged"))
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == {name[17:].rpartition(".lora_")[0] + ".weight" for name in tensors}
+
+    # It goes on without a projector, and with the same parts
+    arguments += ["--adapter_name_or_path", str(run)]
+    with pytest.raises(ValueError, match=f"{run} holds no projector: take --projector_learning_rate 0, or merge it"):
+        run_train(monkeypatch, llava, corpus, more, *arguments)
+    arguments += ["--projector_learning_rate", "0"]
+    with pytest.raises(
+        ValueError, match=f"--train_type lora: {run}, which .*, has LoRA in the language model and the"
+    ):
+        run_train(monkeypatch, llava, corpus, more, *arguments, "--train_type", "lora")
+    run_train(monkeypatch, llava, corpus, more, *arguments)
+    further = load_file(more / "adapter_model.safetensors")
+    assert further.keys() == tensors.keys()
+    assert not any(torch.equal(further[name], tensor) for name, tensor in tensors.items())
+
+    # Its base's projector belongs to the base
+    model, processor = load_checkpoint(str(llava))
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_1.weight[0, 3] += 0.01
+    for saved in (model, processor):
+        saved.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"was trained on another model than .*other"):
+        load_model(str(tmp_path / "other"), str(run))
+
+
+def test_a_projector_that_an_adapter_holds_stays_as_it_is_at_rate_0(
+    llava, corpus, trained_adapter, tmp_path, monkeypatch
+):
+    arguments = ["--max_steps", "2", "--learning_rate", "1e-2", "--preflight", "false", "--warmup_steps", "0"]
+    arguments += ["--adapter_name_or_path", str(trained_adapter), "--projector_learning_rate", "0"]
+    run_train(monkeypatch, llava, corpus, tmp_path / "run", *arguments)
+    ours, before = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "run", trained_adapter))
+    assert {name for name in before if torch.equal(ours[name], before[name])} == {
+        name for name in before if "multi_modal_projector" in name
+    }
+
+
 def test_an_adapter_in_place_of_a_model_is_named_as_one(llava, adapter, parts, tmp_path):
     for open_it in (
         lambda: load_model(str(adapter)),

@@ -159,6 +159,7 @@ OFFLOADED = "; ZeRO-2 divides optimizer, gradients by 4; what is offloaded is no
 ESTIMATES = [
     ({}, {}, STEP, NOTE),
     ({"train_type": "full", "learning_rate": 1e-5}, {}, STEP, NOTE),
+    ({"train_type": "lora_all", "projector_learning_rate": 0.0}, {}, STEP, NOTE),
     ({"bits": 4}, {"bits": 4}, STEP, NOTE),
     ({"max_length": 40}, {}, (2, 40, 2, 64, False), NOTE.replace("80", "40")),
     ({"packing": True}, {}, (1, 160, 2, 64, False), NOTE),
@@ -182,7 +183,8 @@ def test_the_estimate_follows_the_arguments_of_the_run(llava, monkeypatch, run, 
         "bits", "packing", "max_length", "zero", "world_size")}  # fmt: skip
     arguments = train.TrainArguments(output_dir="run", report_to="none", **given)
     config = load_config(str(llava))
-    whole, model = empty_model(config, arguments.train_type, LORA, torch.float32)
+    frozen = ["projector"] if "projector_learning_rate" in run else []
+    whole, model = empty_model(config, arguments.train_type, LORA, torch.float32, frozen)
     sizes = model_state_bytes(model, torch.float32, **state) | activation_bytes(whole, *step[:4], recompute=step[4])
     if run.get("gradient_accumulation_steps"):
         sizes["accumulated gradients"] = sizes["gradients"]

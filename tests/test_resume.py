@@ -95,6 +95,12 @@ def test_every_argument_is_honoured_or_free_or_refused(tmp_path):
         ({}, {"early_stopping_patience": 2}, None),
         ({"learning_rate": 1e-3}, {"learning_rate": 1e-4}, None),
         (PLATEAU | {"learning_rate": 1e-3}, PLATEAU | {"learning_rate": 1e-4}, "--learning_rate 0.0001: "),
+        (
+            {"projector_learning_rate": 1e-5},
+            {"projector_learning_rate": 0.0},
+            "--projector_learning_rate 0.0: .* 1e-05,",
+        ),
+        ({"vision_learning_rate": 0.0}, {"vision_learning_rate": 1e-5}, "--vision_learning_rate 1e-05: .* 0.0,"),
         ({"lr_scheduler_kwargs": {"a": 1}, "hub_token": "secret"}, {"lr_scheduler_kwargs": {"a": 2}}, None),
         ({"max_steps": 8}, {"max_steps": 2}, None),
         (

@@ -226,6 +226,26 @@ def test_loss_and_gradients_equal_plain_transformers(built, name):
         assert (full_grads[parameter] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-9, parameter
 
 
+@towers
+def test_lora_all_reaches_every_linear_layer_that_the_projector_reads(built, name):
+    model, processor = load_checkpoint(str(built(name)[1]))
+    set_trainable(model, "full", LoraArguments())
+    modules, linear = dict(model.named_modules()), set()
+    for parameter, values in model.named_parameters():
+        module = parameter.rpartition(".")[0]
+        if "vision_tower" in parameter and values.requires_grad and isinstance(modules[module], torch.nn.Linear):
+            linear.add(module)
+    adapted = set_trainable(model, "lora_all", LoraArguments(lora_r=4))
+    for parameter, values in adapted.named_parameters():
+        if "lora_B" in parameter:  # at zero, it would keep the gradient from lora_A
+            torch.nn.init.normal_(values)
+    batch = LlavaCollator(processor)([item("<image>\nWhat is this?", "A red square.", images=[noise(40, 30)])])
+    _, grads = gradients(adapted, **batch)
+    reached = {parameter for parameter, grad in grads.items() if "vision_tower" in parameter and grad.any()}
+    assert linear
+    assert reached == {f"base_model.model.{layer}.lora_{m}.default.weight" for layer in linear for m in "AB"}
+
+
 def logits_of(model, processor, texts: list[str], pictures: list[Image.Image]) -> torch.Tensor:
     """The next token's, one row a text."""
     inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
@@ -236,7 +256,7 @@ def logits_of(model, processor, texts: list[str], pictures: list[Image.Image]) -
 @towers
 def test_merged_equals_unmerged(built, tmp_path, name):
     llava = str(built(name)[1])
-    adapter = str(random_adapter(llava, tmp_path / "adapter", 0))
+    adapter = str(random_adapter(llava, tmp_path / "adapter", 0, "lora_all"))
     merge_lora(llava, adapter, str(tmp_path / "merged"))
     asked = ["<image>\nWhat is this?"], [noise(40, 30)]
     merged = logits_of(*opened(tmp_path / "merged"), *asked)

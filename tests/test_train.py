@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from train_llava.chat import Chat
 from train_llava.cli import parse_arguments, run_command
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.dataset.lengths import count_tokens
-from train_llava.model import LoraArguments, count_parameters, load_checkpoint, set_trainable
+from train_llava.model import LoraArguments, count_parameters, load_checkpoint, part_of, set_trainable
 from train_llava.modeling.adapter import load_model
 from train_llava.train import TrainArguments
 from train_llava.training.checkpointing import starting_point
@@ -80,6 +81,30 @@ def test_lora_trains_adapters_in_the_language_model_and_the_projector(model):
     assert trainable(adapted) == expected
     assert count_parameters(adapted)["projector"] == (2112, 2112)
     assert adapted.base_model.model.model.language_model.layers[0].self_attn.q_proj.scaling == {"default": 2.0}
+
+
+def test_lora_all_trains_adapters_in_the_towers_used_layers_too(model):
+    arguments, base = LoraArguments(lora_r=4), "base_model.model.model."
+    lora = trainable(set_trainable(deepcopy(model), "lora", arguments))
+    linear = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
+    tower = {
+        f"{base}vision_tower.encoder.layers.{layer}.{name}.lora_{matrix}.default.weight"
+        for layer in (0, 1)
+        for name in linear
+        for matrix in "AB"
+    }
+    assert trainable(set_trainable(model, "lora_all", arguments)) == lora | tower
+
+
+@pytest.mark.parametrize("part", ["vision tower", "projector"])
+@pytest.mark.parametrize("train_type", ["lora", "lora_all", "full"])
+def test_a_part_at_rate_0_is_frozen(model, tmp_path, train_type, part):
+    rate = {"vision tower": "vision_learning_rate", "projector": "projector_learning_rate"}[part]
+    args = TrainArguments(output_dir=str(tmp_path), train_type=train_type, **{rate: 0.0})
+    whole = trainable(set_trainable(deepcopy(model), train_type, LoraArguments(lora_r=4)))
+    frozen = set_trainable(model, train_type, LoraArguments(lora_r=4), args.frozen_parts)
+    assert trainable(frozen) == {name for name in whole if part_of(name) != part}
+    assert count_parameters(frozen)[part][0] == 0
 
 
 @pytest.mark.parametrize(("given", "meant"), [("use_lora", "lora"), ("none", "full"), ("projector", "projector")])
@@ -343,6 +368,8 @@ def test_a_wrong_argument_ends_with_one_line(llava, parts, corpus, tmp_path, mon
     ("arguments", "message"),
     [
         (["--fp16", "true"], "--fp16 takes a GPU"),
+        (["--train_type", "projector", "--projector_learning_rate", "0"], "--projector_learning_rate 0 freezes all"),
+        (["--train_type", "lora_all", "--save_dtype", "float32"], "lora_all writes an adapter: leave it out"),
         (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1 is not supported: leave it out"),
         (["--remove_unused_columns", "true"], "--remove_unused_columns True is not supported"),
         (["--label_names", "labels"], "--label_names ['labels'] is not supported"),

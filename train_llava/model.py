@@ -5,7 +5,9 @@ A checkpoint is a folder or a hub id. A ValueError says why one cannot be opened
 
 import json
 import os
+import re
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +41,16 @@ if device().type == "cpu":
 Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
 # For each type: a learning rate that works, from the LLaVA-1.5 recipe (Liu et al., 2023), and the parts that
-# train in full. `lora` also trains low-rank adapters (Hu et al., 2021) of the language model.
+# train in full
 TRAIN_TYPES = {
     "projector": (1e-3, ["projector"]),
     "lora": (2e-4, ["projector"]),
+    "lora_all": (2e-4, ["projector"]),
     "freeze_vision": (2e-5, ["projector", "language model"]),
     "full": (2e-5, ["projector", "language model", "vision tower"]),
 }
+# The parts whose linear layers get low-rank adapters (Hu et al., 2021) beside it
+LORA_PARTS = {"lora": ["language model"], "lora_all": ["language model", "vision tower"]}
 
 
 @dataclass
@@ -177,35 +182,49 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def lora_config(language_model: nn.Module, arguments: LoraArguments) -> LoraConfig:
-    """Configures low-rank adapters on every linear layer of the language model; the projector trains in full.
+def lora_config(
+    model: Llava, parts: Collection[str], arguments: LoraArguments, unused: Collection[str] = ()
+) -> LoraConfig:
+    """Configures low-rank adapters on every linear layer of some parts of a LLaVA.
 
     The experts of a mixture are one tensor a layer in transformers. They are no linear layers and get no
     adapter, as `describe_trainable` reports. PEFT cannot save `image_newline`, so it stays frozen.
+
+    Args:
+        parts: "language model" and "vision tower" for adapters, "projector" to train that in full.
+        unused: names of the tower's parameters that the projector never uses; their layers get no adapter.
     """
-    modules = language_model.named_modules()
+    # Anchored names: a bare one such as q_proj would match layers of the other parts, too
+    modules = model.model.language_model.named_modules()
     linear = {name.rsplit(".", 1)[-1] for name, module in modules if isinstance(module, nn.Linear)}
+    target_modules = rf"model\.language_model\..*\.({'|'.join(sorted(linear))})"
+    if "vision tower" in parts:
+        modules = model.model.vision_tower.named_modules()
+        layers = [name for name, module in modules if isinstance(module, nn.Linear) and f"{name}.weight" not in unused]
+        target_modules += rf"|model\.vision_tower\.({'|'.join(map(re.escape, layers))})"
     return LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         use_dora=arguments.use_dora,
         use_rslora=arguments.use_rslora,
-        # A bare name such as q_proj would match the vision tower's layers, too
-        target_modules=rf"model\.language_model\..*\.({'|'.join(sorted(linear))})",
-        modules_to_save=["multi_modal_projector"],
+        target_modules=target_modules,
+        modules_to_save=["multi_modal_projector"] if "projector" in parts else None,
         task_type="CAUSAL_LM",
     )
 
 
-def set_trainable(model: Llava, train_type: str, arguments: LoraArguments) -> Llava | PeftModel:
-    """Decides which parameters train, by `TRAIN_TYPES`; all others are frozen.
+def set_trainable(
+    model: Llava, train_type: str, arguments: LoraArguments, frozen_parts: Collection[str] = ()
+) -> Llava | PeftModel:
+    """Decides which parameters train, by `TRAIN_TYPES` and `LORA_PARTS`; all others and `frozen_parts` are frozen.
 
     Parameters of the tower that the projector never uses are always frozen. So are those that the language
     model's own class excludes, such as the expert score correction of ERNIE 4.5 MoE.
     """
     # What never trains
-    frozen = {f"model.vision_tower.{name}" for name in skip_unused_layers(model)}
+    unused = skip_unused_layers(model)
+    frozen = {f"model.vision_tower.{name}" for name in unused}
     language_model = model.model.language_model
     with torch.device("meta"):  # opening a checkpoint loses the exclusions; a fresh model shows them
         fresh = type(language_model)(language_model.config)
@@ -214,6 +233,10 @@ def set_trainable(model: Llava, train_type: str, arguments: LoraArguments) -> Ll
             frozen.add(f"model.language_model.{name}")
 
     # All other parameters of the parts that train
+    trained = set(TRAIN_TYPES[train_type][1]) - set(frozen_parts)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in TRAIN_TYPES[train_type][1] and name not in frozen)
-    return get_peft_model(model, lora_config(language_model, arguments)) if train_type == "lora" else model
+        parameter.requires_grad_(part_of(name) in trained and name not in frozen)
+    if train_type not in LORA_PARTS:
+        return model
+    trained |= set(LORA_PARTS[train_type]) - set(frozen_parts)
+    return get_peft_model(model, lora_config(model, trained, arguments, unused))

@@ -24,7 +24,7 @@ from train_llava.dataset.lengths import order_seed
 from train_llava.dataset.packing import PackedDataset
 from train_llava.dataset.streaming import stream_items
 from train_llava.model import LoraArguments, count_parameters, load_checkpoint, set_trainable
-from train_llava.modeling.adapter import continued, load_adapter
+from train_llava.modeling.adapter import continue_adapter, continued
 from train_llava.modeling.verification import padding_is_invisible, verify_for_training
 from train_llava.modeling.weights import save_projector
 from train_llava.trainer import LlavaTrainer
@@ -82,11 +82,6 @@ def run(
     model_name, adapter = model_arguments.model_name_or_path, model_arguments.adapter_name_or_path
     streaming, packing = data_arguments.streaming, data_arguments.packing
     print_once = print if args.process_index == 0 else lambda _: None
-    learning_rates = {
-        "vision tower": args.vision_learning_rate,
-        "projector": args.projector_learning_rate,
-        "language model": args.learning_rate,
-    }
 
     # 2. The checkpoint to start from, if there is one, and the changes that a resume may make
     settings = resume.settings_of(*all_arguments)
@@ -142,13 +137,14 @@ def run(
     # 5. What trains
     language_model = model.model.language_model
     set_seed(args.seed)  # LoRA's random matrices are made now, before a Trainer sets the seed
-    model = set_trainable(model, args.train_type if adapter is None else "projector", lora_arguments)
+    train_type, frozen_parts = args.train_type if adapter is None else "projector", args.frozen_parts
+    model = set_trainable(model, train_type, lora_arguments, frozen_parts)
     if adapter is not None:
-        model = load_adapter(model, adapter, model_name, trains=True)
+        model = continue_adapter(model, adapter, model_name, args.train_type, frozen_parts)
     model.config.text_config.use_cache = False  # the Trainer turns it off in `config` only
     if args.deepspeed is None:  # DeepSpeed keeps its own float32 copies
         use_float32(model, args.train_type)
-    print_once(describe_trainable(model, learning_rates))
+    print_once(describe_trainable(model, args.learning_rates))
     recompute_activations(model, args)
 
     if args.torch_compile:
@@ -165,7 +161,7 @@ def run(
     if not streaming:
         check_batches(len(train_dataset), args)
     records = None if streaming else len(dataset)
-    trained_rates = {part: learning_rates[part] for part, (n, _) in count_parameters(model).items() if n}
+    trained_rates = {part: args.learning_rates[part] for part, (n, _) in count_parameters(model).items() if n}
     trainer = LlavaTrainer(
         model=model,
         args=args,
@@ -173,7 +169,7 @@ def run(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
-        learning_rates=learning_rates,
+        learning_rates=args.learning_rates,
         write_card=partial(write_run_card, all_arguments, records, trained_rates),
         eval_answers=data_arguments.eval_answers,
         packed_model=language_model if packing and on_gpu and args.bf16 else None,

@@ -1,6 +1,7 @@
 """Opens a LLaVA checkpoint with or without a LoRA adapter, to answer questions or to continue training."""
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
@@ -9,7 +10,7 @@ from peft.utils import load_peft_weights
 from train_llava.chat import Processor
 from train_llava.cli import device
 from train_llava.common.files import opening
-from train_llava.model import Llava, LoraArguments, find_file, load_checkpoint
+from train_llava.model import LORA_PARTS, Llava, LoraArguments, find_file, load_checkpoint, part_of
 from train_llava.modeling.weights import check_base
 
 # The names of a LLaVA's parts in transformers before 4.52, and since
@@ -47,11 +48,12 @@ def continued(adapter_name_or_path: str, arguments: dict[str, Any]) -> LoraArgum
     """Reads the LoRA settings of an adapter that is trained further.
 
     `arguments` are the command line's by name. A ValueError says which differs from the adapter's setting, or that
-    the adapter trains no projector.
+    a projector is to train that it lacks.
     """
     config = read_adapter_config(adapter_name_or_path)
-    if "multi_modal_projector" not in (config.modules_to_save or []):
-        remedy = "merge it by merge_lora, and train a new adapter"
+    has_projector = "multi_modal_projector" in (config.modules_to_save or [])
+    if not has_projector and arguments.get("projector_learning_rate") != 0:
+        remedy = "take --projector_learning_rate 0, or merge it by merge_lora and train a new adapter"
         raise ValueError(f"{adapter_name_or_path} holds no projector: {remedy}")
     settings = {name: getattr(config, name.replace("lora_r", "r")) for name in vars(LoraArguments())}
     for name, value in settings.items():
@@ -84,6 +86,25 @@ def load_adapter(model: Llava, adapter_name_or_path: str, model_name: str, train
         fits = False
     if not fits:
         raise ValueError(f"the adapter {adapter_name_or_path} was trained on another model than {model_name}")
+    return adapted
+
+
+def continue_adapter(
+    model: Llava, adapter_name_or_path: str, model_name: str, train_type: str, frozen_parts: Collection[str]
+) -> PeftModel:
+    """Puts an adapter on a model to train it further, without `frozen_parts`.
+
+    Raises:
+        ValueError: as `load_adapter`, or the adapter is on other parts than those of `train_type`.
+    """
+    adapted = load_adapter(model, adapter_name_or_path, model_name, trains=True)
+    parts = {part_of(name) for name, _ in adapted.named_parameters() if "lora_" in name}
+    if parts != set(LORA_PARTS[train_type]):
+        has = f"{adapter_name_or_path}, which goes on training, has LoRA in the {' and the '.join(sorted(parts))}"
+        raise ValueError(f"--train_type {train_type}: {has}")
+    for name, parameter in adapted.named_parameters():
+        if part_of(name) in frozen_parts:
+            parameter.requires_grad_(False)
     return adapted
 
 

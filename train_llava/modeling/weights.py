@@ -208,10 +208,10 @@ def first_values(model: nn.Module) -> dict[str, list[float]]:
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, list[float]]:
-    """The `first_values` of the model below an adapter, without the projector: an adapter brings its own."""
+    """The `first_values` of the model below an adapter, without a projector that the adapter brings."""
     fingerprint = {}
     for name, numbers in first_values(model).items():
-        if "lora_" not in name and "multi_modal_projector" not in name:
+        if not any(part in name for part in ("lora_", ".original_module.", ".modules_to_save.")):
             fingerprint[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = numbers
     return fingerprint
 

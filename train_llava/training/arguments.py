@@ -13,6 +13,7 @@ from transformers.utils import is_liger_kernel_available
 
 from train_llava.dataset.weights import weights_of
 from train_llava.evaluation.answers import LOGGED
+from train_llava.model import LORA_PARTS
 
 # Arguments of `TrainingArguments` that a LLaVA's training cannot follow, or would ignore without a word
 UNSUPPORTED = {"batch_eval_metrics", "debug", "fsdp", "include_for_metrics", "label_names"}
@@ -22,14 +23,16 @@ UNSUPPORTED |= {"label_smoothing_factor", "prediction_loss_only", "remove_unused
 def check_argument_pairs(model_arguments: Any, data_arguments: Any, args: TrainingArguments) -> None:
     """Raises a ValueError if one argument of training needs, or excludes, another; the message names both."""
     # Options that only LoRA has, and one that it has not
-    if args.train_type != "lora" or is_deepspeed_zero3_enabled():
-        reason = "goes with --train_type lora, and not with ZeRO-3"
+    if args.train_type not in LORA_PARTS or is_deepspeed_zero3_enabled():
+        reason = "goes with --train_type lora or lora_all, and not with ZeRO-3"
         if model_arguments.adapter_name_or_path is not None:
             raise ValueError(f"--adapter_name_or_path {reason}: merge_lora it first")
         if model_arguments.bits:
             raise ValueError(f"--bits {reason}: weights in few bits cannot train")
-    if args.save_dtype != "auto" and args.train_type == "lora":
-        raise ValueError("--save_dtype is for whole models, and lora writes an adapter: leave it out")
+    if args.save_dtype != "auto" and args.train_type in LORA_PARTS:
+        raise ValueError(f"--save_dtype is for whole models, and {args.train_type} writes an adapter: leave it out")
+    if args.train_type == "projector" and "projector" in args.frozen_parts:
+        raise ValueError("--projector_learning_rate 0 freezes all that --train_type projector trains: leave it out")
     # Arguments of `TrainingArguments` that a LLaVA cannot follow
     for field in fields(args):
         value = getattr(args, field.name)

@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from train_llava.evaluation.metrics import METRICS
 from train_llava.evaluation.plots import plot_loss
-from train_llava.model import find_file
+from train_llava.model import LORA_PARTS, find_file
 from train_llava.training.resume import changes_of
 
 FILE = "README.md"
@@ -41,7 +41,7 @@ def write_run_card(
     """Writes the loss curve and the model card of a run with these `arguments`; `records` is None for a stream."""
     model_arguments, lora_arguments, data_arguments, args = arguments
     folder, base = Path(args.output_dir), model_arguments.model_name_or_path
-    is_adapter = args.train_type == "lora"
+    is_adapter = args.train_type in LORA_PARTS
     plot_loss(state.log_history, folder / "loss.png")
 
     # The settings of the run

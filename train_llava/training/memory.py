@@ -6,7 +6,7 @@ cannot add LoRA. Training the projector gives the same bytes there, in four time
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,15 @@ from transformers import (
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from train_llava.cli import device
-from train_llava.model import Llava, LoraArguments, count_parameters, load_config, set_trainable, tower_states
+from train_llava.model import (
+    LORA_PARTS,
+    Llava,
+    LoraArguments,
+    count_parameters,
+    load_config,
+    set_trainable,
+    tower_states,
+)
 
 TEXT, ANSWER = 64, 32  # assumed of a sample: tokens beside its picture, and supervised ones among them
 DIVIDED = {"optimizer": 1, "gradients": 2, "weights": 3}  # the stage of ZeRO from which the ranks share it
@@ -85,7 +93,11 @@ def without_zero3_partitioning(args: TrainingArguments) -> Iterator[None]:
 
 
 def empty_model(
-    config: LlavaConfig | LlavaNextConfig, train_type: str, lora_arguments: LoraArguments, dtype: torch.dtype
+    config: LlavaConfig | LlavaNextConfig,
+    train_type: str,
+    lora_arguments: LoraArguments,
+    dtype: torch.dtype,
+    frozen_parts: Collection[str] = (),
 ) -> tuple[Llava, nn.Module]:
     """A LLaVA on the meta device, and the same as `set_trainable` prepares it (a `PeftModel` for LoRA)."""
     vision = config.vision_config
@@ -94,7 +106,7 @@ def empty_model(
     anyres = isinstance(config, LlavaNextConfig)
     with torch.device("meta"):
         llava = (LlavaNextForConditionalGeneration if anyres else LlavaForConditionalGeneration)(config).train()
-        model = set_trainable(llava, train_type, lora_arguments).to(dtype)
+        model = set_trainable(llava, train_type, lora_arguments, frozen_parts).to(dtype)
     llava.model.language_model.config.use_cache = False
     return llava, model
 
@@ -173,7 +185,7 @@ def flops_per_token(
     PyTorch counts the matrix products, forward and backward, of a row with one picture of the largest size.
     """
     with without_zero3_partitioning(args):
-        llava, _ = empty_model(config, args.train_type, lora_arguments, torch.float32)
+        llava, _ = empty_model(config, args.train_type, lora_arguments, torch.float32, args.frozen_parts)
     if recompute:
         llava.model.language_model.activation_checkpointing_enable()
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -275,7 +287,7 @@ def estimate_memory(
     """
     dtype, (zero, offload) = precision(args), zero_of(args)
     with without_zero3_partitioning(args):
-        llava, model = empty_model(config, args.train_type, lora_arguments, dtype)
+        llava, model = empty_model(config, args.train_type, lora_arguments, dtype, args.frozen_parts)
 
     # The batch
     batch, picture = args.per_device_train_batch_size, len(picture_features(llava, 1))
@@ -341,8 +353,8 @@ def memory_advice(args: TrainingArguments, bits: int | None, fewer_activations: 
         helps["--activation_checkpointing true"] = not args.activation_checkpointing
         helps[f"a smaller --per_device_train_batch_size {accumulate}"] = args.per_device_train_batch_size > 1
         helps[f"a smaller --tokens_per_batch {accumulate}"] = args.tokens_per_batch is not None
-    helps["--train_type lora"] = args.train_type in ("freeze_vision", "full")
-    helps["--bits 4"] = args.train_type == "lora" and not bits and zero != 3
+    helps["--train_type lora"] = args.train_type in ("freeze_vision", "full", "lora_all")
+    helps["--bits 4"] = args.train_type in LORA_PARTS and not bits and zero != 3
     helps["--deepspeed ds_zero3_offload.json"] = not bits and not (zero == 3 and offload)
     options = [option for option, applies in helps.items() if applies]
     return f"Less takes: {'; '.join(options) or 'a smaller language model'}"

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from train_llava.cli import BITS_HELP, Dtype, device
-from train_llava.model import TRAIN_TYPES
+from train_llava.model import LORA_PARTS, TRAIN_TYPES
 from train_llava.training.batch_size import divide_batch
 
 LEARNING_RATES = {name: rate for name, (rate, _) in TRAIN_TYPES.items()}
@@ -23,7 +23,7 @@ class ModelArguments:
     adapter_name_or_path: str | None = HfArg(
         default=None, help="A LoRA adapter of that model to train further; its LoRA settings stay."
     )
-    bits: Literal[4, 8] | None = HfArg(default=None, help=f"With lora alone. {BITS_HELP}")
+    bits: Literal[4, 8] | None = HfArg(default=None, help=f"With lora and lora_all. {BITS_HELP}")
     attn_implementation: str | None = HfArg(default=None, help="sdpa, eager, flash_attention_2 …")
 
 
@@ -65,15 +65,15 @@ class TrainArguments(TrainingArguments):
 
     train_type: Literal[*TRAIN_TYPES, *TUTORIAL_NAMES] = HfArg(
         default="lora",
-        help=f"{TRAIN_TYPE_HELP}. lora also trains adapters in the language model; use_lora and none are the "
-        "tutorial's names.",
+        help=f"{TRAIN_TYPE_HELP}. lora also trains adapters in the language model, lora_all in the vision tower, "
+        "too; use_lora and none are the tutorial's names.",
     )
     learning_rate: float | None = HfArg(default=None, help=f"Default by train_type: {RATE_HELP}.")
     projector_learning_rate: float | None = HfArg(
-        default=None, help="The projector's; default: learning_rate, a tenth of it for lora."
+        default=None, help="The projector's; default: learning_rate, with LoRA a tenth of it; 0: it is frozen."
     )
     vision_learning_rate: float | None = HfArg(
-        default=None, help="The vision tower's, if it trains; default: a tenth of learning_rate."
+        default=None, help="The vision tower's, if it trains; default: a tenth of learning_rate; 0: it is frozen."
     )
     early_stopping_patience: int | None = HfArg(
         default=None, help="Stop after this many evaluations without a better --metric_for_best_model."
@@ -113,7 +113,7 @@ class TrainArguments(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.train_type]
         if self.projector_learning_rate is None:
-            self.projector_learning_rate = self.learning_rate * (0.1 if self.train_type == "lora" else 1)
+            self.projector_learning_rate = self.learning_rate * (0.1 if self.train_type in LORA_PARTS else 1)
         if self.vision_learning_rate is None:
             self.vision_learning_rate = self.learning_rate * 0.1
         self.batches = divide_batch(self)
@@ -133,3 +133,14 @@ class TrainArguments(TrainingArguments):
         super().__post_init__()
         self.accelerator_config.non_blocking = self.dataloader_pin_memory  # batches are copied while the GPU computes
         self.accelerator_config.dispatch_batches = False  # each rank reads its own shards of a stream
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """The rate of each part of a LLaVA."""
+        rates = (self.vision_learning_rate, self.projector_learning_rate, self.learning_rate)
+        return dict(zip(("vision tower", "projector", "language model"), rates, strict=True))
+
+    @property
+    def frozen_parts(self) -> set[str]:
+        """The parts whose rate is 0."""
+        return {part for part, rate in self.learning_rates.items() if rate == 0}

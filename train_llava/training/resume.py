@@ -133,7 +133,7 @@ def compare(checkpoint: str | None, settings: dict[str, Any], args: TrainingArgu
         (text, same), (text_before, same_before) = map(_text_and_same, (now, before))
         if same == same_before or (name in SCORE and None in (now, before)):
             continue
-        if name not in honoured:
+        if name not in honoured or (name in RATES and 0 in (now, before)):  # at 0, a part is frozen
             raise ValueError(
                 f"--{name} {text}: {checkpoint} was trained with {text_before}, which a resume cannot change: "
                 "give that, or begin anew in another --output_dir"
