@@ -122,6 +122,7 @@ def test_every_recipe_parses_and_the_batch_is_that_of_the_readme():
     assert batches == {
         "one-gpu-stage1": (256, "projector"),
         "one-gpu-stage2": (128, "lora"),
+        "finetune-llava-1.5-7b": (16, "lora"),
         "eight-gpus-stage1": (256, "projector"),
         "eight-gpus-stage2": (128, "freeze_vision"),
         "two-nodes-stage2": (128, "freeze_vision"),

@@ -212,6 +212,8 @@ def _unify_prefixes(tokenizer: PreTrainedTokenizerBase) -> bool:
         longest, prefix, prefixes = max(earlier, last, key=len), prompt, [prompt]
     else:
         longest = prefix = _longest_prefix(earlier, last, prompt, "|".join([*added, TAG]))
+        if earlier.rstrip() == last.rstrip() == prompt.rstrip() and not prompt.startswith((earlier, last)):
+            longest = prefix = prompt  # other white space: the model was trained with that of its prompt
         prefixes = sorted({earlier, last, prefix}, key=len)
     new_prompt = _without_loose_end(tokenizer, prefix, longest)
     if prompt == new_prompt and len(prefixes) == 1:
