@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from train_llava import train
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 from train_llava.chat import chat_of
 from train_llava.cli import device
 from train_llava.data import LlavaCollator, LlavaDataset, to_sample
@@ -94,7 +94,7 @@ def model_of(slot: Slot, pictures: str = "crop", weights: bool = False) -> str:
     if not folder.exists():
         tiny = {"vision_model_name_or_path": parts / "clip", "language_model_name_or_path": parts / "qwen2"}
         tiny |= {"output_dir": folder, "image_aspect_ratio": pictures}
-        build_model(**{name: str(value) for name, value in tiny.items()}, skip_checks=True)
+        build_model(BuildArguments(**{name: str(value) for name, value in tiny.items()}, skip_checks=True))
         (folder / "model.safetensors").unlink()
         config = load_config(str(folder))
         config.dtype = DTYPE

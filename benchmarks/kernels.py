@@ -159,7 +159,7 @@ def make_model_and_data(folder: Path) -> None:
         Qwen2ForCausalLM,
     )
 
-    from train_llava.build_model import build_model
+    from train_llava.build_model import BuildArguments, build_model
     from train_llava.data import LlavaDataset
 
     torch.manual_seed(0)
@@ -176,7 +176,7 @@ def make_model_and_data(folder: Path) -> None:
     )  # fmt: skip
     Qwen2ForCausalLM(language_model).save_pretrained(folder / "qwen2")
     AutoTokenizer.from_pretrained(ROOT / "examples/openmoji/parts/qwen2").save_pretrained(folder / "qwen2")
-    build_model(str(folder / "clip"), str(folder / "qwen2"), str(folder / "llava"), skip_checks=True)
+    build_model(BuildArguments(str(folder / "clip"), str(folder / "qwen2"), str(folder / "llava"), skip_checks=True))
 
     rng, records = np.random.default_rng(0), []
     (folder / "data/images").mkdir(parents=True)

@@ -29,7 +29,7 @@ from PIL import Image
 from speed import CHATML, EXAMPLE, LORA, configurations
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel, Qwen2ForCausalLM
 
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.dataset.lengths import count_tokens
 from train_llava.dataset.packing import PackedDataset
@@ -90,7 +90,9 @@ def make_model(folder: Path) -> Path:
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder / "qwen2")
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the table
-        build_model(str(folder / "clip"), str(folder / "qwen2"), str(folder / "llava"), skip_checks=True)
+        build_model(
+            BuildArguments(str(folder / "clip"), str(folder / "qwen2"), str(folder / "llava"), skip_checks=True)
+        )
     return folder / "llava"
 
 

@@ -49,7 +49,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 from train_llava.modeling.gguf_files import check_exportable
 
 # The formats of the families, as their published templates write them; more are in tests/test_families.py
@@ -202,7 +202,7 @@ def measure(tower: Path, language_model: Path, folder: Path) -> dict[str, str]:
     pair that it refuses, the reason under `refused`."""
     with redirect_stdout(io.StringIO()) as printed:
         try:
-            build_model(str(tower), str(language_model), str(folder))
+            build_model(BuildArguments(str(tower), str(language_model), str(folder)))
         except ValueError as error:
             reason = " ".join(str(error).split())
             return {"refused": reason.replace(f"{tower}", "it").replace(f"{language_model}", "it")}

@@ -24,7 +24,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 
 DATA = Path("output/openmoji/data/train")
 OUTPUT = Path("output/siglip_qwen3")
@@ -71,7 +71,7 @@ def take_records(folder: Path) -> None:
 def main() -> None:
     make_parts(OUTPUT / "parts")
     take_records(OUTPUT / "data")
-    build_model(str(OUTPUT / "parts/siglip"), str(OUTPUT / "parts/qwen3"), str(OUTPUT / "llava"))
+    build_model(BuildArguments(str(OUTPUT / "parts/siglip"), str(OUTPUT / "parts/qwen3"), str(OUTPUT / "llava")))
     command = [sys.executable, "-m", "train_llava.train", "--train_type", "full", "--save_strategy", "no"]
     command += ["--model_name_or_path", OUTPUT / "llava", "--output_dir", OUTPUT / "run", "--preflight", "false"]
     command += ["--data_path", OUTPUT / "data", "--image_dir", DATA / "images_dl", "--logging_steps", 50]

@@ -45,7 +45,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 from train_llava.cli import device
 from train_llava.data import LlavaCollator
 from train_llava.evaluation.generation import assistant_message, user_message
@@ -120,7 +120,7 @@ def make_model(geometry: str, folder: Path) -> None:
     parts = folder.with_name(f"{geometry}-parts")
     make_parts(geometry, parts)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the table
-        build_model(str(parts / "clip"), str(parts / "qwen2"), str(folder), skip_checks=True)
+        build_model(BuildArguments(str(parts / "clip"), str(parts / "qwen2"), str(folder), skip_checks=True))
 
 
 def make_apart(geometry: str, work_dir: Path) -> Path:

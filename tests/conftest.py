@@ -33,7 +33,7 @@ from transformers import (
 
 import train_llava.build_model
 from train_llava import train
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 from train_llava.merge_lora import merge_lora
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.modeling.adapter import load_model
@@ -116,7 +116,7 @@ def parts(tmp_path_factory) -> dict[str, Path]:
 def llava(parts, tmp_path_factory) -> Path:
     """The tiny parts assembled by `build_model`: 16 tokens a picture."""
     folder = tmp_path_factory.mktemp("llava") / "model"
-    build_model(str(parts["clip"]), str(parts["qwen2"]), str(folder))
+    build_model(BuildArguments(str(parts["clip"]), str(parts["qwen2"]), str(folder)))
     return folder
 
 

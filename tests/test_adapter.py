@@ -10,7 +10,7 @@ from conftest import IMAGES, QUESTIONS, run_train
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 from train_llava.chat import Chat
 from train_llava.evaluation.generation import generate
 from train_llava.merge_lora import merge_lora
@@ -254,7 +254,7 @@ def test_a_projector_that_an_adapter_holds_stays_as_it_is_at_rate_0(
 def test_an_adapter_in_place_of_a_model_is_named_as_one(llava, adapter, parts, tmp_path):
     for open_it in (
         lambda: load_model(str(adapter)),
-        lambda: build_model(str(parts["clip"]), str(adapter), str(tmp_path / "out")),
+        lambda: build_model(BuildArguments(str(parts["clip"]), str(adapter), str(tmp_path / "out"))),
     ):
         with pytest.raises(
             ValueError, match=f"^{adapter} is a LoRA adapter of {llava}: .* --model_name_or_path {llava}"

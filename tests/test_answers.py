@@ -24,7 +24,7 @@ from transformers.integrations.deepspeed import (
 )
 
 from train_llava import evaluate, infer
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 from train_llava.chat import Chat
 from train_llava.data import LlavaDataset, to_sample
 from train_llava.evaluation import answers
@@ -60,7 +60,11 @@ def test_answers_in_training_equal_those_of_evaluate_and_use_no_random_number(
     parts, corpus, tmp_path, monkeypatch, train_type, options
 ):
     llava = tmp_path / "llava"
-    build_model(str(parts["clip"]), str(parts["qwen2"]), str(llava), "bfloat16" if "--bf16" in options else "auto")
+    build_model(
+        BuildArguments(
+            str(parts["clip"]), str(parts["qwen2"]), str(llava), "bfloat16" if "--bf16" in options else "auto"
+        )
+    )
     settings = ["--train_type", train_type, "--max_steps", "6", "--eval_data_path", corpus, *SETTINGS, *options]
     settings += ["--eval_strategy", "steps", "--eval_steps", "3", "--preflight", "false"]
     run, plain = tmp_path / "run", tmp_path / "plain"

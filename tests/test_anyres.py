@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from train_llava import evaluate
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 from train_llava.chat import Chat
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset, to_sample
 from train_llava.dataset.images import open_image, picture_size
@@ -53,7 +53,7 @@ ITEMS = [
 def anyres(parts, tmp_path_factory):
     """The tiny parts assembled with tiles of 28 pixels: 16 tokens each."""
     folder = tmp_path_factory.mktemp("anyres") / "model"
-    build_model(str(parts["clip"]), str(parts["qwen2"]), str(folder), image_aspect_ratio="anyres")
+    build_model(BuildArguments(str(parts["clip"]), str(parts["qwen2"]), str(folder), image_aspect_ratio="anyres"))
     return folder
 
 
@@ -255,13 +255,13 @@ def test_every_question_is_asked(anyres, photos, tmp_path):
 )
 def test_options_that_make_no_grid_are_refused(parts, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "out"), **options)
+        build_model(BuildArguments(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "out"), **options))
     assert not (tmp_path / "out").exists()
 
 
 def test_users_can_choose_the_grids(parts, tmp_path):
     options = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": ["1x4", "3x3"]}
-    build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "out"), **options)
+    build_model(BuildArguments(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "out"), **options))
     config, processor = (
         json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("config", "processor_config")
     )

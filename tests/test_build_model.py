@@ -122,7 +122,7 @@ def test_transformers_alone_opens_it_and_answers(llava):
 
 
 def test_dtype_sets_the_precision_of_the_weights(parts, tmp_path):
-    build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "model"), dtype="bfloat16")
+    build_model(BuildArguments(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "model"), dtype="bfloat16"))
     model, _ = load_checkpoint(str(tmp_path / "model"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
@@ -132,7 +132,7 @@ def test_a_full_vocabulary_gets_one_more_row_and_keeps_the_others(parts, tmp_pat
     language_model.resize_token_embeddings(300)
     language_model.save_pretrained(tmp_path / "full")
     AutoTokenizer.from_pretrained(parts["qwen2"]).save_pretrained(tmp_path / "full")
-    build_model(str(parts["clip"]), str(tmp_path / "full"), str(tmp_path / "model"))
+    build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "full"), str(tmp_path / "model")))
     model, processor = load_checkpoint(str(tmp_path / "model"))
     assert len(processor.tokenizer) == 301 <= model.config.text_config.vocab_size == 320
     assert torch.equal(model.get_input_embeddings().weight[:300], language_model.get_input_embeddings().weight)
@@ -163,14 +163,14 @@ def test_a_wrong_part_is_named_and_nothing_is_left(parts, tmp_path, vision, lang
     shutil.copy(parts["qwen2"] / "config.json", tmp_path / "no_template")
     folders = parts | {"missing": tmp_path / "missing", "no_template": tmp_path / "no_template"}
     with pytest.raises((OSError, ValueError), match=message):
-        build_model(str(folders[vision]), str(folders[language]), str(tmp_path / "out" / "model"))
+        build_model(BuildArguments(str(folders[vision]), str(folders[language]), str(tmp_path / "out" / "model")))
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_nothing_is_overwritten(parts, llava):
     before = (llava / "config.json").read_text()
     with pytest.raises(ValueError, match="exists already"):
-        build_model(str(parts["clip"]), str(parts["qwen2"]), str(llava))
+        build_model(BuildArguments(str(parts["clip"]), str(parts["qwen2"]), str(llava)))
     assert (llava / "config.json").read_text() == before
 
 
@@ -184,7 +184,7 @@ def test_a_checkpoint_that_differs_from_its_parts_is_refused(parts, tmp_path, mo
 
     monkeypatch.setattr("transformers.LlavaForConditionalGeneration.save_pretrained", save_with_a_fault)
     with pytest.raises(ValueError, match="text-only logits differ"):
-        build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "model"))
+        build_model(BuildArguments(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "model")))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -209,7 +209,7 @@ def rows_of(output: str) -> dict[str, str]:
 
 
 def test_the_printed_table_holds_the_measurements(parts, tmp_path, capsys):
-    build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "llava"))
+    build_model(BuildArguments(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "llava")))
     rows = rows_of(capsys.readouterr().out)
     assert rows["what is learnt"] == "each answer with <|im_end|>, where generation stops"
     assert rows["generation prompt"] == r"as in training, '<|im_end|>\n<|im_start|>assistant\n'"
@@ -240,13 +240,13 @@ def without(folder, copy, lost):
 def test_a_part_that_lacks_weights_is_refused(parts, tmp_path, part, lost, message):
     broken = parts | {part: without(parts[part], tmp_path / "broken", lost)}
     with pytest.raises(ValueError, match=message):
-        build_model(str(broken["clip"]), str(broken["qwen2"]), str(tmp_path / "out" / "llava"))
+        build_model(BuildArguments(str(broken["clip"]), str(broken["qwen2"]), str(tmp_path / "out" / "llava")))
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_clip_without_its_text_model_is_enough(parts, llava, tmp_path):
     clip = without(parts["clip"], tmp_path / "clip", "text_model.")
-    build_model(str(clip), str(parts["qwen2"]), str(tmp_path / "llava"))
+    build_model(BuildArguments(str(clip), str(parts["qwen2"]), str(tmp_path / "llava")))
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "llava", llava))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
@@ -273,7 +273,7 @@ def edited(folder, copy, file, **settings):
 def test_a_language_model_that_a_llava_cannot_hold_is_refused(parts, tmp_path, settings, message, trust):
     folder = edited(parts["qwen2"], tmp_path / "edited", "config.json", **settings)
     with pytest.raises(ValueError, match=f"edited .*{message}"):
-        build_model(str(parts["clip"]), str(folder), str(tmp_path / "llava"), trust_remote_code=trust)
+        build_model(BuildArguments(str(parts["clip"]), str(folder), str(tmp_path / "llava"), trust_remote_code=trust))
     assert not (tmp_path / "llava").exists()
 
 
@@ -288,7 +288,7 @@ def test_a_tokenizer_with_a_picture_token_of_its_own_gets_this_one(parts, tmp_pa
     named = {"extra_special_tokens": {"image_token": "<image_soft_token>"}}
     AutoTokenizer.from_pretrained(parts["qwen2"], **named).save_pretrained(tmp_path / "lm")
     assert AutoTokenizer.from_pretrained(tmp_path / "lm").image_token == "<image_soft_token>"
-    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+    build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava")))
     processor = AutoProcessor.from_pretrained(tmp_path / "llava")
     assert processor.image_token == processor.tokenizer.image_token == "<image>"
 
@@ -304,7 +304,11 @@ def test_an_image_processor_that_a_llava_cannot_use_is_refused(parts, tmp_path, 
     (tmp_path / "tower" / "preprocessor_config.json").unlink(missing_ok=True)
     pictures.save_pretrained(tmp_path / "tower")
     with pytest.raises(ValueError, match=message):
-        build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "llava"), image_aspect_ratio="crop")
+        build_model(
+            BuildArguments(
+                str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "llava"), image_aspect_ratio="crop"
+            )
+        )
 
 
 def test_a_processor_of_another_kind_is_named(llava, tmp_path):
@@ -317,14 +321,18 @@ def test_an_architecture_that_does_not_run_as_one_is_refused(parts, tmp_path):
     config = Mamba2Config(hidden_size=32, num_heads=4, head_dim=16, n_groups=1, state_size=8, num_hidden_layers=1)
     save_language_model(tmp_path / "lm", config)
     with pytest.raises(ValueError, match="do not run as one LLaVA"):
-        build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+        build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava")))
     assert not (tmp_path / "llava").exists()
 
 
 @pytest.mark.parametrize("layer", [-30, -5, 4, 50])
 def test_a_layer_out_of_range_is_refused(parts, tmp_path, layer):
     with pytest.raises(ValueError, match=f"--vision_feature_layer {layer}: the tower has hidden states -4 to 3"):
-        build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "llava"), vision_feature_layer=layer)
+        build_model(
+            BuildArguments(
+                str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "llava"), vision_feature_layer=layer
+            )
+        )
 
 
 def test_settings_of_sampling_that_never_takes_place_can_be_saved(parts, tmp_path):
@@ -332,7 +340,9 @@ def test_settings_of_sampling_that_never_takes_place_can_be_saved(parts, tmp_pat
     greedy = edited(parts["qwen2"], tmp_path / "greedy", "generation_config.json", **sampling)
     drawn = edited(parts["qwen2"], tmp_path / "drawn", "generation_config.json", **sampling, do_sample=True)
     for folder in (greedy, drawn):
-        build_model(str(parts["clip"]), str(folder), str(tmp_path / "llava" / folder.name), skip_checks=True)
+        build_model(
+            BuildArguments(str(parts["clip"]), str(folder), str(tmp_path / "llava" / folder.name), skip_checks=True)
+        )
     assert GenerationConfig.from_pretrained(tmp_path / "llava" / "greedy").temperature is None
     assert GenerationConfig.from_pretrained(tmp_path / "llava" / "drawn").to_diff_dict().items() >= sampling.items()
 
@@ -341,7 +351,7 @@ def test_greedy_answers_ignore_the_language_models_own_generation_rules(parts, l
     """Qwen's chat models penalise words that the conversation already has; others have rules of their own."""
     rules = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 7, "suppress_tokens": [40, 41]}
     with_rules = edited(parts["qwen2"], tmp_path / "lm", "generation_config.json", **rules, do_sample=True, min_p=0.9)
-    build_model(str(parts["clip"]), str(with_rules), str(tmp_path / "llava"), skip_checks=True)
+    build_model(BuildArguments(str(parts["clip"]), str(with_rules), str(tmp_path / "llava"), skip_checks=True))
     saved = GenerationConfig.from_pretrained(tmp_path / "llava").to_diff_dict()
     assert not rules.keys() & saved.keys()
     asked = [user_message("red red red blue?", 0)]
@@ -357,7 +367,7 @@ def test_a_language_model_with_a_tower_of_its_own_gives_its_text_half(parts, tmp
     config = Gemma3Config(text_config=LM | {"sliding_window": 8}, vision_config=vision, mm_tokens_per_image=4)
     whole = save_language_model(tmp_path / "whole", config, Gemma3ForConditionalGeneration)
     without(tmp_path / "whole", tmp_path / "lm", "vision_tower")  # which nobody reads
-    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+    build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava")))
     model, _ = load_checkpoint(str(tmp_path / "llava"))
     assert model.config.text_config.model_type == "gemma3_text"
     ids = torch.tensor([[5, 40, 7, 80, 33]])
@@ -366,7 +376,7 @@ def test_a_language_model_with_a_tower_of_its_own_gives_its_text_half(parts, tmp
 
 
 def test_a_llava_lends_its_tower(parts, llava, tmp_path):
-    build_model(str(llava), str(parts["qwen2"]), str(tmp_path / "llava"))
+    build_model(BuildArguments(str(llava), str(parts["qwen2"]), str(tmp_path / "llava")))
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "llava", llava))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
@@ -375,7 +385,7 @@ def test_pad_resizes_to_what_the_tower_takes(parts, tmp_path):
     clip = tmp_path / "clip"
     shutil.copytree(parts["clip"], clip)
     CLIPImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 28, "width": 28}).save_pretrained(clip)
-    build_model(str(clip), str(parts["qwen2"]), str(tmp_path / "llava"), image_aspect_ratio="pad")
+    build_model(BuildArguments(str(clip), str(parts["qwen2"]), str(tmp_path / "llava"), image_aspect_ratio="pad"))
     processor = AutoProcessor.from_pretrained(tmp_path / "llava")
     wide = Image.new("RGB", (80, 20), "red")
     pixels = processor.image_processor(wide, return_tensors="pt")["pixel_values"]
@@ -417,7 +427,7 @@ LINEAR_ATTENTION = {f"linear_{name}": n for name, n in (
 )
 def test_packing_is_reported_as_equal_only_where_it_is(parts, tmp_path, capsys, config, packs, dtype):
     save_language_model(tmp_path / "lm", config)
-    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"), dtype=dtype)
+    build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"), dtype=dtype))
     row = rows_of(capsys.readouterr().out)["packed against alone"]
     assert row.startswith("equal" if packs else "not equal: training refuses --packing")
     model, processor = load_checkpoint(str(tmp_path / "llava"), torch.float32)
@@ -449,7 +459,7 @@ def test_a_leak_between_packed_conversations_is_not_taken_for_noise(parts, tmp_p
     save_language_model(
         tmp_path / "lm", DeepseekV32Config(**LM | {"num_key_value_heads": 2}, **latent, **experts, **index)
     )
-    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"), skip_checks=True)
+    build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"), skip_checks=True))
     model, processor = load_checkpoint(str(tmp_path / "llava"))
     packed, equal = packing_difference(model, Chat(processor))
     assert packed > 100 * tolerance(torch.float32)
@@ -457,12 +467,12 @@ def test_a_leak_between_packed_conversations_is_not_taken_for_noise(parts, tmp_p
     with pytest.raises(ValueError, match="--packing: a deepseek_v32 does not keep"):
         verify_for_training(model, processor, packing=True)
     with pytest.raises(ValueError, match="with a cache, in 256 tokens, its logits differ"):
-        build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "checked"))
+        build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "checked")))
 
 
 def test_experts_get_no_adapter_and_the_table_reports_it(parts, tmp_path):
     save_language_model(tmp_path / "lm", Qwen3MoeConfig(**LM, **SMALL_EXPERTS))
-    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+    build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava")))
     model = set_trainable(load_checkpoint(str(tmp_path / "llava"))[0], "lora", LoraArguments(lora_r=2))
     table = describe_trainable(model, dict.fromkeys(("vision tower", "projector", "language model"), 1e-4))
     assert table.splitlines()[-1] == "no adapter on mlp.experts.down_proj, mlp.experts.gate_up_proj: no linear layers"
@@ -506,7 +516,7 @@ def test_a_batch_is_answered_as_its_questions_alone(llava):
 def test_training_refuses_packing_where_conversations_see_each_other(parts, corpus, tmp_path, monkeypatch):
     config = GptOssConfig(**LM, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
     save_language_model(tmp_path / "lm", config)
-    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+    build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava")))
     with pytest.raises(ValueError, match="--packing: a gpt_oss does not keep the conversations of a row apart"):
         run_train(monkeypatch, tmp_path / "llava", corpus, tmp_path / "run", "--packing", "true", "--max_steps", "1")
     assert not (tmp_path / "run").exists()
@@ -524,7 +534,7 @@ def test_a_tied_model_may_have_either_of_the_two_names(parts, tmp_path):
     embedding = weights.pop("model.embed_tokens.weight")
     shutil.copytree(tmp_path / "tied", tmp_path / "head")
     save_file(weights | {"lm_head.weight": embedding}, tmp_path / "head" / "model.safetensors", {"format": "pt"})
-    build_model(str(parts["clip"]), str(tmp_path / "head"), str(tmp_path / "llava"))
+    build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "head"), str(tmp_path / "llava")))
     model, _ = load_checkpoint(str(tmp_path / "llava"))
     assert torch.equal(model.get_input_embeddings().weight[: len(embedding)], embedding)
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -538,7 +548,7 @@ def test_another_towers_weights_are_refused(parts, tmp_path):
     for name in ("model.safetensors", "preprocessor_config.json"):
         shutil.copy(parts["clip"] / name, siglip)
     with pytest.raises(ValueError, match="siglip"):
-        build_model(str(siglip), str(parts["qwen2"]), str(tmp_path / "llava"))
+        build_model(BuildArguments(str(siglip), str(parts["qwen2"]), str(tmp_path / "llava")))
     assert not (tmp_path / "llava").exists()
 
 
@@ -553,7 +563,7 @@ def published_layout(projector: dict[str, torch.Tensor], path: Path) -> None:
 def test_a_trained_projector_is_loaded_from_either_layout(parts, corpus, tmp_path, monkeypatch, capsys, ratio):
     """What stage 1 has trained, alone, and what it has written whole are one model once more."""
     options = {"image_aspect_ratio": ratio}
-    build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "llava"), **options)
+    build_model(BuildArguments(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "llava"), **options))
     run = ["--train_type", "projector", "--max_steps", "2", "--learning_rate", "1e-2"]
     run_train(monkeypatch, tmp_path / "llava", corpus, tmp_path / "run", *run)
     trained = load_file(tmp_path / "run" / "projector.safetensors")
@@ -561,12 +571,14 @@ def test_a_trained_projector_is_loaded_from_either_layout(parts, corpus, tmp_pat
         name for name in load_file(tmp_path / "run" / "model.safetensors") if "projector" in name or "newline" in name
     }
     build_model(
-        str(parts["clip"]),
-        str(parts["qwen2"]),
-        str(tmp_path / "again"),
-        projector=str(tmp_path / "run" / "projector.safetensors"),
-        skip_checks=True,
-        **options,
+        BuildArguments(
+            str(parts["clip"]),
+            str(parts["qwen2"]),
+            str(tmp_path / "again"),
+            projector=str(tmp_path / "run" / "projector.safetensors"),
+            skip_checks=True,
+            **options,
+        )
     )
     whole, again, before = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "again", "llava"))
     assert whole.keys() == again.keys()
@@ -575,12 +587,14 @@ def test_a_trained_projector_is_loaded_from_either_layout(parts, corpus, tmp_pat
     layers = {name.removeprefix("multi_modal_projector."): t for name, t in trained.items() if "projector" in name}
     published_layout(layers, tmp_path / "mm_projector.bin")
     build_model(
-        str(parts["clip"]),
-        str(parts["qwen2"]),
-        str(tmp_path / "theirs"),
-        projector=str(tmp_path / "mm_projector.bin"),
-        skip_checks=True,
-        **options,
+        BuildArguments(
+            str(parts["clip"]),
+            str(parts["qwen2"]),
+            str(tmp_path / "theirs"),
+            projector=str(tmp_path / "mm_projector.bin"),
+            skip_checks=True,
+            **options,
+        )
     )
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     assert all(torch.equal(theirs[f"multi_modal_projector.{name}"], tensor) for name, tensor in layers.items())
@@ -621,7 +635,12 @@ def test_a_projector_that_does_not_fit_is_refused_by_name(parts, tmp_path, fault
     )
     with pytest.raises(ValueError, match=message):
         build_model(
-            str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "out"), projector=str(tmp_path / "p.safetensors")
+            BuildArguments(
+                str(parts["clip"]),
+                str(parts["qwen2"]),
+                str(tmp_path / "out"),
+                projector=str(tmp_path / "p.safetensors"),
+            )
         )
     assert not (tmp_path / "out").exists()
 

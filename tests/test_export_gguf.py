@@ -38,7 +38,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 from train_llava.data import LlavaDataset
 from train_llava.export_gguf import (
     differing_kinds,
@@ -111,7 +111,7 @@ def siglip_qwen3(tmp_path_factory) -> Path:
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     language_model.save_pretrained(root / "qwen3")
-    build_model(str(root / "siglip"), str(root / "qwen3"), str(root / "llava"))
+    build_model(BuildArguments(str(root / "siglip"), str(root / "qwen3"), str(root / "llava")))
     model, processor = load_checkpoint(str(root / "llava"))
     for parameter in model.parameters():  # new norms are ones and new biases zeros
         torch.nn.init.normal_(parameter)

@@ -39,7 +39,7 @@ from transformers import (
     SiglipModel,
 )
 
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 from train_llava.data import LlavaCollator
 from train_llava.evaluation.generation import generate
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
@@ -133,7 +133,7 @@ def built(parts, tmp_path_factory):
         if name not in folders:
             root = tmp_path_factory.mktemp("family")
             save_family(root / "lm", *FAMILIES[name][:-1])
-            build_model(str(parts["clip"]), str(root / "lm"), str(root / "llava"))
+            build_model(BuildArguments(str(parts["clip"]), str(root / "lm"), str(root / "llava")))
             folders[name] = root / "lm", root / "llava"
         return folders[name]
 
@@ -247,7 +247,9 @@ SCALE = "the logits of a {} are not those of its output layer alone"
 def test_language_models_that_a_llava_cannot_hold_are_refused(parts, tmp_path, config, reason, dtype):
     save_family(tmp_path / "lm", config, QWEN, CHATML, "<|im_end|>", "<|endoftext|>")
     with pytest.raises(ValueError, match=reason):
-        build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "out" / "model"), dtype=dtype)
+        build_model(
+            BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "out" / "model"), dtype=dtype)
+        )
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -264,7 +266,7 @@ def test_language_models_that_a_llava_cannot_hold_are_refused(parts, tmp_path, c
 )
 def test_the_module_that_forward_calls_is_the_decoder(parts, tmp_path, config, decoder):
     save_family(tmp_path / "lm", config, QWEN, CHATML, "<|im_end|>", "<|endoftext|>")
-    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+    build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava")))
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "lm").state_dict()
     saved = load_file(tmp_path / "llava" / "model.safetensors")
     name = f"language_model.model.{decoder}"
@@ -281,7 +283,7 @@ def test_the_picture_token_never_gets_the_id_of_a_word(parts, tmp_path):
     vocabulary[max(vocabulary, key=vocabulary.get)] += 1
     file.write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="have a hole, and <image> would get 300, which is"):
-        build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+        build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava")))
 
 
 ROTATIONS = {
@@ -296,7 +298,7 @@ ROTATIONS = {
 def test_a_context_ends_where_a_rotation_changes_for_all_tokens(parts, tmp_path, monkeypatch, rope, length):
     config = LlamaConfig(**LM, rope_parameters=ROTATIONS[rope] | {"rope_theta": 1e4})
     save_family(tmp_path / "lm", config, QWEN, CHATML, "<|im_end|>", "<|endoftext|>")
-    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"))
+    build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava")))
     model, processor = load_checkpoint(str(tmp_path / "llava"))
     assert processor.tokenizer.model_max_length == length
     ids = torch.randint(3, 300, (1, 16), generator=torch.Generator().manual_seed(0))
@@ -307,7 +309,7 @@ def test_a_context_ends_where_a_rotation_changes_for_all_tokens(parts, tmp_path,
     if rope != "yarn":  # a context that would go on is refused
         monkeypatch.setattr("train_llava.model.context_length", lambda _: 4 * length)
         with pytest.raises(ValueError, match=f"{4 * length:,} tokens,? its logits differ from those alone"):
-            build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "again"))
+            build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "again")))
 
 
 def make_tower(folder, kind: str, size: int, patch: int) -> None:
@@ -345,7 +347,7 @@ def test_features_tokens_and_gradients_follow_the_options_of_the_tower(
     parts, tmp_path, kind, size, patch, options, tokens
 ):
     make_tower(tmp_path / "tower", kind, size, patch)
-    build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "llava"), **options)
+    build_model(BuildArguments(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "llava"), **options))
     model, processor = load_checkpoint(str(tmp_path / "llava"))
     wide = Image.new("RGB", (90, 30), "white")
     inputs = processor(images=wide, text="<image>", return_tensors="pt")
@@ -374,7 +376,7 @@ def test_a_processor_that_does_not_fit_its_tower_is_refused(parts, tmp_path):
         tmp_path / "tower"
     )
     with pytest.raises(ValueError, match="makes pictures of 35 pixels a side, its vision tower takes 28"):
-        build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "llava"))
+        build_model(BuildArguments(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "llava")))
 
 
 def test_a_checkpoint_of_the_tutorial_opens_as_it_is(llava, parts, tmp_path, capsys):
@@ -434,5 +436,5 @@ def test_code_of_a_language_model_is_never_run(parts, tmp_path, trust):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     with pytest.raises((OSError, ValueError), match="transformers has no code for a own"):
-        build_model(str(parts["clip"]), str(folder), str(tmp_path / "out"), trust_remote_code=trust)
+        build_model(BuildArguments(str(parts["clip"]), str(folder), str(tmp_path / "out"), trust_remote_code=trust))
     assert not (tmp_path / "ran").exists()

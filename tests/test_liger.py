@@ -13,7 +13,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.utils import is_liger_kernel_available
 
 from train_llava import train
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 from train_llava.cli import run_command
 
 # As in liger-kernel: the LLaVA's own function replaces its forward, the language model's replaces functions in the
@@ -98,7 +98,7 @@ def liger(tmp_path, monkeypatch):
 @pytest.mark.parametrize("ratio", ["crop", "anyres"])
 def test_the_language_model_alone_is_replaced_and_losses_stay(liger, parts, corpus, tmp_path, monkeypatch, ratio):
     llava = tmp_path / "llava"
-    build_model(str(parts["clip"]), str(parts["qwen2"]), str(llava), image_aspect_ratio=ratio)
+    build_model(BuildArguments(str(parts["clip"]), str(parts["qwen2"]), str(llava), image_aspect_ratio=ratio))
     arguments = ["--train_type", "lora", "--lora_dropout", "0", "--max_steps", "2", "--learning_rate", "1e-3"]
     arguments += ["--eval_data_path", corpus, "--eval_answers", "2"]
     plain = run_train(monkeypatch, llava, corpus, tmp_path / "plain", *arguments)

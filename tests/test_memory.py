@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from train_llava import train
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 from train_llava.data import LlavaCollator, LlavaDataset
 from train_llava.model import (
     TRAIN_TYPES,
@@ -256,7 +256,9 @@ def test_only_zero_2_keeps_accumulated_gradients_beside_the_next(monkeypatch, st
 
 
 def test_a_picture_in_tiles_counts_with_the_most_tokens(parts, tmp_path):
-    build_model(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "model"), image_aspect_ratio="anyres")
+    build_model(
+        BuildArguments(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "model"), image_aspect_ratio="anyres")
+    )
     model, processor = load_checkpoint(str(tmp_path / "model"), torch.float32)
     empty, _ = empty_model(model.config, "lora", LORA, torch.bfloat16)
     pictures = [Image.new("RGB", (28 * w, 28 * h)) for w in range(1, 5) for h in range(1, 5)]

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from train_llava import train
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 from train_llava.merge_lora import merge_lora
 from train_llava.model import LoraArguments, load_checkpoint, set_trainable
 from train_llava.modeling.weights import base_tensors, differing_tensor, save_weights
@@ -75,7 +75,7 @@ def half(llava, tmp_path_factory):
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_every_kind_of_tensor_is_saved_under_its_name(parts, corpus, tmp_path, monkeypatch, capsys, name):
     save_family(tmp_path / "lm", LANGUAGE_MODELS[name], QWEN, CHATML, "<|im_end|>", "<|endoftext|>")
-    build_model(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"), "float16")
+    build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"), "float16"))
     before = tensors_of(tmp_path / "llava")
     assert f"opened and saved again    {len(before)} tensors" in capsys.readouterr().out
     run_train(monkeypatch, tmp_path / "llava", corpus, tmp_path / "run", *STEP, "--train_type", "full")
@@ -102,7 +102,7 @@ def test_a_tower_with_persistent_buffers_is_saved(parts, corpus, tmp_path, monke
         RadioConfig(**NARROW, num_hidden_layers=3, image_size=28, patch_size=7, max_img_size=56)
     ).save_pretrained(tmp_path / "radio")
     SiglipImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(tmp_path / "radio")
-    build_model(str(tmp_path / "radio"), str(parts["qwen2"]), str(tmp_path / "llava"))
+    build_model(BuildArguments(str(tmp_path / "radio"), str(parts["qwen2"]), str(tmp_path / "llava")))
     run_train(monkeypatch, tmp_path / "llava", corpus, tmp_path / "run", *STEP, "--train_type", "full")
     assert unlike(tensors_of(tmp_path / "run"), tensors_of(tmp_path / "llava"))
 

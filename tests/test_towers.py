@@ -81,7 +81,7 @@ from transformers import (
 )
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 from train_llava.data import LlavaCollator
 from train_llava.evaluation.generation import generate
 from train_llava.merge_lora import merge_lora
@@ -149,7 +149,7 @@ def built(parts, tmp_path_factory):
     def build(name):
         root = tmp_path_factory.mktemp("tower")
         save_tower(root / "tower", *TOWERS[name][:-1])
-        build_model(str(root / "tower"), str(parts["qwen2"]), str(root / "llava"))
+        build_model(BuildArguments(str(root / "tower"), str(parts["qwen2"]), str(root / "llava")))
         return root / "tower", root / "llava"
 
     return build
@@ -329,7 +329,7 @@ def test_a_fresh_process_finds_what_a_corrupted_one_hides(parts, tmp_path, monke
     monkeypatch.setattr(BeitRelativePositionBias, "generate_relative_position_index", staticmethod(lambda _: wrong))
     monkeypatch.setattr("train_llava.build_model.verify_in_fresh_process", verify_in_fresh_process)
     with pytest.raises(ValueError, match="the vision features differ from the part's own") as refusal:
-        build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "out" / "llava"))
+        build_model(BuildArguments(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "out" / "llava")))
     assert "\n" not in str(refusal.value)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -388,7 +388,7 @@ def test_a_tower_that_a_llava_cannot_hold_is_refused_with_the_reason(parts, tmp_
     *tower, reason = REFUSED[name]
     save_tower(tmp_path / "tower", *tower)
     with pytest.raises(ValueError, match=reason) as refusal:
-        build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "out" / "llava"))
+        build_model(BuildArguments(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "out" / "llava")))
     assert "\n" not in str(refusal.value)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -396,7 +396,9 @@ def test_a_tower_that_a_llava_cannot_hold_is_refused_with_the_reason(parts, tmp_
 @pytest.mark.parametrize("ratio", ["pad", "anyres"])
 def test_a_model_that_cuts_tiles_lends_its_tower(parts, tmp_path, ratio):
     save_tower(tmp_path / "tower", *REFUSED["LLaVA-OneVision, cropped"][:-1])
-    build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "llava"), image_aspect_ratio=ratio)
+    build_model(
+        BuildArguments(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "llava"), image_aspect_ratio=ratio)
+    )
     lent = LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "tower").model.vision_tower.state_dict()
     ours = opened(tmp_path / "llava")[0].model.vision_tower.state_dict()
     assert ours.keys() == lent.keys()
@@ -406,6 +408,12 @@ def test_a_model_that_cuts_tiles_lends_its_tower(parts, tmp_path, ratio):
 def test_a_tower_that_puts_its_pictures_into_one_row_takes_no_tiles(parts, tmp_path):
     pictures = PixtralImageProcessorPil(patch_size=7, size={"longest_edge": 28})
     save_tower(tmp_path / "tower", PixtralVisionModel, PixtralVisionConfig(**VISION), pictures)
-    build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "pad"), image_aspect_ratio="pad")
+    build_model(
+        BuildArguments(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "pad"), image_aspect_ratio="pad")
+    )
     with pytest.raises(ValueError, match=r"anyres: .* is a pixtral, which puts the patches of all tiles into one row"):
-        build_model(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "any"), image_aspect_ratio="anyres")
+        build_model(
+            BuildArguments(
+                str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "any"), image_aspect_ratio="anyres"
+            )
+        )

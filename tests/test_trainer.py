@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_data import ITEMS, gradients
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2Config, Qwen2ForCausalLM, Trainer
 
-from train_llava.build_model import build_model
+from train_llava.build_model import BuildArguments, build_model
 from train_llava.data import LlavaCollator, LlavaDataset
 from train_llava.dataset import table as table_module
 from train_llava.merge_lora import merge_lora
@@ -557,7 +557,7 @@ def test_a_tied_weight_is_written_once(parts, tmp_path):
             shutil.copy(file, tmp_path)
     config = Qwen2Config.from_pretrained(parts["qwen2"], tie_word_embeddings=True)
     Qwen2ForCausalLM(config).save_pretrained(tmp_path)
-    build_model(str(parts["clip"]), str(tmp_path), str(tmp_path / "llava"))
+    build_model(BuildArguments(str(parts["clip"]), str(tmp_path), str(tmp_path / "llava")))
     model, processor = load_checkpoint(str(tmp_path / "llava"))
     args = TrainArguments(output_dir=str(tmp_path / "run"), train_type="full")
     trainer = LlavaTrainer(model, args, processing_class=processor, learning_rates={}, write_card=print)

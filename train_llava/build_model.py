@@ -13,9 +13,8 @@ weights, processor, chat template and generation config. Its class is `LlavaForC
 import re
 import sys
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
@@ -82,12 +81,8 @@ from train_llava.records import IMAGE_TOKEN
 from train_llava.training.cards import write_card
 
 
-def build_model(*values: Any, **options: Any) -> None:
-    """Writes a LLaVA checkpoint. The parameters are the command's arguments, in their order: see `BuildArguments`.
-
-    An OSError or ValueError says which part cannot be loaded, or which check fails; nothing is left behind.
-    """
-    arguments = BuildArguments(*values, **options)
+def build_model(arguments: BuildArguments) -> None:
+    """Writes a LLaVA checkpoint. An OSError or ValueError says why it cannot be; then nothing is left behind."""
     vision, language = arguments.vision_model_name_or_path, arguments.language_model_name_or_path
     output_dir, layer, projector = arguments.output_dir, arguments.vision_feature_layer, arguments.projector
     trained_projector = None if projector is None else load_projector(projector)
@@ -153,9 +148,6 @@ def build_model(*values: Any, **options: Any) -> None:
                 raise ValueError(str(error).replace(str(folder), output_dir)) from error
     for label, outcome in [*rows, ("written to", output_dir)]:
         print(f"{label:<26}{outcome}")
-
-
-build_model.__signature__ = signature(BuildArguments)  # for `help` and notebooks
 
 
 def assemble(
@@ -282,7 +274,7 @@ def published_names(model: Llava) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     (arguments,) = parse_arguments(BuildArguments)
-    build_model(**vars(arguments))
+    build_model(arguments)
 
 
 if __name__ == "__main__":
