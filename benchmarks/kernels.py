@@ -42,6 +42,7 @@ ZERO2 = ["--deepspeed", str(ROOT / "ds_zero2_no_offload.json")]
 COMPILE = ["--torch_compile", "true", "--torch_compile_backend", "eager"]
 RUNS = {
     "padded": [],
+    "`--lora_dropout 0.05`": ["--lora_dropout", "0.05"],
     "`--activation_checkpointing true`": ["--activation_checkpointing", "true"],
     "`--packing true`": ["--packing", "true"],
     "padded, ZeRO-2": ZERO2,

@@ -111,6 +111,31 @@ def print_memory() -> None:
     print(f"\n| with / without checkpointing | {' | '.join(columns)} |")
     print("|---|" + "---:|" * len(columns), *lines, sep="\n")
 
+    print_switches()
+
+
+def print_switches() -> None:
+    """Prints what switches change: GB a GPU with eight records, each with one picture, under ZeRO-2 in bf16."""
+    print("\n| eight records of 640 tokens | 1 GPU | 8 GPUs |\n|---|---:|---:|")
+    runs = {
+        "`lora`": ("lora", False, None, 2, False),
+        "`lora`, `--activation_checkpointing true`": ("lora", True, None, 2, False),
+        "`lora`, `--activation_checkpointing true --bits 8`": ("lora", True, 8, 2, False),
+        "`lora`, `--activation_checkpointing true --bits 4`": ("lora", True, 4, 2, False),
+        "`full`, `--activation_checkpointing true`": ("full", True, None, 2, False),
+        "the same, `--deepspeed ds_zero3.json`": ("full", True, None, 3, False),
+        "the same, `--deepspeed ds_zero3_offload.json`": ("full", True, None, 3, True),
+    }
+    for name, (train_type, recompute, bits, zero, offload) in runs.items():
+        llava, model = empty_model(CONFIGS["crop"], train_type, LoraArguments(), torch.bfloat16)
+        activations = sum(activation_bytes(llava, 8, PICTURE + TEXT, 8, 8 * ANSWER, recompute=recompute).values())
+        cells = []
+        for gpus in GPUS:
+            states = sum(model_state_bytes(model, torch.bfloat16, gpus, zero, offload, bits).values())
+            step = optimizer_step_bytes(model, torch.bfloat16, gpus, zero, offload)
+            cells.append(f"{max(states + activations, states + step) / 1e9:.1f}")
+        print(f"| {name} | {' | '.join(cells)} |")
+
 
 def step_flops(
     train_type: str, all_logits: bool = False, whole_tower: bool = False, checkpointing: bool = False

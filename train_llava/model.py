@@ -57,7 +57,7 @@ LORA_PARTS = {"lora": ["language model"], "lora_all": ["language model", "vision
 class LoraArguments:
     lora_r: int = HfArg(default=128, help="LoRA's rank.")
     lora_alpha: int = HfArg(default=256, help="LoRA's scale: updates count lora_alpha / lora_r times.")
-    lora_dropout: float = HfArg(default=0.05, help="Dropout before LoRA's matrices.")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout before LoRA's matrices.")
     use_dora: bool = HfArg(default=False, help="DoRA (Liu et al., 2024): directions and lengths apart.")
     use_rslora: bool = HfArg(default=False, help="rsLoRA: lora_alpha / sqrt(lora_r) times instead.")
 
