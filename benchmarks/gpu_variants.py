@@ -130,7 +130,7 @@ def peak_rate() -> float:
 @cache
 def token_flops(folder: str, train_type: str, recompute: bool) -> float:
     """FLOPs per token of a step; see `flops_per_token`."""
-    args = argparse.Namespace(deepspeed=None, train_type=train_type)
+    args = argparse.Namespace(deepspeed=None, train_type=train_type, frozen_parts=())
     return flops_per_token(load_config(folder), LoraArguments(), args, recompute)
 
 

@@ -264,7 +264,7 @@ def test_mfu_counts_the_flops_of_a_real_step(llava, corpus, tmp_path, monkeypatc
     monkeypatch.setattr(memory, "ANSWER", 7)
     model, processor = load_checkpoint(str(llava), attn_implementation="eager")
     given = LoraArguments(lora_r=4, lora_dropout=0.0)
-    args = SimpleNamespace(train_type=train_type, activation_checkpointing=False, deepspeed=None)
+    args = SimpleNamespace(train_type=train_type, activation_checkpointing=False, deepspeed=None, frozen_parts=())
     assumed = memory.flops_per_token(model.config, given, args)
     with_recomputation = memory.flops_per_token(model.config, given, args, recompute=True)
     assert with_recomputation > assumed

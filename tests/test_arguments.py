@@ -523,18 +523,27 @@ CASES = {
     "train, an adapter": Case(
         train,
         TRAIN,
-        f"{TRAIN} --adapter_name_or_path {{adapter}}",
+        f"{TRAIN} --adapter_name_or_path {{adapter}} --per_device_train_batch_size auto --global_batch_size 6",
         {
             train.ModelArguments: {
                 "adapter_name_or_path": lambda s: s.loaded[str(s.adapter)] and lora(s).r["default"] == 4
-            }
+            },
+            train.TrainArguments: {
+                "per_device_train_batch_size": lambda s: "6 x 1 accumulation steps" in s.printed,
+                "global_batch_size": lambda s: s.trainer.args.per_device_train_batch_size == 6,
+            },
         },
     ),
     "train, a stream": Case(
         train,
         TRAIN,
-        f"{TRAIN} --streaming true",
-        {train.DataArguments: {"streaming": lambda s: not hasattr(s.trainer.train_dataset, "__len__")}},
+        f"{TRAIN} --streaming true --gradient_accumulation_steps 3",
+        {
+            train.DataArguments: {"streaming": lambda s: not hasattr(s.trainer.train_dataset, "__len__")},
+            train.TrainArguments: {
+                "gradient_accumulation_steps": lambda s: s.trainer.args.gradient_accumulation_steps == 3
+            },
+        },
     ),
     "train, leniently": Case(
         train,
@@ -549,7 +558,7 @@ CASES = {
         {train.DataArguments: {"bad_samples": lambda s: refuses(s, BadRecordError)}},
     ),
 }
-FIXED = {"remove_unused_columns", "prediction_loss_only"}  # which stay as they are
+FIXED = {"remove_unused_columns", "prediction_loss_only", "logging_nan_inf_filter"}  # which stay as they are
 
 
 @pytest.mark.parametrize("name", CASES)

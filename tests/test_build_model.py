@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-from dataclasses import MISSING, fields
-from inspect import Parameter, signature
 from pathlib import Path
 
 import pytest
@@ -50,12 +48,6 @@ from train_llava.records import to_messages
 from train_llava.training.optimizer import describe_trainable
 
 PICTURE = Image.new("RGB", (50, 30), "red")
-
-
-def test_the_function_and_the_command_have_the_same_arguments_and_defaults():
-    parameters = signature(build_model).parameters.values()
-    function = [(p.name, MISSING if p.default is Parameter.empty else p.default) for p in parameters]
-    assert function == [(field.name, field.default) for field in fields(BuildArguments)]
 
 
 def test_weights_are_those_of_the_parts(parts, model):

@@ -316,7 +316,7 @@ def test_measuring_a_tower_leaves_the_caches_of_transformers_right():
     config = LlavaConfig(vision_config=RELATIVE, text_config=text, vision_feature_layer=-2)
     unread = unused_parameters(config.vision_config, -2)
     empty_model(config, "full", LoraArguments(), torch.float32)
-    args = SimpleNamespace(train_type="full", activation_checkpointing=False, deepspeed=None)
+    args = SimpleNamespace(train_type="full", activation_checkpointing=False, deepspeed=None, frozen_parts=())
     flops_per_token(config, LoraArguments(), args)
     kept = BeitRelativePositionBias.generate_relative_position_index
     assert torch.equal(kept((6, 6)), kept.__wrapped__((6, 6)))

@@ -437,7 +437,10 @@ def test_every_number_has_its_bounds(monkeypatch):
     )
     outside |= {name: ["0"] for name in [*positive.split(), "lora_r", "lora_alpha", "max_length", "save_total_limit"]}
     numbers = [
-        field for part in dataclasses for field in fields(part) if re.search(r"\b(int|float)\b", str(field.type))
+        field
+        for part in dataclasses
+        for field in fields(part)
+        if re.search(r"\b(int|float|NumberOrAuto)\b", str(field.type))
     ]
     assert len(numbers) > 35
     assert outside.keys() < {field.name for field in numbers}

@@ -239,7 +239,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(llava, co
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     records = json.loads((corpus / "chat.json").read_text())
-    records[11] = records[11] | {"id": "poison", "conversations": turns("<image>\nQ?", "a red square")}
+    records[11] = records[11] | {
+        "id": "poison",
+        "conversations": turns("<image>\nQ?" + " a red square" * 9, "a red square"),
+    }
     (tmp_path / "chat.json").write_text(json.dumps(records))
     arguments = [*FAST, "--train_type", "projector", "--num_train_epochs", "1", "--save_steps", "1"]
     arguments += ["--image_dir", corpus / "images_dl", "--preflight", "false"]
@@ -252,7 +255,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(llava, co
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "step 1: the loss is nan at the records" in done.stderr  # the preflight's
+    assert "step 1: the loss is nan at the records" in done.stderr  # the preflight's, of the longest record
 
 
 @pytest.mark.parametrize(

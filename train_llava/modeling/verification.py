@@ -142,7 +142,7 @@ def verify_text_path(language_model: PreTrainedModel, processor: Processor) -> N
         more = f"a {model_type} does more with a text's embeddings than its decoder does"
         raise ValueError(f"{more} (states differ by {apart:.0e} of the largest), and a LLaVA has no place for that")
 
-    # The output layer, with large states in place of the decoder's
+    # The output layer: hooks put large states in place of the decoder's
     output_layer = language_model.get_output_embeddings()
     head = nn.Linear(output_layer.weight.shape[1], min(64, len(output_layer.weight)), bias=False)
     head.weight.copy_(output_layer.weight[: head.out_features])
@@ -152,10 +152,13 @@ def verify_text_path(language_model: PreTrainedModel, processor: Processor) -> N
     def replace_states(module: nn.Module, inputs: Any, output: Any) -> Any:
         return output | {"last_hidden_state": states}
 
+    inner = [module for module in language_model.modules() if isinstance(module, PreTrainedModel)][1:]
+    hooks = [module.register_forward_hook(replace_states) for module in inner]  # which of them it calls is unknown
     language_model.set_output_embeddings(head)
-    with decoder.register_forward_hook(replace_states):
-        logits = language_model(input_ids=input_ids, use_cache=False).logits
+    logits = language_model(input_ids=input_ids, use_cache=False).logits
     language_model.set_output_embeddings(output_layer)
+    for hook in hooks:
+        hook.remove()
     if not (apart := difference(logits, head(states))) <= tolerance(torch.float32):
         more = f"the logits of a {model_type} are not those of its output layer alone"
         place = "a LLaVA has no place for a scale, a cap or another layer"
