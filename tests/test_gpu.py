@@ -192,5 +192,5 @@ def test_the_command_measures_every_variant(gpu, tmp_path):
     assert {name for name, row in trained.items() if row["hfu"]} >= {"before", "no-mask", "zero3-offload-full"}
     padding = int(re.match(r"\d+", rows["mixed-padded"]["note"])[0])
     assert padding > 20 > int(re.match(r"\d+", rows["no-dropout"]["note"])[0])
-    assert rows["mixed-packed"]["note"] == "0% padding"
+    assert int(re.match(r"\d+", rows["mixed-packed"]["note"])[0]) < 5  # up to the next multiple of 64
     assert re.search(r"[12] graphs, 0 breaks", rows["compiled"]["note"])
