@@ -6,8 +6,7 @@ cannot add LoRA. Training the projector gives the same bytes there, in four time
 """
 
 import math
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,14 +14,8 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    TrainingArguments,
-)
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaNextConfig, TrainingArguments
+from transformers.modeling_utils import set_zero3_state
 
 from train_llava.cli import device
 from train_llava.model import (
@@ -79,19 +72,6 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
         return tensor.detach()  # the tensor itself would never be freed
 
 
-@contextmanager
-def without_zero3_partitioning(args: TrainingArguments) -> Iterator[None]:
-    """Keeps a model that is made in the block whole: under ZeRO-3 transformers would partition it."""
-    if args.deepspeed is None:
-        yield
-        return
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(args.hf_deepspeed_config)
-
-
 def empty_model(
     config: LlavaConfig | LlavaNextConfig,
     train_type: str,
@@ -103,9 +83,9 @@ def empty_model(
     vision = config.vision_config
     # What an architecture caches for the whole process has to have numbers: it caches it here
     tower_states(vision, vision.image_size, num_hidden_layers=1)
-    anyres = isinstance(config, LlavaNextConfig)
-    with torch.device("meta"):
-        llava = (LlavaNextForConditionalGeneration if anyres else LlavaForConditionalGeneration)(config).train()
+    # Whole, also under ZeRO-3, where transformers would partition a model as it makes it
+    with torch.device("meta"), set_zero3_state():
+        llava = AutoModelForImageTextToText.from_config(config).train()
         model = set_trainable(llava, train_type, lora_arguments, frozen_parts).to(dtype)
     llava.model.language_model.config.use_cache = False
     return llava, model
@@ -184,8 +164,7 @@ def flops_per_token(
 
     PyTorch counts the matrix products, forward and backward, of a row with one picture of the largest size.
     """
-    with without_zero3_partitioning(args):
-        llava, _ = empty_model(config, args.train_type, lora_arguments, torch.float32, args.frozen_parts)
+    llava, _ = empty_model(config, args.train_type, lora_arguments, torch.float32, args.frozen_parts)
     if recompute:
         llava.model.language_model.activation_checkpointing_enable()
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -286,8 +265,7 @@ def estimate_memory(
         description of the batch.
     """
     dtype, (zero, offload) = precision(args), zero_of(args)
-    with without_zero3_partitioning(args):
-        llava, model = empty_model(config, args.train_type, lora_arguments, dtype, args.frozen_parts)
+    llava, model = empty_model(config, args.train_type, lora_arguments, dtype, args.frozen_parts)
 
     # The batch
     batch, picture = args.per_device_train_batch_size, len(picture_features(llava, 1))
