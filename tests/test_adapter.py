@@ -184,7 +184,7 @@ def test_an_adapter_goes_on_training(llava, corpus, trained_adapter, tmp_path, m
         (["--lora_r", "8"], "--lora_r 8: {adapter}, which goes on training, has 4"),
         (["--use_dora", "true"], "--use_dora True: {adapter}, which goes on training, has False"),
         (["--train_type", "full"], "--adapter_name_or_path goes with --train_type lora"),
-        (["--model_name_or_path", "{adapter}"], "is a LoRA adapter of .*, or merge them by merge_lora first"),
+        (["--model_name_or_path", "{adapter}"], "is a LoRA adapter of .*, or merge_lora it"),
         (["--adapter_name_or_path", "{llava}"], "{llava} is no adapter folder"),
     ],
 )

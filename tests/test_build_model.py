@@ -509,7 +509,7 @@ def test_training_refuses_packing_where_conversations_see_each_other(parts, corp
     config = GptOssConfig(**LM, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
     save_language_model(tmp_path / "lm", config)
     build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava")))
-    with pytest.raises(ValueError, match="--packing: a gpt_oss does not keep the conversations of a row apart"):
+    with pytest.raises(ValueError, match="--packing: a gpt_oss mixes the conversations of a row"):
         run_train(monkeypatch, tmp_path / "llava", corpus, tmp_path / "run", "--packing", "true", "--max_steps", "1")
     assert not (tmp_path / "run").exists()
 

@@ -269,7 +269,7 @@ def test_a_data_set_opens_by_its_id_as_it_opens_from_a_folder(hub, tmp_path, lla
     assert set(seen["fetched"]) <= {".json", ".zip", ".md"}  # nothing that could be streamed
     for name, message in zip(wrong, seen["refused"], strict=True):
         assert message.startswith(f"--data_path {name}{wrong[name]}")
-    unreached = "is no folder here, and the hub cannot be reached to ask for it"
+    unreached = "is no folder here, and the hub cannot be reached"
     assert seen["unreached"] == f"--data_path nobody/nothing {unreached}"
     for name, outcome in zip(fetched, seen["offline"], strict=True):  # all but the one of `datasets` is on this disk
         assert outcome == (f"--data_path {name} {unreached}" if name == by_datasets else right)

@@ -313,7 +313,7 @@ def test_a_kernel_that_mixes_conversations_is_found(llava, varlen_kernel, monkey
 
     monkeypatch.setattr(attention, "varlen_attn", whole_row)
     measured = packing_difference(model, Chat(processor), model.model.language_model)
-    with pytest.raises(ValueError, match="--packing: a qwen2 does not keep the conversations of a row apart"):
+    with pytest.raises(ValueError, match="--packing: a qwen2 mixes the conversations of a row"):
         refuse_mixing(model, measured)
 
 

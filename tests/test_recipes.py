@@ -103,8 +103,8 @@ def test_mappings_arrive_as_the_library_reads_them(tmp_path, monkeypatch, llava)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is empty"),
-        ("# nothing\n", "is empty"),
+        ("", "does not hold lines `key: value`"),
+        ("# nothing\n", "does not hold lines `key: value`"),
         ("- seed: 1", "does not hold lines `key: value`"),
         ("seed 1", "does not hold lines `key: value`"),
         ("seed: 1\nsede: 2", ", line 2: sede is not known: the nearest that is known is seed"),

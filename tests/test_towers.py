@@ -411,7 +411,7 @@ def test_a_tower_that_puts_its_pictures_into_one_row_takes_no_tiles(parts, tmp_p
     build_model(
         BuildArguments(str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "pad"), image_aspect_ratio="pad")
     )
-    with pytest.raises(ValueError, match=r"anyres: .* is a pixtral, which puts the patches of all tiles into one row"):
+    with pytest.raises(ValueError, match=r"anyres: a pixtral puts the patches of all tiles into one row"):
         build_model(
             BuildArguments(
                 str(tmp_path / "tower"), str(parts["qwen2"]), str(tmp_path / "any"), image_aspect_ratio="anyres"

@@ -101,16 +101,14 @@ def build_model(arguments: BuildArguments) -> None:
         # The tower's tokens for a picture, and which of them the projector reads
         tokens, num_prefix_tokens, states = parts.probe_tower(vision_tower, image_processor, vision)
         if not -states <= layer < states:
-            layers = f"the tower has hidden states {-states} to {states - 1}"
-            raise ValueError(f"--vision_feature_layer {layer}: {layers}")
+            raise ValueError(f"--vision_feature_layer {layer}: the tower has hidden states {-states} to {states - 1}")
         strategy = arguments.vision_feature_select_strategy
         if strategy == "auto":
             strategy = "default" if num_prefix_tokens else "full"
         dropped = int(strategy == "default")
         if anyres and num_prefix_tokens != dropped:
-            more = f"{vision} gives {num_prefix_tokens} tokens beside its patches"
-            with_strategy = f"with --vision_feature_select_strategy {strategy}"
-            raise ValueError(f"anyres: {more}, and {with_strategy} more than the patches would stand in the grid")
+            beside = f"of the {num_prefix_tokens} tokens beside the patches of {vision}"
+            raise ValueError(f"anyres: --vision_feature_select_strategy {strategy} drops {dropped} {beside}")
         processor = (LlavaNextProcessor if anyres else LlavaProcessor)(
             image_processor=image_processor,
             tokenizer=tokenizer,
@@ -197,8 +195,7 @@ def assemble(
     for part, kind in ((vision_tower, "vision tower"), (language_model, "language model")):
         for name, tensor in part.state_dict(keep_vars=True).items():
             if id(tensor) not in taken:
-                kind = f"{kind}, a {part.config.model_type}"
-                raise ValueError(f"a LLaVA has no place for {name} of this {kind}")
+                raise ValueError(f"a LLaVA has no place for {name} of this {kind}, a {part.config.model_type}")
     if missing := places - filled.keys():
         raise ValueError(f"the two models lack tensors that a LLaVA needs, for example {min(missing)}")
 
@@ -237,8 +234,7 @@ def load_projector(path: str) -> dict[str, torch.Tensor]:
             projector[re.sub(r"^0\.", "linear_1.", re.sub(r"^2\.", "linear_2.", name))] = tensor
         layers = {"linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"}
         if projector.keys() - {"image_newline"} != layers:
-            names = ", ".join(sorted(saved)[:5])
-            raise ValueError(f"it holds {names}, and no projector of two linear layers")
+            raise ValueError(f"it holds {', '.join(sorted(saved)[:5])}, and no projector of two linear layers")
     return projector
 
 

@@ -123,8 +123,7 @@ class CheckedDataset(torch.utils.data.Dataset):
                 raise
             bad = log_bad_sample(self.log, index, *error.args)
         if bad > self.limit:
-            reason = f"{bad} of {len(self)} records are bad, more than --max_bad_fraction"
-            raise ValueError(f"{reason}: see {self.log}")
+            raise ValueError(f"{bad} of {len(self)} records are bad, more than --max_bad_fraction: see {self.log}")
         return None
 
 

@@ -189,8 +189,7 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
     predictions, bad = predict(model, processor, dataset, files[0], settings, arguments.batch_size)
     if not predictions:
         files[0].unlink(missing_ok=True)
-        first = f"{bad[0]['id']}: {bad[0]['reason']}"
-        raise ValueError(f"no question of {arguments.data_path} could be asked; {first}")
+        raise ValueError(f"no question of the data could be asked; {bad[0]['id']}: {bad[0]['reason']}")
     controls = {"most_frequent_answer": most_frequent_answer(predictions)}
     if arguments.blank_control:
         blank, _ = predict(model, processor, dataset, files[1], settings, arguments.batch_size, blank=True)

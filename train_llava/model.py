@@ -76,8 +76,7 @@ def refuse_adapter(name_or_path: str) -> None:
         if not has_config and (path := find_file(name_or_path, "adapter_config.json")):
             with opening(str(path)):
                 base = json.loads(path.read_text())["base_model_name_or_path"]
-            use = f"name it with --adapter_name_or_path {name_or_path} behind --model_name_or_path {base}"
-            use += ", or merge them by merge_lora first"
+            use = f"name it with --adapter_name_or_path behind --model_name_or_path {base}, or merge_lora it"
             raise ValueError(f"{name_or_path} is a LoRA adapter of {base}: {use}")
 
 
@@ -90,8 +89,7 @@ def load_config(model_name_or_path: str) -> LlavaConfig | LlavaNextConfig:
         refuse_adapter(model_name_or_path)
         if Path(model_name_or_path).is_dir():
             raise
-        nothing = "is no model folder, and no model that the hub would give"
-        raise ValueError(f"{model_name_or_path} {nothing}") from error
+        raise ValueError(f"{model_name_or_path} is no model folder, and no model that the hub gives") from error
     if config.model_type not in ("llava", "llava_next"):
         raise ValueError(f"{model_name_or_path} is a {config.model_type} model, not a LLaVA: see build_model")
     return config

@@ -57,8 +57,7 @@ def check_name(option: str, name_or_path: str) -> None:
     try:
         validate_repo_id(name_or_path)
     except HFValidationError as error:
-        reason = "is no folder (a run writes its model at its end), and no name on the hub (owner/name)"
-        raise ValueError(f"{option} {reason}") from error
+        raise ValueError(f"{option} is no folder (a run writes it at its end), and no name on the hub") from error
     if os.path.exists(name_or_path):
         raise ValueError(f"{option} is a file: name the folder of the model")
     if hub_answers():

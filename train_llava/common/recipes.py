@@ -46,8 +46,7 @@ def read_recipe(path: str, parser: ArgumentParser, known: Collection[str]) -> di
         values = yaml.load(content, RecipeLoader)
         texts = yaml.load(content, yaml.BaseLoader)  # the same lines, where each value is still a text
         if not isinstance(values, dict):
-            reason = "is empty" if values is None else "does not hold lines `key: value`"
-            raise ValueError(f"{path} {reason}")
+            raise ValueError(f"{path} does not hold lines `key: value`")
         nodes = yaml.compose(content).value  # keys with their lines; `load` keeps the last of two equal keys
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error

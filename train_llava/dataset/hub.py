@@ -96,8 +96,7 @@ def find_on_hub(
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403, 404):
             raise
-        reason = "is no folder here, and no data set that the hub gives"
-        raise ValueError(f"--data_path {data_path} {reason}") from error
+        raise ValueError(f"--data_path {data_path} is no folder here, and no data set that the hub gives") from error
     except (FileNotFoundError, ValueError) as error:
         reason = str(error).partition("\nExample of usage")[0]
         raise ValueError(f"--data_path {data_path}: {reason} (owner/name:config:split names them)") from error
@@ -164,8 +163,7 @@ def rows_on_hub(data_path: str, on_hub: PurePath) -> Iterator[dict[str, Any]]:
     try:
         rows = datasets.load_dataset(name, config or None, split=split, revision=revision, streaming=True)
     except ConnectionError as error:
-        reason = "is no folder here, and the hub cannot be reached to ask for it"
-        raise ValueError(f"--data_path {data_path} {reason}") from error
+        raise ValueError(f"--data_path {data_path} is no folder here, and the hub cannot be reached") from error
     if rows.features is not None:
         rows = rows.decode(False)
     # In batches, because `datasets` gives a data-loading worker only a share of single rows. As Arrow, because

@@ -74,8 +74,7 @@ def pre_tokenizer(tokenizer_json: dict[str, Any]) -> str:
         for name, known_steps in PRE_TOKENIZERS.items():
             if steps == known_steps:
                 return name
-    kinds = "no byte-level BPE of Qwen's, Llama 3's, SmolLM's or GPT-2's kind"
-    raise ValueError(f"a tokenizer that is {kinds} cannot be exported to GGUF")
+    raise ValueError("only a byte-level BPE of Qwen, Llama 3, SmolLM or GPT-2 can be exported to GGUF")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -93,8 +92,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     normalizer = ours_json["normalizer"] or {"normalizers": []}
     normalizers = [step["type"] for step in normalizer.get("normalizers", [normalizer])]
     if set(normalizers) - {"NFC"}:
-        names = ", ".join(normalizers)
-        raise ValueError(f"a tokenizer that normalizes texts ({names}) cannot be exported to GGUF")
+        raise ValueError(f"a tokenizer that normalizes texts ({', '.join(normalizers)}) cannot be exported to GGUF")
 
     # The same tokenizer with the parts that llama.cpp knows, and no others
     model = {key: ours_json["model"][key] for key in ("type", "vocab", "merges")}
@@ -115,8 +113,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
         ids = ours.encode(text, add_special_tokens=False).ids
         same_ids = ids == theirs.encode(text, add_special_tokens=False).ids
         if not same_ids or ours.decode(ids, False) != theirs.decode(ids, False):
-            example = f"a tokenizer that llama.cpp would read differently, such as {text[:80]!r},"
-            raise ValueError(f"{example} cannot be exported to GGUF")
+            raise ValueError(f"llama.cpp would read {text[:80]!r} as other tokens: it cannot be exported to GGUF")
     return bool(normalizers)
 
 

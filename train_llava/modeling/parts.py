@@ -160,8 +160,7 @@ def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
     for module in language_model.modules():
         if type(module) is decoder_class:
             return module
-    alone = f"a {config.model_type} without its output layer"
-    raise ValueError(f"{alone} is no model of transformers: no LLaVA holds it")
+    raise ValueError(f"transformers has no {config.model_type} without its output layer: no LLaVA holds it")
 
 
 def load_image_processor(
@@ -179,8 +178,7 @@ def load_image_processor(
         wide = image_processor(Image.new("RGB", (128, 64)), return_tensors="pt")
         pixel_values = square["pixel_values"]
         if pixel_values.ndim not in (4, 5) or pixel_values.shape[-1] != pixel_values.shape[-2]:
-            any_size = "it cuts pictures of any size (as NaFlex does)"
-            raise ValueError(f"{any_size}: take a tower of one square picture size")
+            raise ValueError("it cuts pictures of any size (as NaFlex): take a tower of one square picture size")
 
     if image_aspect_ratio == "crop":
         take = "take --image_aspect_ratio pad"
@@ -202,8 +200,7 @@ def load_image_processor(
         return LlavaImageProcessor(do_pad=True, do_center_crop=False, size=size, crop_size=size, **settings)
     side = getattr(vision_tower.config, "image_size", None)
     if not isinstance(side, int):
-        pictures = f"{name_or_path} takes pictures of {side} pixels"
-        raise ValueError(f"anyres: {pictures}, and tiles are squares of one size")
+        raise ValueError(f"anyres: {name_or_path} takes pictures of {side} pixels, and tiles are squares of one size")
     pinpoints = []
     for grid in grids:
         rows, columns = grid.split("x")
@@ -240,8 +237,7 @@ def probe_tower(tower: PreTrainedModel, image_processor: BaseImageProcessor, nam
     # Some towers, such as Pixtral's, put the patches of all pictures into one row
     in_one_row = len(states[0]) == 1
     if in_one_row and is_anyres(image_processor):
-        one_row = f"{name} is a {kind}, which puts the patches of all tiles into one row"
-        raise ValueError(f"anyres: {one_row}: take --image_aspect_ratio pad")
+        raise ValueError(f"anyres: a {kind} puts the patches of all tiles into one row: take --image_aspect_ratio pad")
     tokens, patches = states[0].shape[-2] // (1 + in_one_row), (side // patch_size) ** 2
     if states[0].ndim != 3 or tokens < patches:
         raise ValueError(f"{name} gives {tokens} tokens for {patches} patches, which are no grid")
@@ -259,9 +255,8 @@ def load_tokenizer(language_model_name_or_path: str, trust_remote_code: bool) ->
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if words := [word for word, i in tokenizer.get_vocab().items() if i == image_id and word != IMAGE_TOKEN]:
-        taken = f"{IMAGE_TOKEN} would get {image_id}, which is {words[0]!r}"
-        hole = f"the ids of its vocabulary have a hole, and {taken}: give the missing ids a token each"
-        raise ValueError(f"{language_model_name_or_path}: {hole}")
+        hole = f"the ids of its vocabulary have a hole, and {IMAGE_TOKEN} would get that of {words[0]!r}"
+        raise ValueError(f"{language_model_name_or_path}: {hole}: give the missing ids a token each")
     if hasattr(tokenizer, "image_token"):  # tokenizers of vision models have their own, which the processor would take
         tokenizer.image_token = IMAGE_TOKEN
     if tokenizer.pad_token is None:

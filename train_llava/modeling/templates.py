@@ -56,8 +56,7 @@ def template_segments(
     rendered = render(tokenizer, messages, answer_next)
     if re.findall(MARK.format(r"(\d+)"), rendered) != numbers:
         roles = ", ".join(role for role, _ in structure)
-        texts = f"each text of a conversation of {roles}"
-        raise ValueError(f"the chat template does not write {texts} once, in order")
+        raise ValueError(f"the chat template does not write each text of {roles} once, in order")
     return re.split(MARK.format(r"\d+"), rendered)
 
 
@@ -239,8 +238,7 @@ def _unify_prefixes(tokenizer: PreTrainedTokenizerBase) -> bool:
     )
     earlier, last, prompt = assistant_prefixes(tokenizer)
     if not (opens_like(earlier, prompt) and opens_like(last, prompt)):
-        refusal = f"the chat template opens answers with {earlier!r} and {last!r}"
-        raise ValueError(f"{refusal}, a new one with {prompt!r}")
+        raise ValueError(f"the chat template opens answers with {earlier!r} and {last!r}, a new one with {prompt!r}")
     return True
 
 

@@ -119,8 +119,8 @@ def refuse_mixing(model: nn.Module, measured: tuple[float, bool]) -> None:
     """Refuses `--packing` if `packing_difference` measured more than noise."""
     apart, equal = measured
     if not equal:
-        mixes = f"a {model.config.text_config.model_type} does not keep the conversations of a row apart"
-        raise ValueError(f"--packing: {mixes} (logits differ by {apart:.0e} of the largest from those of each alone)")
+        kind = model.config.text_config.model_type
+        raise ValueError(f"--packing: a {kind} mixes the conversations of a row (logits differ by {apart:.0e})")
 
 
 @torch.inference_mode()
@@ -173,8 +173,7 @@ def verify_embedding(model: Llava, processor: Processor) -> str:
     tokenizer, image_id = processor.tokenizer, model.config.image_token_id
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != image_id or image_id >= rows:
-        sizes = f"{len(tokenizer)} tokens, {rows} embedding rows"
-        raise ValueError(f"{IMAGE_TOKEN} has no row of its own: {sizes}")
+        raise ValueError(f"{IMAGE_TOKEN} has no row of its own: {len(tokenizer)} tokens, {rows} embedding rows")
     return f"{len(tokenizer)} tokens, {rows} rows, {IMAGE_TOKEN} is {image_id}"
 
 
@@ -260,8 +259,7 @@ def verify_image_tokens(model: Llava, processor: Processor) -> str:
     pictures = {name: inputs[name] for name in processor.image_processor.model_input_names}
     features = len(model.get_image_features(**pictures).pooler_output[0])
     if tokens != features:
-        written = f"the processor writes {tokens} {IMAGE_TOKEN} tokens a picture"
-        raise ValueError(f"{written}, the tower gives {features}")
+        raise ValueError(f"the processor writes {tokens} {IMAGE_TOKEN} a picture, the tower gives {features}")
     return f"{tokens} written, {features} features"
 
 

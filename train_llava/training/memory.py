@@ -293,18 +293,15 @@ def estimate_memory(
 
 
 def print_estimate(
-    model_name_or_path: str,
-    lora_arguments: LoraArguments,
-    args: TrainingArguments,
-    bits: int | None,
-    packing: bool,
-    max_length: int | None,
-    longest: list[int] | None = None,
+    model_name_or_path: str, lora_arguments: LoraArguments, args: TrainingArguments, bits: int | None, *batch: Any
 ) -> None:
-    """Prints a run's estimate and, where the GPU has less memory, what helps. Raises as `load_config`."""
+    """Prints a run's estimate and, where the GPU has less memory, what helps. Raises as `load_config`.
+
+    `batch`: the other arguments of `estimate_memory`.
+    """
     config = load_config(model_name_or_path)
     try:
-        sizes, optimizer_step, note = estimate_memory(config, lora_arguments, args, bits, packing, max_length, longest)
+        sizes, optimizer_step, note = estimate_memory(config, lora_arguments, args, bits, *batch)
     except Exception as error:  # a model that cannot run on meta raises anything, and trains all the same
         reason = " ".join(str(error).split())[:100]
         print(f"memory: no estimate for a {config.text_config.model_type} ({reason})")
