@@ -250,7 +250,7 @@ def test_every_question_is_asked(anyres, photos, tmp_path):
             {"image_aspect_ratio": "anyres", "image_grid_pinpoints": ["672x672"]},
             "rows x columns of tiles, 1 to 9 each",
         ),
-        ({"image_aspect_ratio": "anyres", "vision_feature_select_strategy": "full"}, "drops 0 of the 1 tokens beside the patches"),
+        ({"image_aspect_ratio": "anyres", "vision_feature_select_strategy": "full"}, "drops 0 of the 1 tokens"),
     ],
 )
 def test_options_that_make_no_grid_are_refused(parts, tmp_path, options, message):

@@ -41,11 +41,7 @@ def image_tokens(processor: Processor, side: int, size: tuple[int, int]) -> int:
 
 
 class Chat:
-    """Turns the conversations of one model into token ids.
-
-    Raises:
-        ValueError: the processor's chat template was not patched by `patch_chat_template`.
-    """
+    """Turns the conversations of one model into token ids; a ValueError if its chat template was not patched."""
 
     def __init__(self, processor: Processor, max_length: int | None = None):
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
@@ -80,10 +76,8 @@ class Chat:
         """Renders a conversation, and locates each answer in the text: its characters, and the token at its end.
 
         An answer begins where the generation prompt ends. It ends with the token that ends its turn. For example,
-        in `<u>What?<e><a>red<e>` the answer is `red<e>`: `(range(14, 20), "<e>")`.
-
-        Raises:
-            ValueError: the template refuses the conversation, or changes its texts.
+        in `<u>What?<e><a>red<e>` the answer is `red<e>`: `(range(14, 20), "<e>")`. A ValueError says that the
+        template refuses the conversation, or changes its texts.
         """
         text, structure, answers = templates.render(self.tokenizer, messages), turn_structure(messages), []
         segments = self.segments(structure)
@@ -110,10 +104,8 @@ class Chat:
     def tokenize(self, messages: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
         """A conversation's token ids, one `<image>` for each image, and which are supervised, `(T,)` each.
 
-        The text is tokenised once. Each token belongs to the answer in which it begins.
-
-        Raises:
-            ValueError: a text holds a control token, or an answer does not come out as a generated one would.
+        The text is tokenised once. Each token belongs to the answer in which it begins. A ValueError says that a
+        text holds a control token, or that an answer does not come out as a generated one would.
         """
         # A control token in a text would end a turn or begin one
         for message in messages:
@@ -143,11 +135,8 @@ class Chat:
     ) -> tuple[np.ndarray, np.ndarray]:
         """A conversation's token ids and labels, `(T,)` each. Each `<image>` is repeated for its features.
 
-        Args:
-            sizes: the images' widths and heights, needed only with tiles.
-
-        Raises:
-            ValueError: see `tokenize`; or it is too long, or has no supervised token.
+        `sizes` are the images' widths and heights, needed only with tiles. A ValueError is one of `tokenize`, or says
+        that the conversation is too long, or has no supervised token.
         """
         token_ids, supervised = self.tokenize(messages)
         is_image, repeats = token_ids == self.processor.image_token_id, np.ones_like(token_ids)
@@ -175,12 +164,9 @@ class Chat:
         return token_ids, starts, stops
 
     def prompts(
-        self, conversations: Iterable[list[dict[str, Any]]], images: list[Image.Image], prepare: bool = True
+        self, conversations: Iterable[list[dict[str, Any]]], images: list[Image.Image]
     ) -> dict[str, torch.Tensor]:
-        """Conversations that end with a question, as one batch to generate from, padded on the left.
-
-        Texts and images are prepared as in training. Without `prepare`, the texts alone.
-        """
+        """Conversations that end with a question, prepared as in training: one batch, padded on the left."""
         # Each <image> is repeated for its features
         texts = [templates.render(self.tokenizer, messages, answer_next=True) for messages in conversations]
         count = sum(text.count(IMAGE_TOKEN) for text in texts)
@@ -189,7 +175,7 @@ class Chat:
         texts = [re.sub(IMAGE_TOKEN, lambda _: token * next(counts), text) for text in texts]
         options = {"padding": True, "padding_side": "left", "return_token_type_ids": False}
         batch = self.tokenizer(texts, add_special_tokens=False, return_tensors="pt", **options)
-        if images and prepare:
+        if images:
             batch.update(prepare_pictures(self.processor.image_processor, images))
         return batch
 

@@ -54,8 +54,7 @@ class LlavaDataset(torch.utils.data.Dataset):
         min_side: large JPEGs are decoded smaller, down to this side; see `open_image`.
         decode: False leaves out the images.
 
-    Raises:
-        OSError, ValueError: a source does not exist or has no known format; `[i]`: the record is bad.
+    An OSError or ValueError names a source that does not exist or has no known format, or a bad record.
     """
 
     def __init__(
@@ -90,10 +89,8 @@ class LlavaDataset(torch.utils.data.Dataset):
 class CheckedDataset(torch.utils.data.Dataset):
     """The `Sample`s of a `LlavaDataset`. A good record replaces a bad one, so batches keep their size.
 
-    A bad record is written once, with index, id and reason, to `log`.
-
-    Raises:
-        ValueError: at a bad record if `bad_samples` is `error`, or if more than `max_bad_fraction` are bad.
+    A bad record is written once, with index, id and reason, to `log`. It is a ValueError if `bad_samples` is `error`,
+    or if more than `max_bad_fraction` are bad.
     """
 
     def __init__(

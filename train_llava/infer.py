@@ -137,9 +137,8 @@ def answer_file(
 ) -> None:
     """Answers a file of questions, except those that the file of answers has already.
 
-    Raises:
-        OSError, ValueError: a file or a line cannot be read, before any question is asked; or some questions
-            cannot be asked, after all others are answered.
+    An OSError or ValueError says that a file or a line cannot be read, before any question is asked; or that some
+    questions cannot be asked, after all others are answered.
     """
     records, chat = read_questions(questions), chat_of(processor)
     if answers.exists() and answers.samefile(questions):

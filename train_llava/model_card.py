@@ -41,10 +41,7 @@ DATASET = "held-out"  # of the results in the card's head
 
 
 def add_evaluation(folder: Path, evaluation_dir: Path) -> None:
-    """Puts the metrics and the sample grid of an evaluation into a model's card, in place of earlier ones.
-
-    An OSError or ValueError names a folder that does not hold the files that it should.
-    """
+    """Puts an evaluation's metrics and sample grid into a model's card; an error names a folder without the files."""
     if not (folder / FILE).exists():
         raise ValueError(f"--model_name_or_path {folder} holds no {FILE}: name a folder that training wrote")
     card, metrics = read_card(folder / FILE), read_metrics(evaluation_dir)

@@ -25,11 +25,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def opening(name: str) -> Iterator[None]:
     """Turns any error of a library that opens `name`, a file, a folder or an address, into one that names it.
 
-    Libraries raise errors of any type for a broken file, so the block holds their opening and nothing else.
-
-    Raises:
-        ValueError: `name` cannot be opened; the message names the broken file of a folder.
-        OSError, ValueError: an error that names `name` already passes unchanged.
+    Libraries raise errors of any type for a broken file, so the block holds their opening and nothing else. An error
+    that names `name` already passes unchanged; any other becomes a ValueError that names the broken file of a folder.
     """
     try:
         yield
@@ -90,11 +87,8 @@ def writing(path: Path | str, remedy: str = ROOM) -> Iterator[None]:
 def written_whole(output_dir: str, remedy: str = ROOM) -> Iterator[Path]:
     """Yields a temporary folder, which becomes `output_dir` when the block ends without an error.
 
-    So a folder under its final name is always complete. The block reads back the files before it ends.
-
-    Raises:
-        ValueError: `output_dir` exists and is not an empty folder, or is a disk; nothing is overwritten.
-        OSError: the disk is full; the message ends with the `remedy`.
+    So a folder under its final name is always complete. A ValueError says that `output_dir` is a disk, or no empty
+    folder; nothing is overwritten. An OSError says that the disk is full, and the `remedy`.
     """
     # Check the target before anything is written
     target = Path(os.path.realpath(output_dir))  # behind a link, on the disk of its final place

@@ -36,10 +36,7 @@ def read_recipe(path: str, parser: ArgumentParser, known: Collection[str]) -> di
         data_path: [a, ~/b]
         bits: null
 
-    give `{"learning_rate": 0.001, "data_path": ["a", "/home/me/b"]}`.
-
-    Raises:
-        ValueError: the file is no YAML of lines `key: value`, or one of them is wrong.
+    give `{"learning_rate": 0.001, "data_path": ["a", "/home/me/b"]}`. A ValueError names the line that is wrong.
     """
     try:
         content = Path(path).read_text(encoding="utf-8-sig")

@@ -81,10 +81,7 @@ def candidate_names(name: str, top: str) -> list[str]:
 
 
 def zip_members(archive: Path) -> Members:
-    """The files of a zip archive by `normal_path`, with and without the top folder: records may leave it out.
-
-    A ValueError names an archive that is damaged.
-    """
+    """The files of a zip archive by `normal_path`, with and without the top folder; a ValueError if it is damaged."""
     try:
         with zipfile.ZipFile(archive) as file:
             infos = file.infolist()
@@ -161,10 +158,8 @@ def locate_image(image: Any, image_dir: Path | None = None, members: Members | N
     """An image of a raw record as its bytes, or as the text that `read_image` takes.
 
     `members` are those of the archive `image_dir`. A name must not lead out of the image folder, or of the
-    archive's folder. Links in the folder may lead anywhere.
-
-    Raises:
-        ValueError: it is not a name, or the name leads out or is not in the archive.
+    archive's folder. Links in the folder may lead anywhere. A ValueError says that it is not a name, leads out, or is
+    not in the archive.
     """
     # The image itself, or a name that needs no folder
     if isinstance(image, dict):  # as `datasets` stores one

@@ -57,10 +57,7 @@ def find_on_hub(
 
     Files with one of the `extensions` are fetched, with `with_images` their images too. `streaming` leaves on the
     hub what can be read piece by piece. If no file has such an extension, the path of the data set itself is
-    returned, which `rows_on_hub` reads.
-
-    Raises:
-        OSError, ValueError: the hub refuses it, or it has no such configuration or split.
+    returned, which `rows_on_hub` reads. An OSError or ValueError says why the hub does not give it.
     """
     name, *_ = _split_id(data_path)
     try:

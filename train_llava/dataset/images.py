@@ -82,10 +82,8 @@ def open_image(source: Path | str | bytes, name: str | None = None, min_side: in
 
     `min_side` makes a large image smaller by a whole factor, as long as its shorter side keeps twice as many
     pixels. A JPEG is decoded at a half, a quarter or an eighth, several times faster. If it has more than `PIXELS`
-    pixels, at most three times as many, it is decoded at a half in any case.
-
-    Raises:
-        OSError, ValueError: it is not an image, it is truncated, or it has too many pixels; the message names it.
+    pixels, at most three times as many, it is decoded at a half in any case. An OSError or ValueError names a file
+    that is no image, is truncated, or has too many pixels.
     """
     with _opened(source, name or str(source), min_side) as image:
         upright = upright_rgb(image)

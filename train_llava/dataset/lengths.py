@@ -34,10 +34,7 @@ def order_seed(args: TrainingArguments) -> int:
 
 
 class GroupedByLength(LengthGroupedSampler):
-    """The order of transformers' sampler, drawn from a seed and the epoch alone.
-
-    So it is the same on every rank, and in a resumed run.
-    """
+    """The order of transformers' sampler, from a seed and the epoch alone: the same on every rank, and in a resume."""
 
     def __init__(self, batch_size: int, lengths: np.ndarray, seed: int, epoch: Callable[[], int]) -> None:
         super().__init__(batch_size, lengths=lengths)

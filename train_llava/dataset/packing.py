@@ -13,7 +13,7 @@ WINDOW = 4096  # records that are packed among each other: rows stay a random mi
 
 
 def pack(tokens: np.ndarray, has_image: np.ndarray, budget: int, blank: int = 0, seed: int = 0) -> list[np.ndarray]:
-    """Puts each record into one row of at most `budget` tokens, by first-fit decreasing.
+    """Puts each record's number into one row of at most `budget` tokens, by first-fit decreasing.
 
     The longest record comes first, and each goes into the first row that has room (D. S. Johnson, Near-Optimal
     Bin Packing Algorithms, 1973). This is done within windows of `WINDOW` records, which `seed` shuffles. For
@@ -23,9 +23,6 @@ def pack(tokens: np.ndarray, has_image: np.ndarray, budget: int, blank: int = 0,
         tokens: of each record, at most `budget`; a record of 0 is left out.
         has_image: whether a record has an image, `(records,)`.
         blank: the tokens of the blank image that a row without images gets.
-
-    Returns:
-        The records' numbers, row by row.
     """
     order, rows = np.random.default_rng(seed).permutation(np.flatnonzero(tokens)), []
     for window in np.split(order, range(WINDOW, len(order), WINDOW)):
@@ -51,10 +48,8 @@ class PackedDataset(Dataset):
     divides them among the ranks, and resumes between them.
 
     A broken image is found when its row is opened. Its record is left out, since a replacement might be longer.
-    Only a row that would be empty takes in one other record.
-
-    Raises:
-        ValueError: see `CheckedDataset`; or a record is longer than `budget`, or none is good.
+    Only a row that would be empty takes in one other record. A ValueError is one of `CheckedDataset`, or says that a
+    record is longer than `budget`, or none is good.
     """
 
     def __init__(self, dataset: CheckedDataset, budget: int, seed: int = 0):

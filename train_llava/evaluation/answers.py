@@ -51,10 +51,7 @@ def questions(item: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def list_questions(dataset: LlavaDataset) -> Iterator[dict[str, Any]]:
-    """Every question of a data set without its messages and pictures; `open_question` gives these.
-
-    A record that cannot be used counts as a question.
-    """
+    """Every question of a data set, and every bad record, without its messages and pictures: see `open_question`."""
     number = 0
     for index in range(len(dataset)):
         try:
@@ -88,11 +85,8 @@ def predict(
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """The model's answer to every question of a data set. With `blank`, all its pictures are white.
 
-    Answers are written to `path` as they come; those in it already are used. See `answer_questions`.
-
-    Returns:
-        The predictions in the order of the records, and the `id` and `reason` of each question that cannot be
-        asked. Every process gets all of them.
+    Answers are written to `path` as they come; those in it already are used. See `answer_questions`. Every process
+    gets all predictions, in the order of the records, and `id` and `reason` of each question that cannot be asked.
     """
     all_questions = list(list_questions(dataset))
 
@@ -113,10 +107,8 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
     """Asks the model in training the first questions of the held-out data, and scores its answers.
 
     The model answers in the precision in which it would be saved, so that `evaluate` gives the same. The first
-    process writes the answers to answers/step-….jsonl. It draws some in a sample grid, also for TensorBoard.
-
-    Returns:
-        The scores of `LOGGED`, and `answers_runtime` in seconds.
+    process writes the answers to answers/step-….jsonl. It draws some in a sample grid, also for TensorBoard. Returns
+    the scores of `LOGGED`, and `answers_runtime` in seconds.
     """
     started, state, dataset = perf_counter(), this_process(), trainer.eval_dataset.records
     model, chat, step = trainer.model, chat_of(trainer.processing_class), trainer.state.global_step

@@ -57,13 +57,10 @@ def text_and_images(message: dict[str, Any]) -> tuple[str, int]:
 def prepare(chat: Chat, messages: Messages, images: list[Image.Image], max_new_tokens: int = NEW_TOKENS) -> Prompt:
     """Turns a conversation that ends with a question into a prompt.
 
-    Returns:
-        The model's inputs (see `Chat.prompts`), a batch of one, and the most tokens that the answer may have:
-        `max_new_tokens`, or fewer where the model's context ends before.
-
-    Raises:
-        ValueError: the context is full, the chat template refuses the conversation, or a text holds a control
-            token. Such a token would end a turn, begin one, or be taken for a picture.
+    It is the model's inputs (see `Chat.prompts`), a batch of one, and the most tokens that the answer may have:
+    `max_new_tokens`, or fewer where the model's context ends before. A ValueError says that the context is full, that
+    the chat template refuses the conversation, or that a text holds a control token. Such a token would end a turn,
+    begin one, or be taken for a picture.
     """
     # An earlier answer may hold control tokens that are not special, such as </think>: the model wrote them
     special = special_tokens(chat.tokenizer) | {chat.processor.image_token}
@@ -111,8 +108,7 @@ def generate_all(
 ) -> list[tuple[str, bool]]:
     """Answers any number of prompts (see `prepare`), `batch_size` at once, those of like length together.
 
-    Returns:
-        Each answer, and whether it was cut: it has as many tokens as it may, and no end.
+    Beside each answer stands whether it was cut: it has as many tokens as it may, and no end.
     """
     answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
     end_tokens = torch.tensor(model.generation_config.eos_token_id)

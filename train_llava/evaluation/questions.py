@@ -159,10 +159,8 @@ def answer_questions(
     """Answers questions, every process its share, and writes each answer to a file as it comes.
 
     Questions that the file answers already are not asked again. `open_question` opens the messages and pictures
-    of a question. No more pictures are open than those of one question.
-
-    Returns:
-        Each question's line of the file, or None; and the `id` and `reason` of each that could not be asked.
+    of a question. No more pictures are open than those of one question. Returns each question's line of the file, or
+    None; and the `id` and `reason` of each that could not be asked.
     """
     state, refused = this_process(), []
     writes, lock_file = state.is_main_process, path.with_name(f".{path.name}.lock")

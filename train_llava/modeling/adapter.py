@@ -92,11 +92,7 @@ def load_adapter(model: Llava, adapter_name_or_path: str, model_name: str, train
 def continue_adapter(
     model: Llava, adapter_name_or_path: str, model_name: str, train_type: str, frozen_parts: Collection[str]
 ) -> PeftModel:
-    """Puts an adapter on a model to train it further, without `frozen_parts`.
-
-    Raises:
-        ValueError: as `load_adapter`, or the adapter is on other parts than those of `train_type`.
-    """
+    """Puts an adapter, which has to be on the parts of `train_type`, on a model to train all but `frozen_parts`."""
     adapted = load_adapter(model, adapter_name_or_path, model_name, trains=True)
     parts = {part_of(name) for name, _ in adapted.named_parameters() if "lora_" in name}
     if parts != set(LORA_PARTS[train_type]):

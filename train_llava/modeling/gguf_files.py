@@ -80,11 +80,8 @@ def pre_tokenizer(tokenizer_json: dict[str, Any]) -> str:
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Verifies that llama.cpp gives the same tokens for every token's text and for a rendered conversation.
 
-    Returns:
-        Whether the tokenizer composes characters first (NFC). llama.cpp leaves that to its users.
-
-    Raises:
-        ValueError: llama.cpp would read a text as other tokens, or the tokenizer normalizes in another way.
+    Returns whether the tokenizer composes characters first (NFC), which llama.cpp leaves to its users. A ValueError
+    says that llama.cpp would read a text as other tokens, or that the tokenizer normalizes in another way.
     """
     ours = tokenizer.backend_tokenizer
     ours_json = json.loads(ours.to_str())

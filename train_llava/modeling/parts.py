@@ -168,8 +168,7 @@ def load_image_processor(
 ) -> BaseImageProcessor:
     """Opens the tower's image processor. For `pad` or `anyres`, LLaVA-1.5's or LLaVA-NeXT's takes its place.
 
-    Args:
-        grids: the grids of tiles of `anyres`, such as "2x3".
+    `grids` are the grids of tiles of `anyres`, such as "2x3".
     """
     # Its output for a square and for a wide picture
     with opening(name_or_path):

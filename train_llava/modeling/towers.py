@@ -15,10 +15,8 @@ def tower_states(
     """Makes a vision tower with unset weights, and runs it on a picture of `side` x `side` pixels.
 
     `settings` replace values of its configuration, to make it small. It runs on the CPU and outside inference
-    mode, because some architectures cache tensors for the whole process: these have to be the usual ones.
-
-    Returns:
-        The tower and its hidden states, `(1, tokens, width)` each.
+    mode, because some architectures cache tensors for the whole process: these have to be the usual ones. Returns
+    the tower and its hidden states, `(1, tokens, width)` each.
     """
     config = deepcopy(config)
     for name, value in (settings | {"_attn_implementation": "eager"}).items():

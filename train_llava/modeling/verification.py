@@ -78,10 +78,7 @@ def main() -> None:
 @running_as_one()
 @torch.inference_mode()
 def verify_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> Rows:
-    """Opens a saved LLaVA and verifies it: one function for each row of the table.
-
-    `logits` and `features` are the two models' own: see `reference_outputs`.
-    """
+    """Opens a saved LLaVA and verifies it against the two models' `reference_outputs`: a function for each row."""
     # The LLaVA's own outputs on the inputs of `reference_outputs`
     model, processor = load_checkpoint(str(folder))
     input_ids, pixel_values = example_inputs(processor)
@@ -191,9 +188,6 @@ def verify_conversations(chat: Chat, generation_config: GenerationConfig) -> Row
 
     Only the answers are supervised, each with the token that ends its turn. Generation stops at these tokens. It
     begins from the tokens that precede the answer in training.
-
-    Returns:
-        Two rows of the table: "what is learnt" and "generation prompt".
     """
     tokenizer, stops = chat.tokenizer, generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]

@@ -26,11 +26,8 @@ SHARE = 0.9
 def divide_batch(args: TrainingArguments) -> list[tuple[int, bool]] | None:
     """Lets `gradient_accumulation_steps` follow from `--global_batch_size`, while `args` are made.
 
-    Returns:
-        For `auto`, the batches of a rank to try: numbers of records, and whether activations are recomputed.
-
-    Raises:
-        ValueError: the total is missing, or cannot be divided so.
+    Returns, for `auto`, the batches of a rank to try: numbers of records, and whether activations are recomputed. A
+    ValueError says that the total is missing, or cannot be divided so.
     """
     size, total, steps = args.per_device_train_batch_size, args.global_batch_size, args.gradient_accumulation_steps
     is_auto, ranks = size == "auto", int(os.environ.get("WORLD_SIZE", 1))

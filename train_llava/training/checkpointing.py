@@ -83,10 +83,7 @@ def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> Non
 
 @contextmanager
 def locked(args: TrainingArguments) -> Iterator[None]:
-    """Keeps every other run out of a run's folder; the lock ends with its process.
-
-    An OSError or ValueError says that another run is at work in it, or that it cannot be written to.
-    """
+    """Keeps every other run out of a run's folder; a ValueError says that one is at work in it."""
     folder, lock = Path(args.output_dir), ExitStack()
     is_new = not folder.exists()
 
@@ -155,10 +152,8 @@ def write_recipe(*arguments: Any) -> None:
     """Writes a run's arguments to its folder, as a recipe that starts the run again.
 
     These are the arguments of the command line, and those derived from them. A different recipe of an earlier start
-    is saved as recipe-1.yaml, recipe-2.yaml, …
-
-    Args:
-        arguments: the instances of the run's dataclasses; the last are its `TrainingArguments`.
+    is saved as recipe-1.yaml, recipe-2.yaml, … `arguments` are the instances of the run's dataclasses; the last are
+    its `TrainingArguments`.
     """
     args = arguments[-1]
     if args.process_index != 0:

@@ -27,11 +27,7 @@ def build_extensions(args: TrainingArguments) -> None:
 
 
 def build_extension(builder: str) -> None:
-    """Loads one of DeepSpeed's extensions, and builds it first if that has not been done.
-
-    Args:
-        builder: the name of its class, such as `CPUAdamBuilder`.
-    """
+    """Loads one of DeepSpeed's extensions, by its builder's class, and builds it first if that has not been done."""
     # One process builds, and the others wait for it
     extension = get_accelerator().create_op_builder(builder)
     folder = Path(_get_build_directory(extension.name, verbose=False))

@@ -141,10 +141,7 @@ def forward_bytes(llava: Llava, rows: int, tokens: int, pictures: int, answers: 
 
 
 def activation_bytes(llava: Llava, *batch: int, recompute: bool) -> dict[str, int]:
-    """A step's activations and logits in bytes, of a `batch` as in `forward_bytes`.
-
-    `recompute`: with activation checkpointing of the language model.
-    """
+    """A step's activations and logits in bytes, of a `batch` as in `forward_bytes`, with `recompute` checkpointed."""
     kept, largest_layer, logits = forward_bytes(llava, *batch)
     if recompute:
         llava.model.language_model.activation_checkpointing_enable()

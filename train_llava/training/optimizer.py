@@ -48,8 +48,7 @@ def check_finite(model: nn.Module, where: str) -> None:
 def split_by_part(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rates: dict[str, float]) -> None:
     """Splits an optimizer's groups, with and without weight decay, by part of the model, each at its rate.
 
-    Args:
-        learning_rates: the rate of each part, by the names of `part_of`. The log shows that of the last part.
+    `learning_rates` are by the names of `part_of`. The log shows that of the last part.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = []

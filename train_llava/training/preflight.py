@@ -59,11 +59,8 @@ def preflight(trainer: LlavaTrainer) -> None:
     """Tries forward, backward, saving and reading back on one rank, and prints the memory that the run will take.
 
     The weights and the run's random numbers do not change. All held-out records are read, because the first
-    evaluation may be hours away.
-
-    Raises:
-        ValueError: the loss or a gradient is missing or not finite; the saved model differs from the one in memory;
-            too many held-out records are bad.
+    evaluation may be hours away. A ValueError says that the loss or a gradient is missing or not finite, that the
+    saved model differs from the one in memory, or that too many held-out records are bad.
     """
     # The held-out records, each rank its share
     args, held_out = trainer.args, trainer.eval_dataset
@@ -182,11 +179,8 @@ def parameters_without_gradient(
     text give it a gradient: an expert that no token of the batch has reached continues to train.
 
     Args:
-        without: the parameters that got no gradient, by name.
+        without: the parameters that got no gradient, by name; one outside the language model is an error, too.
         compute_loss: gives the loss of the batch.
-
-    Raises:
-        ValueError: one of them acts on the loss, or is no part of the language model; the message names it.
     """
     language_model = next(m for name, m in model.named_modules() if name.endswith("model.language_model"))
 

@@ -53,10 +53,8 @@ STATEFUL = {"reduce_lr_on_plateau", "greedy"}  # schedules that compute the rate
 def settings_of(*arguments: Any) -> dict[str, Any]:
     """The arguments of a run that a resume compares, by name, as JSON holds them.
 
-    If a value is shown in one form and compared in another, it is a dict of `text` and `same`.
-
-    Args:
-        arguments: the instances of the run's dataclasses; the last are its `TrainingArguments`.
+    If a value is shown in one form and compared in another, it is a dict of `text` and `same`. `arguments` are the
+    instances of the run's dataclasses; the last are its `TrainingArguments`.
     """
     args = arguments[-1]
     values = {field.name: getattr(part, field.name) for part in arguments for field in fields(part)}
@@ -113,10 +111,8 @@ def data_fingerprint(dataset: LlavaDataset | None, data_path: list[str], image_d
 def compare(checkpoint: str | None, settings: dict[str, Any], args: TrainingArguments) -> list[str]:
     """The changes of settings since a run began, those of earlier resumes first.
 
-    A complete run has no step left, so only its length may change.
-
-    Raises:
-        ValueError: a setting differs that a resume cannot change; the message names both values.
+    A complete run has no step left, so only its length may change. A ValueError names both values of a setting that a
+    resume cannot change.
     """
     if checkpoint is None or not (Path(checkpoint) / SETTINGS).exists():
         return []
