@@ -35,13 +35,9 @@ class BuildArguments:
         default="auto", help="default drops the class token, full keeps all; auto: default if there is one."
     )
     image_aspect_ratio: Literal["crop", "pad", "anyres"] = HfArg(
-        default="crop",
-        help="crop: as the tower's own processor does; pad: to a square, as LLaVA-1.5; "
-        "anyres: the whole picture and its tiles, as LLaVA-NeXT.",
+        default="crop", help="crop: as the tower does; pad: to a square (LLaVA-1.5); anyres: tiles (LLaVA-NeXT)."
     )
-    image_grid_pinpoints: list[str] | None = HfArg(
-        default=None, help=f"With anyres, the grids of tiles; default: {' '.join(PINPOINTS)}."
-    )
+    image_grid_pinpoints: list[str] | None = HfArg(default=None, help=f"For anyres; default: {' '.join(PINPOINTS)}.")
     projector: str | None = HfArg(default=None, help="A trained projector.safetensors, or LLaVA's mm_projector.bin.")
     skip_checks: bool = HfArg(default=False, help="Do not run the assembled model.")
     trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a tokenizer.")

@@ -22,9 +22,7 @@ class ExportArguments:
     model_name_or_path: str = HfArg(help="A LLaVA checkpoint, a folder or a hub id.")
     output_dir: str = HfArg(help="The folder to write; it must not exist yet.")
     class_token: Literal["last", "first"] = HfArg(
-        default="last",
-        help="Where the engine puts CLIP's class token. llama.cpp has put it last, after the patches, "
-        "since May 2025 (its issue 25814); a version that mends this puts it first.",
+        default="last", help="Where the engine puts CLIP's class token: llama.cpp last, until its issue 25814 ends."
     )
 
 

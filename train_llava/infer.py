@@ -4,8 +4,8 @@
     python -m train_llava.infer --model_name_or_path output/run --image cat.jpg --interactive true
     python -m train_llava.infer --model_name_or_path output/run --questions questions.jsonl --answers answers.jsonl
 
-The first prints the answer alone. The second is a chat; `/image FILE` adds a picture. The third answers a
-file of questions (see questions.py) in batches. Run again, it continues where it stopped.
+The first prints the answer alone. The second is a chat; `/image FILE` adds a picture, an empty line ends it. The
+third answers a file of questions (see questions.py) in batches. Run again, it continues where it stopped.
 """
 
 import string
@@ -28,9 +28,7 @@ class InferArguments:
     model_name_or_path: str = HfArg(help="A LLaVA checkpoint, a folder or a hub id.")
     prompt: str | None = HfArg(default=None, help="The question.")
     image: list[str] = HfArg(default_factory=list, help="Its pictures: files, http(s) addresses, or - for stdin.")
-    interactive: bool = HfArg(
-        default=False, help="Chat: /image FILE adds a picture, /image takes it back, an empty line ends it."
-    )
+    interactive: bool = HfArg(default=False, help="Chat; /image FILE adds a picture, /image alone takes it back.")
     questions: str | None = HfArg(default=None, help="A .jsonl file of questions; its pictures are relative to it.")
     answers: str | None = HfArg(default=None, help="The .jsonl file to write their answers to.")
     batch_size: int = HfArg(default=BATCH, help="Questions answered at once.")

@@ -37,10 +37,7 @@ class WebDemoArguments:
     port: int = HfArg(default=7860, help="The port of the page.")
     max_new_tokens: int = HfArg(default=256, help="The longest answer, in tokens.")
     bits: Literal[4, 8] | None = HfArg(default=None, help=BITS_HELP)
-    examples: str | None = HfArg(
-        default=None,
-        help=f"A folder of pictures to choose from; its first {MAX_EXAMPLES} are shown, with their names.",
-    )
+    examples: str | None = HfArg(default=None, help=f"A folder of pictures; its first {MAX_EXAMPLES} can be chosen.")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ RATE_HELP = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items(
 @dataclass
 class ModelArguments:
     model_name_or_path: str = HfArg(help="The LLaVA checkpoint to start from: a folder or a hub id.")
-    adapter_name_or_path: str | None = HfArg(
-        default=None, help="A LoRA adapter of that model to train further; its LoRA settings stay."
-    )
+    adapter_name_or_path: str | None = HfArg(default=None, help="A LoRA adapter to train further; its settings stay.")
     bits: Literal[4, 8] | None = HfArg(default=None, help=f"With lora and lora_all. {BITS_HELP}")
     attn_implementation: str | None = HfArg(default=None, help="sdpa, eager, flash_attention_2 …")
 
@@ -72,35 +70,23 @@ class TrainArguments(TrainingArguments):
     projector_learning_rate: float | None = HfArg(
         default=None, help="The projector's; default: learning_rate, with LoRA a tenth of it; 0: it is frozen."
     )
-    vision_learning_rate: float | None = HfArg(
-        default=None, help="The vision tower's, if it trains; default: a tenth of learning_rate; 0: it is frozen."
-    )
-    early_stopping_patience: int | None = HfArg(
-        default=None, help="Stop after this many evaluations without a better --metric_for_best_model."
-    )
+    vision_learning_rate: float | None = HfArg(default=None, help="Default: a tenth of learning_rate; 0: frozen.")
+    early_stopping_patience: int | None = HfArg(default=None, help="Evaluations without a better score to stop after.")
     preflight: bool = HfArg(default=True, help="First try a step, saving and reading back on the longest records.")
-    global_batch_size: int | None = HfArg(
-        default=None, help="Records (of --tokens_per_batch, rows) of an optimizer step; accumulation follows."
-    )
+    global_batch_size: int | None = HfArg(default=None, help="Records (or packed rows) a step; accumulation follows.")
     per_device_train_batch_size: NumberOrAuto = HfArg(
         default=8, help="auto: the most that fit, if they do without --activation_checkpointing, of that total."
     )
-    gradient_accumulation_steps: int | None = HfArg(
-        default=None, help="Batches of an optimizer step; default: by global_batch_size, otherwise 1."
-    )
+    gradient_accumulation_steps: int | None = HfArg(default=None, help="Default: by global_batch_size, otherwise 1.")
     warmup_steps: float = HfArg(default=0.03, help="Steps of warm-up; below 1, a share of all steps.")
     lr_scheduler_type: str = HfArg(default="cosine", help="The learning rate's schedule.")
     logging_steps: float = HfArg(default=10, help="Steps between two logged losses.")
     logging_nan_inf_filter: bool = HfArg(default=False, help="Not needed: a loss that is not finite ends the run.")
-    report_to: str = HfArg(
-        default="tensorboard", help="Where losses are reported: tensorboard, wandb, swanlab, trackio …"
-    )
+    report_to: str = HfArg(default="tensorboard", help="Where losses go: tensorboard, wandb, swanlab, trackio …")
     tokens_per_batch: int | None = HfArg(default=None, help="Packing: fill each batch up to this many tokens.")
     bf16: bool | None = HfArg(default=None, help="Compute in bfloat16; default: if the GPU can.")
     save_dtype: Dtype = HfArg(default="auto", help="Of the saved model; auto: that of the model it began with.")
-    dataloader_num_workers: int | None = HfArg(
-        default=None, help="Processes that open pictures, for each rank; default: 4 on a GPU, otherwise none."
-    )
+    dataloader_num_workers: int | None = HfArg(default=None, help="Processes for pictures; default: 4 on a GPU.")
     remove_unused_columns: bool = HfArg(default=False, help="Stays false: the collator needs all columns.")
     prediction_loss_only: bool = HfArg(default=True, help="Stays true: only logits with labels are computed.")
 
