@@ -237,10 +237,16 @@ def zero_of(args: TrainingArguments) -> tuple[int | None, bool]:
     return deepspeed.get_value("zero_optimization.stage", 0), deepspeed.is_offload()
 
 
-def accumulated_gradient_bytes(args: TrainingArguments, gradients: float) -> float:
-    """What ZeRO-2 keeps of a step's earlier batches beside the `gradients` bytes of the current one."""
-    zero, offload = zero_of(args)
-    return gradients if zero == 2 and not offload and args.gradient_accumulation_steps > 1 else 0
+def state_bytes(model: nn.Module, args: TrainingArguments, bits: int | None = None) -> tuple[dict[str, float], float]:
+    """The `model_state_bytes` and `optimizer_step_bytes` of a run.
+
+    ZeRO-2 keeps the gradients of a step's earlier batches beside those of the current one.
+    """
+    run = precision(args), args.world_size, *zero_of(args)
+    sizes = model_state_bytes(model, *run, bits)
+    if run[2:] == (2, False) and args.gradient_accumulation_steps > 1:
+        sizes["accumulated gradients"] = sizes["gradients"]
+    return sizes, optimizer_step_bytes(model, *run)
 
 
 def estimate_memory(
@@ -261,8 +267,7 @@ def estimate_memory(
         Bytes of a forward and backward pass by kind; bytes that the optimizer step adds to `MODEL_STATES`; a
         description of the batch.
     """
-    dtype, (zero, offload) = precision(args), zero_of(args)
-    llava, model = empty_model(config, args.train_type, lora_arguments, dtype, args.frozen_parts)
+    llava, model = empty_model(config, args.train_type, lora_arguments, precision(args), args.frozen_parts)
 
     # The batch
     batch, picture = args.per_device_train_batch_size, len(picture_features(llava, 1))
@@ -276,13 +281,9 @@ def estimate_memory(
         note = f"a row of {width:,} tokens, {pictures} pictures in it"
 
     # What it takes
-    sizes = model_state_bytes(model, dtype, args.world_size, zero, offload, bits)
-    optimizer_step = optimizer_step_bytes(model, dtype, args.world_size, zero, offload)
+    (sizes, optimizer_step), (zero, offload) = state_bytes(model, args, bits), zero_of(args)
     recompute = args.activation_checkpointing
     sizes |= activation_bytes(llava, rows, width, pictures, batch * text, recompute=recompute)
-    if accumulated := accumulated_gradient_bytes(args, sizes["gradients"]):
-        sizes["accumulated gradients"] = accumulated
-
     divided = [name for name, stage in DIVIDED.items() if zero and zero >= stage]
     if divided and args.world_size > 1:
         note += f"; ZeRO-{zero} divides {', '.join(divided)} by {args.world_size}"

@@ -28,13 +28,7 @@ from train_llava.modeling.templates import context_length
 from train_llava.modeling.verification import packing_difference, refuse_mixing
 from train_llava.trainer import LlavaTrainer
 from train_llava.training.batch_size import next_batch
-from train_llava.training.memory import (
-    accumulated_gradient_bytes,
-    model_state_bytes,
-    optimizer_step_bytes,
-    precision,
-    zero_of,
-)
+from train_llava.training.memory import precision, state_bytes
 from train_llava.training.throughput import peak_memory
 from train_llava.training.waits import check_losses
 
@@ -152,12 +146,9 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
     # The memory measured, and that which the optimizer will add
-    dtype, (zero, offload) = precision(args), zero_of(args)
-    states = model_state_bytes(model, dtype, args.world_size, zero, offload)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    update = weights + optimizer_step_bytes(model, dtype, args.world_size, zero, offload)
-    gradients = states["gradients"] + accumulated_gradient_bytes(args, states["gradients"])
-    more = gradients + states["optimizer"] + max(update - peak, 0)
+    sizes, optimizer_step = state_bytes(model, args)
+    update = optimizer_step + sum(parameter.nbytes for parameter in model.parameters())
+    more = sum(sizes.values()) - sizes["weights"] + max(update - peak, 0)
     limit = torch.cuda.get_device_properties(args.device).total_memory if device().type == "cuda" else math.inf
     if args.batches and args.batches[1:] and peak + more > limit:
         raise torch.OutOfMemoryError("the optimizer would run out of memory.")
