@@ -9,6 +9,7 @@ All of `TrainingArguments` is accepted. A recipe, a YAML file of arguments, may 
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import IterableDataset
@@ -101,14 +102,9 @@ def run(
     if args.preflight and args.process_index == 0 and args.batches is None:
         print_estimate(model_name, lora_arguments, args, model_arguments.bits, packing, data_arguments.max_length)
     if args.deepspeed is not None:
-        from train_llava.training.extension import build_extensions  # here, since DeepSpeed takes seconds
+        from train_llava.training.extension import prepare_deepspeed  # here, since DeepSpeed takes seconds
 
-        build_extensions(args)
-    if is_deepspeed_zero3_enabled():
-        # Weights are split among the ranks while they are loaded, before a Trainer connects these
-        from deepspeed import init_distributed  # here, since it takes seconds
-
-        init_distributed(verbose=False)
+        prepare_deepspeed(args)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for each new length
     model, processor = load_checkpoint(
         model_name, precision(args), model_arguments.attn_implementation, model_arguments.bits
@@ -124,13 +120,12 @@ def run(
     collator = LlavaCollator(processor, data_arguments.max_length, packing, padding_mask, 64 if on_gpu else 1)
     dataset, eval_dataset = load_data(data_arguments, args, collator.chat)
 
-    def compare_fingerprints() -> None:
-        records = None if streaming else dataset.records
-        settings["data_path"] = resume.data_fingerprint(records, data_arguments.data_path, data_arguments.image_dir)
-        settings["model_name_or_path"] = resume.model_fingerprint(model_name, model)
-        resume.compare(checkpoint, settings, args)
+    def compare_fingerprints() -> dict[str, Any]:
+        found = resume.fingerprints(None if streaming else dataset.records, data_arguments, model_name, model)
+        resume.compare(checkpoint, found, args)
+        return found
 
-    on_first_rank(args, compare_fingerprints)
+    settings |= on_first_rank(args, compare_fingerprints)
     if args.batches is not None:
         choose_batch(args, model, lora_arguments, model_arguments.bits, dataset, collator)
 

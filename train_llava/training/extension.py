@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+from deepspeed import init_distributed
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import _get_build_directory
 from transformers import TrainingArguments
@@ -18,12 +19,18 @@ from train_llava.common.files import held
 from train_llava.training.memory import zero_of
 
 
-def build_extensions(args: TrainingArguments) -> None:
-    """Builds and loads the extensions that DeepSpeed would otherwise build in the middle of a run."""
+def prepare_deepspeed(args: TrainingArguments) -> None:
+    """Loads the extensions that DeepSpeed would otherwise build in the middle of a run.
+
+    Under ZeRO-3, it connects the ranks, which split the weights while they are loaded, before there is a Trainer.
+    """
+    stage, offload = zero_of(args)
     if device().type == "cpu":
         build_extension("ShareMemCommBuilder")
-    if zero_of(args)[1]:
+    if offload:
         build_extension("CPUAdamBuilder")
+    if stage == 3:
+        init_distributed(verbose=False)
 
 
 def build_extension(builder: str) -> None:

@@ -77,10 +77,13 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
-def model_fingerprint(name: str, model: nn.Module) -> dict[str, str]:
-    """A fingerprint of the model that a run starts from, just opened."""
+def fingerprints(
+    dataset: LlavaDataset | None, data_arguments: Any, model_name: str, model: nn.Module
+) -> dict[str, Any]:
+    """Two settings more, of the data (see `data_fingerprint`) and of the model that a run starts from, just opened."""
+    data = data_fingerprint(dataset, data_arguments.data_path, data_arguments.image_dir)
     numbers = hashlib.sha256(json.dumps(first_values(model)).encode()).hexdigest()[:12]
-    return {"text": f"{name}, fingerprint {numbers}", "same": numbers}
+    return {"data_path": data, "model_name_or_path": {"text": f"{model_name}, fingerprint {numbers}", "same": numbers}}
 
 
 def data_fingerprint(dataset: LlavaDataset | None, data_path: list[str], image_dir: str | None) -> str:
