@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -52,27 +51,26 @@ def verify_in_fresh_process(folder: Path, logits: torch.Tensor, features: torch.
     """Calls `verify_checkpoint` in a fresh process, which sees the model as every later command does."""
     # The two models' outputs go to the process in one file, its result comes back in another
     with TemporaryDirectory() as scratch:
-        references, outcome = Path(scratch, "references.safetensors"), Path(scratch, "outcome.json")
-        save_file({"logits": logits.contiguous(), "features": features.contiguous()}, references)
-        module = "train_llava.modeling.verification"
-        command = [sys.executable, "-m", module, folder.absolute(), references, outcome]
+        references, outcome = Path(scratch, "references.pt"), Path(scratch, "outcome.json")
+        torch.save((logits, features), references)
+        command = [sys.executable, "-m", __name__, folder.absolute(), references, outcome]
         exit_code = subprocess.run(command, cwd=ROOT, check=False).returncode
         if not outcome.exists():
             raise ValueError(f"the checks of {folder} did not end: exit code {exit_code}")
-        result = json.loads(outcome.read_text())
-    if "error" in result:
-        raise ValueError(result["error"])
-    return result["rows"]
+        rows = json.loads(outcome.read_text())
+    if isinstance(rows, str):  # an error
+        raise ValueError(rows)
+    return rows
 
 
 def main() -> None:
     """The fresh process of `verify_in_fresh_process`."""
     folder, references, outcome = map(Path, sys.argv[1:])
     try:
-        result: dict[str, Any] = {"rows": verify_checkpoint(folder, **load_file(references))}
+        rows: Rows | str = verify_checkpoint(folder, *torch.load(references))
     except (OSError, ValueError) as error:
-        result = {"error": str(error)}
-    outcome.write_text(json.dumps(result))
+        rows = str(error)
+    outcome.write_text(json.dumps(rows))
 
 
 @running_as_one()
