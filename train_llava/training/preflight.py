@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,15 +93,34 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
     what = f"{len(samples)} of the longest records"
     if isinstance(trainer.train_dataset, PackedDataset):
         what = f"the fullest row, {batch['extras']['tokens']:,} tokens of {len(samples)} records,"
-    pixel_values = batch["pixel_values"]
     # On a GPU, packed rows take another way than the one that was verified on the CPU
     if trainer.packed_model is not None:
         with trainer.accelerator.autocast():
             chat, dtype = trainer.data_collator.keywords["collator"].chat, precision(args)
             refuse_mixing(model, packing_difference(model.eval(), chat, trainer.packed_model, dtype))
         model.train()
-    # Forward and backward; each gradient is checked and freed as soon as it is there
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    loss, untrained = _try_step(trainer, batch)
+    peak = peak_memory(args.device)
+    _try_saving(trainer, samples, batch["pixel_values"])
+
+    # The memory measured, and that which the optimizer will add
+    sizes, optimizer_step = state_bytes(model, args)
+    update = optimizer_step + sum(parameter.nbytes for parameter in model.parameters())
+    more = sum(sizes.values()) - sizes["weights"] + max(update - peak, 0)
+    limit = torch.cuda.get_device_properties(args.device).total_memory if device().type == "cuda" else math.inf
+    if args.batches and args.batches[1:] and peak + more > limit:
+        raise torch.OutOfMemoryError("the optimizer would run out of memory.")
+    print(
+        f"preflight: {what} forward and backward, saved, read back alike (loss {loss:.4f}); "
+        f"{peak / 1e9:.1f} GB, and {more / 1e9:.1f} GB more a rank for gradients and optimizer"
+    )
+    return untrained
+
+
+def _try_step(trainer: LlavaTrainer, batch: dict[str, Any]) -> tuple[float, set[str]]:
+    """Forward and backward: the loss, and the names of `parameters_without_gradient`."""
+    # Each gradient is checked and freed as soon as it is there
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     finite: dict[nn.Parameter, bool] = {}
 
     def check_gradient(parameter: nn.Parameter) -> None:
@@ -111,7 +131,7 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
 
     def compute_loss() -> torch.Tensor:
         with trainer.accelerator.autocast():
-            return trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
+            return trainer.compute_loss(trainer.model, trainer._prepare_inputs(dict(batch)))
 
     try:
         loss = compute_loss()
@@ -124,11 +144,12 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
         if not finite.get(parameter, True):
             raise ValueError(f"preflight: {name} gets a gradient that is not finite (loss {loss.item():.4f})")
     without = {name: parameter for name, parameter in trained.items() if parameter not in finite}
-    untrained = parameters_without_gradient(model, without, compute_loss) if without else set()
-    peak = peak_memory(args.device)
+    return loss.item(), parameters_without_gradient(trainer.model, without, compute_loss) if without else set()
 
-    # The model and the processor, saved and read back
-    folder = Path(args.output_dir) / "preflight"
+
+def _try_saving(trainer: LlavaTrainer, samples: list[Sample], pixel_values: torch.Tensor) -> None:
+    """Saves model and processor, reads them back, and prepares the samples by the processor that was read."""
+    folder = Path(trainer.args.output_dir) / "preflight"
     try:
         with writing(folder):
             trainer._save(str(folder))
@@ -144,19 +165,6 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
         raise ValueError(f"preflight: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-    # The memory measured, and that which the optimizer will add
-    sizes, optimizer_step = state_bytes(model, args)
-    update = optimizer_step + sum(parameter.nbytes for parameter in model.parameters())
-    more = sum(sizes.values()) - sizes["weights"] + max(update - peak, 0)
-    limit = torch.cuda.get_device_properties(args.device).total_memory if device().type == "cuda" else math.inf
-    if args.batches and args.batches[1:] and peak + more > limit:
-        raise torch.OutOfMemoryError("the optimizer would run out of memory.")
-    print(
-        f"preflight: {what} forward and backward, saved, read back alike (loss {loss.item():.4f}); "
-        f"{peak / 1e9:.1f} GB, and {more / 1e9:.1f} GB more a rank for gradients and optimizer"
-    )
-    return untrained
 
 
 def parameters_without_gradient(
