@@ -36,7 +36,7 @@ from train_llava.modeling.weights import base_tensors, check_base, read_back, sa
 from train_llava.training.checkpointing import RECIPE, marked_incomplete, number_of, rotate_checkpoints
 from train_llava.training.extras import loss_sums, with_extras
 from train_llava.training.memory import precision
-from train_llava.training.optimizer import check_finite, restore_settings, settings_of_groups, split_by_part
+from train_llava.training.optimizer import check_finite, restore_settings, split_by_part
 from train_llava.training.resume import SETTINGS, is_run_complete
 from train_llava.training.stopping import StopOnSignal, outlive_sigterm
 from train_llava.training.throughput import Throughput
@@ -109,7 +109,7 @@ class LlavaTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        self.group_settings = settings_of_groups(optimizer or self.optimizer)
+        self.group_settings = [group | {"params": None} for group in (optimizer or self.optimizer).param_groups]
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

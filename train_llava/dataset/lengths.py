@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -92,10 +93,8 @@ def _count(rows: list[dict[str, str | None]], chat: Chat) -> np.ndarray:
     counts = np.zeros(len(rows), dtype=int)
     for i, row in enumerate(rows):
         if row["error"] is None:
-            try:
+            with suppress(ValueError):  # the reason is reported when the record is opened
                 counts[i] = len(chat.tokenize(json.loads(row["messages"]))[0])
-            except ValueError:
-                counts[i] = 0  # the reason is reported when the record is opened
     return counts
 
 

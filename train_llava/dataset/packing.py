@@ -66,14 +66,9 @@ class PackedDataset(Dataset):
         # A row of one record has to fit
         alone = tokens + blank * ((tokens > 0) & ~has_image)
         if alone.max() > budget:
-            longest = int(alone.argmax())
-            name, reason = dataset.records.read(longest, decode=False)["id"], ""
-            if not has_image[longest]:
-                reason = f", {blank} of a blank picture among them"
-            raise ValueError(
-                f"--tokens_per_batch {budget}: record {name!r} takes {alone.max()}{reason}: "
-                "give as many, or leave it out by a lower --max_length"
-            )
+            name = dataset.records.read(int(alone.argmax()), decode=False)["id"]
+            remedy = "(if it has no picture, with a blank one): give as many, or leave it out by a lower --max_length"
+            raise ValueError(f"--tokens_per_batch {budget}: record {name!r} takes {alone.max()} {remedy}")
         # The rows
         self.rows = pack(tokens, has_image, budget, blank, seed)
         if not self.rows:

@@ -1,7 +1,6 @@
 """Measures a vision tower by running it: its hidden states, and the layers that the projector never uses."""
 
 from copy import deepcopy
-from typing import Any
 
 import torch
 from torch import nn
@@ -54,11 +53,6 @@ def unused_parameters(config: PreTrainedConfig, layers: int | list[int]) -> set[
     return {name for name, parameter in tower.named_parameters() if id(parameter) not in used}
 
 
-def pass_through(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """The forward of a layer that is skipped."""
-    return hidden_states
-
-
 def skip_unused_layers(model: nn.Module) -> set[str]:
     """Skips the vision tower's layers whose output the projector never uses. They stay in its files.
 
@@ -71,5 +65,5 @@ def skip_unused_layers(model: nn.Module) -> set[str]:
         for i, layer in enumerate(layers):
             names = {f"{name}.{i}.{parameter}" for parameter, _ in layer.named_parameters()}
             if names and names <= unused:
-                layer.forward = pass_through
+                layer.forward = lambda hidden_states, *_, **__: hidden_states
     return unused

@@ -60,20 +60,13 @@ def split_by_part(optimizer: torch.optim.Optimizer, model: nn.Module, learning_r
     optimizer.param_groups[:] = groups
 
 
-def settings_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The rates, decay and other settings of each group."""
-    settings = [dict(group) for group in optimizer.param_groups]
-    for group in settings:
-        del group["params"]
-    return settings
-
-
 def restore_settings(
     optimizer: torch.optim.Optimizer, scheduler: LRScheduler, group_settings: list[dict[str, Any]]
 ) -> None:
     """Sets rates, decay and schedule to those of the arguments, after a checkpoint has loaded its own.
 
-    A schedule that is no `LambdaLR` computes its rate from the scores so far, and keeps it.
+    `group_settings` are the groups before that. A schedule that is no `LambdaLR` computes its rate from the scores so
+    far, and keeps it.
     """
     groups = optimizer.param_groups
     for group, settings in zip(groups, group_settings, strict=True):

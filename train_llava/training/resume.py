@@ -149,7 +149,6 @@ def _text_and_same(value: Any) -> tuple[Any, Any]:
 
 def write_settings(output_dir: str, settings: dict[str, Any], changes: list[str]) -> None:
     """Writes the settings that a resume compares to a run's folder; each checkpoint gets a copy."""
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
     with replacing(Path(output_dir) / SETTINGS) as file:
         text = json.dumps({"settings": settings, "changes": changes}, indent=1, ensure_ascii=False)
         file.write_text(text, encoding="utf-8")

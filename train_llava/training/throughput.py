@@ -144,9 +144,6 @@ def describe_throughput(log_history: list[dict[str, Any]]) -> str:
     """A table of the `read_throughput` of a log: medians and ranges."""
     lines = []
     for name, values in read_throughput(log_history).items():
-        texts = [
-            f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
-            for value in (median(values), min(values), max(values))
-        ]
+        texts = [f"{n:,.3g}" if n < 1000 else f"{n:,.0f}" for n in (median(values), min(values), max(values))]
         lines.append(f"{LOGGED[name]:<44}{texts[0]:>10}  ({texts[1]} to {texts[2]})")
     return "\n".join(lines)
