@@ -71,10 +71,7 @@ def normal_path(name: str) -> str:
 
 
 def candidate_names(name: str, top: str) -> list[str]:
-    """The names that a file may have in the folder or archive `top`, the most likely first.
-
-    A record may escape a name as in a URL, or begin it with `top`.
-    """
+    """The names in the folder or archive `top` that `name` may mean: escaped as in a URL, or beginning with `top`."""
     names = [normal_path(name), normal_path(urllib.parse.unquote(name))]
     names += [candidate.removeprefix(f"{top}/") for candidate in names]
     return [candidate for candidate in names if not LEADS_OUT.search(candidate)]

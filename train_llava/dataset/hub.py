@@ -100,10 +100,7 @@ def find_on_hub(
 
 
 def _choose_files(data_path: str, on_hub: PurePath, extensions: Collection[str]) -> tuple[list[str], str] | None:
-    """The files of records of a data set, and the place of its images; None if `datasets` has to read it.
-
-    The choice is stored for this commit, so that the data set also opens without the hub.
-    """
+    """A data set's files of records and its images' place, stored for use offline; None: `datasets` has to read it."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "train_llava"
     folder.mkdir(parents=True, exist_ok=True)
     stored = folder / (sha256(f"{data_path} {on_hub}".encode()).hexdigest()[:24] + ".json")

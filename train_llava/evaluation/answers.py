@@ -29,10 +29,7 @@ LOGGED = ("exact_match", "token_f1", "cider")  # during training
 
 
 def questions(item: dict[str, Any]) -> list[dict[str, Any]]:
-    """One question for each answer of a record, with all messages before it.
-
-    `images` are the pictures up to that question, which may be fewer than the record's.
-    """
+    """One question for each answer of a record, with all messages and pictures before it."""
     result = []
     for i, message in enumerate(item["messages"]):
         if message["role"] != "assistant":

@@ -148,10 +148,7 @@ def _ngrams(text: list[str], size: int) -> Counter:
 
 
 def cider(predictions: list[Prediction]) -> list[float]:
-    """CIDEr-D of each answer (Vedantam et al., 2015), from 0 to 10. With several references, the mean.
-
-    Words that are rare in these references weigh more.
-    """
+    """CIDEr-D of each answer (Vedantam et al., 2015), 0 to 10, its mean over the references. Rare words weigh more."""
     # The number of questions whose references have each run of words
     frequency = Counter()
     for p in predictions:
@@ -229,10 +226,7 @@ def undefined(predictions: list[Prediction]) -> dict[str, str]:
 
 
 def score_group(predictions: list[Prediction]) -> dict[str, Any]:
-    """Every metric over some predictions, and the 95 % interval of each that is a mean over questions.
-
-    Metrics that these references do not define are left out; `undefined` has the reasons.
-    """
+    """Every metric that is not `undefined`, and the 95 % interval of each that is a mean over questions."""
     scores, reasons = score_exact(predictions), undefined(predictions)
     # One score for each question that has what the metric needs
     answered = [p for p in predictions if p["answers"]]

@@ -35,10 +35,7 @@ class Turn:
 
 
 def shown(turns: list[Turn], column: int, waiting: bool = False) -> list[dict[str, Any]]:
-    """One chat as messages of Gradio's Chatbot, which renders every text as HTML.
-
-    If `waiting`, dots take the place of a last answer that has no word yet.
-    """
+    """One chat as Gradio's messages, in HTML; if `waiting`, dots stand for a last answer that has no word yet."""
     messages = []
     for turn in turns:
         answer_html = escape(turn.answers[column])

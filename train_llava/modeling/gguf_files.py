@@ -159,10 +159,7 @@ def text_tensors(model: Llava) -> NamedTensors:
 
 
 def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Interleaves the two halves of each head, in a query or key projection `(heads x size, ...)`.
-
-    The rows 0 1 2 3 of a head become 0 2 1 3.
-    """
+    """Interleaves the halves of each head in a projection `(heads x size, ...)`: its rows 0 1 2 3 become 0 2 1 3."""
     halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
     return halves.swapaxes(1, 2).reshape(tensor.shape)
 

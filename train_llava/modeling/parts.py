@@ -151,10 +151,7 @@ def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
 
 
 def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
-    """Finds a language model's decoder: a LLaVA takes this and the output layer.
-
-    Its class is the one that transformers opens for the same configuration without an output layer.
-    """
+    """Finds a language model's decoder, by the class that transformers opens without an output layer."""
     config = language_model.config.get_text_config(decoder=True)
     decoder_class = AutoModel._model_mapping.get(type(config), None)
     for module in language_model.modules():

@@ -223,10 +223,7 @@ def save_base_fingerprint(model: nn.Module, folder: Path) -> None:
 
 
 def check_base(adapter_name_or_path: str, model: nn.Module, model_name: str) -> None:
-    """Raises a ValueError for a model other than the one that an adapter was trained on, by its fingerprint.
-
-    Numbers may differ by the rounding of half precision.
-    """
+    """Raises a ValueError for a model other than an adapter's own, by a fingerprint, up to half precision's noise."""
     path = find_file(adapter_name_or_path, FINGERPRINT)
     if path is None:  # trained elsewhere
         return

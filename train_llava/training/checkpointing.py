@@ -137,8 +137,7 @@ def starting_point(args: TrainingArguments) -> str | None:
     resume, checkpoint = requested_checkpoint(args)
     check_output_dir(args.output_dir, checkpoint, resume is True)
     if resume and args.process_index == 0:
-        start = "no checkpoint was finished: training from the start"
-        print(f"resuming from {checkpoint}" if checkpoint else start)
+        print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint was finished: training from the start")
     if checkpoint is not None:
         check_resumable(Path(checkpoint), args.world_size)
     elif args.local_process_index == 0:

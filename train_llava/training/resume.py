@@ -69,9 +69,7 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     if args.dataloader_drop_last or (values["streaming"] and args.dataloader_num_workers > 1):
         settings[BATCH] = batch if args.batches is None else "auto"
     stage, offload = zero_of(args)
-    settings["deepspeed"] = None
-    if stage is not None:
-        settings["deepspeed"] = f"ZeRO-{stage} with offload" if offload else f"ZeRO-{stage}"
+    settings["deepspeed"] = None if stage is None else f"ZeRO-{stage}" + " with offload" * offload
     if values["streaming"]:  # each worker reads shards of its own
         settings["dataloader_num_workers"] = args.dataloader_num_workers
     return json.loads(json.dumps(settings, default=str))

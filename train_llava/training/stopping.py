@@ -45,8 +45,7 @@ def stopped_early(args: TrainingArguments, state: TrainerState) -> bool:
 class StopOnSignal(TrainerCallback):
     """Ends a run, with a checkpoint, after a step in which any rank got a SIGTERM, or by `stopped_early`."""
 
-    def __init__(self) -> None:
-        self.received = False
+    received = False
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "received", True))
