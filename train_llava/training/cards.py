@@ -67,11 +67,19 @@ def write_run_card(
     if changes := changes_of(folder):
         table["changed by a resume"] = "; ".join(changes)
 
-    # The last losses and scores. Those on held-out data belong to the weights in the folder: the last, or the best
+    # The card
     best = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
+    table |= losses_and_scores(state.log_history, best)
+    section = f"## Training\n\n{markdown([('', ''), *table.items()])}\n\n![Loss](loss.png)"
+    name, adapter_of = folder.absolute().name, base if is_adapter else ""
+    write_card(folder, name, ancestors(base), data_arguments.data_path, [section], adapter_of)
+
+
+def losses_and_scores(log_history: list[dict[str, Any]], best: int | None) -> dict[str, str]:
+    """A run's last losses and scores; on held-out data those of the step `best`, whose weights were kept, if given."""
     which = "last" if best is None else "of the step that is kept"
     last, of_weights = {}, {}
-    for entry in state.log_history:
+    for entry in log_history:
         last |= entry
         if best in (None, entry["step"]):
             of_weights |= entry
@@ -80,15 +88,11 @@ def write_run_card(
         "training loss, mean": last.get("train_loss"),
         f"held-out loss, {which}": of_weights.get("eval_loss"),
     }
-    table |= {name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None}
+    table = {name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None}
     for metric, name in METRICS.items():
         if f"eval_{metric}" in of_weights:
             table[f"held-out {name}, {which}"] = cell({metric: of_weights[f"eval_{metric}"]}, metric)
-
-    # The card
-    section = f"## Training\n\n{markdown([('', ''), *table.items()])}\n\n![Loss](loss.png)"
-    name, adapter_of = folder.absolute().name, base if is_adapter else ""
-    write_card(folder, name, ancestors(base), data_arguments.data_path, [section], adapter_of)
+    return table
 
 
 def hub_ids(names: list[str]) -> list[str]:
