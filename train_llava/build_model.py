@@ -37,7 +37,7 @@ class BuildArguments:
     image_aspect_ratio: Literal["crop", "pad", "anyres"] = HfArg(
         default="crop", help="crop: as the tower does; pad: to a square (LLaVA-1.5); anyres: tiles (LLaVA-NeXT)."
     )
-    image_grid_pinpoints: list[str] | None = HfArg(default=None, help=f"For anyres; default: {' '.join(PINPOINTS)}.")
+    image_grid_pinpoints: list[str] | None = HfArg(default=None, help=f"Tile grids; default: {' '.join(PINPOINTS)}.")
     projector: str | None = HfArg(default=None, help="A trained projector.safetensors, or LLaVA's mm_projector.bin.")
     skip_checks: bool = HfArg(default=False, help="Do not run the assembled model.")
     trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a tokenizer.")

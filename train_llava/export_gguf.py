@@ -22,7 +22,7 @@ class ExportArguments:
     model_name_or_path: str = HfArg(help="A LLaVA checkpoint, a folder or a hub id.")
     output_dir: str = HfArg(help="The folder to write; it must not exist yet.")
     class_token: Literal["last", "first"] = HfArg(
-        default="last", help="Where the engine puts CLIP's class token: llama.cpp last, until its issue 25814 ends."
+        default="last", help="Where CLIP's class token goes: last in llama.cpp, first once its issue 25814 is mended."
     )
 
 

@@ -71,7 +71,7 @@ def normal_path(name: str) -> str:
 
 
 def candidate_names(name: str, top: str) -> list[str]:
-    """The names in the folder or archive `top` that `name` may mean: escaped as in a URL, or beginning with `top`."""
+    """What `name` may mean in the folder or archive `top`, the likeliest first: as it is, unescaped, without `top`."""
     names = [normal_path(name), normal_path(urllib.parse.unquote(name))]
     names += [candidate.removeprefix(f"{top}/") for candidate in names]
     return [candidate for candidate in names if not LEADS_OUT.search(candidate)]

@@ -158,9 +158,8 @@ def answer_text(chat: Chat, token_ids: list[int]) -> str:
 @lru_cache(maxsize=8)
 def answer_prefix(chat: Chat) -> str | None:
     """The white space before an answer, measured on one; None if no answer can be supervised."""
-    messages = [{"role": role, "content": [{"type": "text", "text": "red"}]} for role in ("user", "assistant")]
     try:
-        token_ids, supervised = chat.tokenize(messages)
+        token_ids, supervised = chat.tokenize([user_message("red", 0), assistant_message("red")])
     except ValueError:
         return None
     return decode(chat, token_ids[supervised].tolist()).partition("red")[0]

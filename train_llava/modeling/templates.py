@@ -217,9 +217,8 @@ def _unify_prefixes(tokenizer: PreTrainedTokenizerBase) -> bool:
     new_prompt = _without_loose_end(tokenizer, prefix, longest)
     if prompt == new_prompt and len(prefixes) == 1:
         return False
-    refusal = f"the chat template opens answers with {earlier!r} and {last!r}"
     if len(prefixes) > 1 and not all(re.search("|".join(added), each) for each in prefixes):
-        raise ValueError(f"{refusal}, and no token tells where")
+        raise ValueError(f"the chat template opens answers with {earlier!r} and {last!r}, and no token tells where")
 
     # All prefixes become the shortest, the longest first; the shortest becomes the one that all are to have
     changes = []
