@@ -130,20 +130,12 @@ class Throughput:
         return {name: float(f"{value:.3g}") for name, value in values.items()}
 
 
-def read_throughput(log_history: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """The throughput in a log, by the names of `LOGGED`, without the first entry if there are more."""
-    entries = [entry for entry in log_history if "tokens_per_second" in entry]
-    throughput: dict[str, list[float]] = {}
-    for entry in entries[1:] or entries:  # the first includes the start of the run
-        for name in LOGGED.keys() & entry.keys():
-            throughput.setdefault(name, []).append(entry[name])
-    return {name: throughput[name] for name in LOGGED if name in throughput}
-
-
 def describe_throughput(log_history: list[dict[str, Any]]) -> str:
-    """A table of the `read_throughput` of a log: medians and ranges."""
-    lines = []
-    for name, values in read_throughput(log_history).items():
-        texts = [f"{n:,.3g}" if n < 1000 else f"{n:,.0f}" for n in (median(values), min(values), max(values))]
-        lines.append(f"{LOGGED[name]:<44}{texts[0]:>10}  ({texts[1]} to {texts[2]})")
+    """A table of the throughput in a log: medians and ranges."""
+    entries = [entry for entry in log_history if "tokens_per_second" in entry]
+    entries, lines = entries[1:] or entries, []  # the first includes the start of the run
+    for name, label in LOGGED.items():
+        if values := [entry[name] for entry in entries if name in entry]:
+            texts = [f"{n:,.3g}" if n < 1000 else f"{n:,.0f}" for n in (median(values), min(values), max(values))]
+            lines.append(f"{label:<44}{texts[0]:>10}  ({texts[1]} to {texts[2]})")
     return "\n".join(lines)
