@@ -456,7 +456,7 @@ def test_a_leak_between_packed_conversations_is_not_taken_for_noise(parts, tmp_p
     packed, equal = packing_difference(model, Chat(processor))
     assert packed > 100 * tolerance(torch.float32)
     assert not equal
-    with pytest.raises(ValueError, match="--packing: a deepseek_v32 does not keep"):
+    with pytest.raises(ValueError, match="--packing: a deepseek_v32 mixes"):
         verify_for_training(model, processor, packing=True)
     with pytest.raises(ValueError, match="with a cache, in 256 tokens, its logits differ"):
         build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "checked")))

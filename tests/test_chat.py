@@ -265,7 +265,7 @@ def test_answers_of_every_kind_are_supervised_word_for_word(tmp_path, name, answ
     ("template", "role", "text", "reason"),
     [
         (PLAIN, "system", "?", "refuses it: no system turns"),
-        (SYSTEM.replace("SYSTEM", ""), "system", "?", "each text of a conversation of system, user, assistant once"),
+        (SYSTEM.replace("SYSTEM", ""), "system", "?", "each text of system, user, assistant once"),
         (SYSTEM.replace("SYSTEM", "{{ m.content }}").replace("{{ '<a>' }}", LAST), "system", "?", "otherwise than"),
         (PLAIN.replace("m.content +", "m.content | replace('x', 'y') +"), "user", "x", "changes the text of a turn"),
         (PLAIN, "user", "What<e>", "the control token <e> in a turn of role user"),
@@ -291,7 +291,7 @@ def test_a_conversation_that_the_template_changes_is_refused_with_the_reason(tmp
         (
             roles("<u>CONTENT", "", "<a>"),
             "</s>",
-            "does not write each text of a conversation of user, assistant, user",
+            "does not write each text of user, assistant, user",
         ),
         (roles("<u>CONTENT", "<a>CONTENT", "<a>"), None, "ends an answer with no special token"),
         (roles("CONTENT\\n", f"{switch('', 'B: ')}CONTENT</s>", ""), "</s>", "no token tells where"),

@@ -81,7 +81,7 @@ CARDS = [
     ({"bf16": True, "tokens_per_batch": 900}, {"precision": "bf16", "batch": "16200 tokens (900 x 3 x 6 ranks)"}, {}),
     ({"fp16": True, "train_type": "lora"},
      {"precision": "fp16", "what trained": "`lora`",
-      "LoRA": "lora_r 8, lora_alpha 256, lora_dropout 0.05, use_dora False, use_rslora True, bits 4"}, {}),
+      "LoRA": "lora_r 8, lora_alpha 256, lora_dropout 0.0, use_dora False, use_rslora True, bits 4"}, {}),
     ({"load_best_model_at_end": True},
      {"held-out loss, of the step that is kept": "0.9000", "held-out CIDEr-D, of the step that is kept": "1.23",
       "held-out exact match, of the step that is kept": "50.0%"}, {}),
