@@ -58,6 +58,13 @@ def names(llava, parts, corpus, tmp_path_factory) -> dict[str, Path]:
     (root / "data" / "chat.json").write_text(json.dumps(records))
     broken = [*records[:7], records[7] | {"image": "99.png"}]
     (root / "broken.json").write_text(json.dumps(broken))
+    Image.new("RGB", (100, 40), "red").save(root / "wide.png")  # the model sees 30 to 70
+    cut = {
+        "image": "wide.png",
+        "objects": [{"box": [0, 0, 40, 40]}],
+        "conversations": turns("<image>\nWhere?", "<box>"),
+    }
+    (root / "boxes.json").write_text(json.dumps([cut, {"image": "wide.png", "caption": "red"}]))
     questions = [{"id": i, "prompt": f"Which {i}?"} for i in range(3)]
     (root / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (root / "text.txt").write_text("What is this? a red square")
@@ -259,6 +266,8 @@ class Case(NamedTuple):
 
 PARTS = "--vision_model_name_or_path {clip} --language_model_name_or_path {qwen2}"
 TRAIN = f"{MODEL} --data_path {{corpus}} --output_dir {{out}}/t --max_steps 2 --preflight false"
+CUT = f"{MODEL} --data_path {{root}}/boxes.json --image_dir {{root}} --output_dir {{out}}/e"
+CUT_CHECK = f"{CUT.partition(' --output')[0]} --num_proc 1 --report {{out}}/r.json"
 BROKEN = f"{MODEL} --data_path {{root}}/broken.json --image_dir {{images}} --output_dir {{out}}/t --preflight false"
 CASES = {
     "infer, a prompt": Case(
@@ -428,6 +437,24 @@ CASES = {
         "--data_path {root}/broken.json --image_dir {images} --num_proc 1 --report {out}/r.json "
         "--decode_pictures false",
         {check_data.CheckArguments: {"decode_pictures": lambda s: report(s)["bad"] == 0}},
+    ),
+    "check_data, boxes": Case(
+        check_data,
+        CUT_CHECK,
+        f"{CUT_CHECK} --keep_cut_boxes true",
+        {check_data.CheckArguments: {"keep_cut_boxes": lambda s: report(s)["bad"] == 0}},
+    ),
+    "evaluate, boxes": Case(
+        evaluate,
+        CUT,
+        f"{CUT} --keep_cut_boxes true",
+        {evaluate.EvaluateArguments: {"keep_cut_boxes": lambda s: metrics(s)["iou_50"] == 0}},
+    ),
+    "train, boxes": Case(
+        train,
+        f"{CUT} --max_bad_fraction 1",
+        f"{CUT} --keep_cut_boxes true",
+        {train.DataArguments: {"keep_cut_boxes": lambda s: s.trainer.train_dataset[0].messages[1]["places"]}},
     ),
     "export_gguf": Case(
         export_gguf,

@@ -209,7 +209,9 @@ def test_pictures_are_opened_as_in_training_and_closed_one_by_one(merged, tmp_pa
     def prepare(chat, messages, images, limit):
         held.append(sum(picture() is not None for picture in opened))
         opened.append(weakref.ref(images[0]))
-        assert images[0].size == LlavaDataset(str(data), min_side=chat.min_side)[len(held) - 1]["images"][0].size
+        dataset = LlavaDataset(str(data))
+        dataset.chat = chat
+        assert images[0].size == dataset[len(held) - 1]["images"][0].size
         return real(chat, messages, images, limit)
 
     monkeypatch.setattr(question_files, "prepare", prepare)

@@ -139,7 +139,7 @@ def test_a_stream_opens_large_images_small(tmp_path, processor):
     assert chat.min_side == 28
     assert sample.images[0].size == (75, 100)
     checked = CheckedDataset(LlavaDataset(str(tmp_path / "a.jsonl")), chat, tmp_path / "log")
-    assert (checked[0].is_replacement, checked[0].images[0].size) == (False, (300, 400))
+    assert (checked[0].is_replacement, checked[0].images[0].size) == (False, (75, 100))
 
 
 def first_batch(data, collator: LlavaCollator) -> dict:

@@ -3,6 +3,7 @@
 import json
 import os
 import zipfile
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -84,10 +85,11 @@ def test_an_item_holds_its_images_or_their_sizes_or_neither(tmp_path):
     record = {"image": "a.jpg", "caption": ["red", "a red one"], "language": "en", "answers": ["x"]}
     (tmp_path / "chat.json").write_text(json.dumps([record]))
     whole, bare = LlavaDataset(str(tmp_path))[0], LlavaDataset(str(tmp_path), decode=False)[0]
-    measured = LlavaDataset(str(tmp_path)).read(0, decode=False, measure=True)
+    dataset = LlavaDataset(str(tmp_path))
+    dataset.chat = SimpleNamespace(anyres=True, min_side=30)
+    measured = dataset.read(0, decode=False)
     assert whole["image_sizes"] == measured["image_sizes"] == [(300, 400)]
     assert [image.size for image in whole["images"]] == [(300, 400)]
     assert (measured["images"], bare["images"], bare["image_sizes"]) == ([], [], [])
     assert (bare["language"], bare["answers"], bare["references"]) == ("en", ["x"], ["red", "a red one"])
-    small = LlavaDataset(str(tmp_path), min_side=30)[0]
-    assert small["images"][0].size == (75, 100) == open_image(tmp_path / "a.jpg", min_side=30).size
+    assert dataset[0]["images"][0].size == (75, 100) == open_image(tmp_path / "a.jpg", min_side=30).size

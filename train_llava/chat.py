@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import LlavaNextProcessor, LlavaProcessor
 
-from train_llava.dataset.images import is_anyres, prepare_pictures
+from train_llava.dataset.images import is_anyres, prepare_pictures, seen_part
 from train_llava.modeling import templates
 from train_llava.records import IMAGE_TOKEN, text_of
 
@@ -41,10 +41,14 @@ def image_tokens(processor: Processor, side: int, size: tuple[int, int]) -> int:
 
 
 class Chat:
-    """Turns the conversations of one model into token ids; a ValueError if its chat template was not patched."""
+    """Turns the conversations of one model into token ids; a ValueError if its chat template was not patched.
 
-    def __init__(self, processor: Processor, max_length: int | None = None):
+    `keep_cut_boxes`: an object that the model sees in part keeps the part of its box; see `boxes.place_in`.
+    """
+
+    def __init__(self, processor: Processor, max_length: int | None = None, keep_cut_boxes: bool = False):
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
+        self.keep_cut_boxes = keep_cut_boxes
         self.longest = min(max_length or math.inf, self.tokenizer.model_max_length)  # conversation in tokens
         self.side, self.anyres = image_size(processor), is_anyres(processor.image_processor)
         # A large JPEG may be decoded smaller, down to this side; not with tiles, which depend on its size
@@ -60,6 +64,11 @@ class Chat:
         """See the function `image_tokens`. Without tiles, the number is the same for all sizes."""
         return image_tokens(self.processor, self.side, size)
 
+    @lru_cache(maxsize=4096)  # noqa: B019 - one a process
+    def seen_part(self, size: tuple[int, int]) -> list[float]:
+        """See the function `seen_part`."""
+        return seen_part(self.processor.image_processor, self.side, size)
+
     def count_image_tokens(self, sizes: Iterable[tuple[int, int]], images: int) -> list[int]:
         """The `image_tokens` of each image. Without tiles, the `sizes` are not needed."""
         return [self.image_tokens(size) for size in sizes] if self.anyres else [self.image_tokens()] * images
@@ -73,7 +82,7 @@ class Chat:
         return templates.template_segments(self.tokenizer, structure, answer_next)
 
     def answer_spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[range, str]]]:
-        """Renders a conversation, and locates each answer to learn in it: its characters, and the token at its end.
+        """Renders a conversation, and locates each answer in the text: its characters, and the token at its end.
 
         An answer begins where the generation prompt ends. It ends with the token that ends its turn. For example,
         in `<u>What?<e><a>red<e>` the answer is `red<e>`: `(range(14, 20), "<e>")`. A ValueError says that the
@@ -92,7 +101,7 @@ class Chat:
                         raise ValueError(f"the chat template changes the text of a turn of role {message['role']}")
                     index += 1
             # An answer has to follow the same segments as one that is generated
-            if message["role"] == "assistant" and message.get("train", True):
+            if message["role"] == "assistant":
                 *before, prompt = self.segments(structure[:i], answer_next=True)
                 end = templates.end_of(self.tokenizer, segments[index])
                 if before != segments[:first] or not templates.opens_like(segments[first], prompt) or end is None:
@@ -181,6 +190,6 @@ class Chat:
 
 
 @lru_cache(maxsize=8)
-def chat_of(processor: Processor, max_length: int | None = None) -> Chat:
+def chat_of(processor: Processor, max_length: int | None = None, keep_cut_boxes: bool = False) -> Chat:
     """The `Chat` of a processor, made once: it renders templates and prepares an image."""
-    return Chat(processor, max_length)
+    return Chat(processor, max_length, keep_cut_boxes)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from train_llava.cli import parse_arguments, parse_first, run_command
+from train_llava.cli import CUT_BOXES_HELP, parse_arguments, parse_first, run_command
 
 
 @dataclass
@@ -26,6 +26,7 @@ class CheckArguments:
     image_dir: str | None = HfArg(default=None, help="The pictures' folder or .zip, as in train.")
     model_name_or_path: str | None = HfArg(default=None, help="A LLaVA checkpoint, to count its tokens.")
     max_length: int | None = HfArg(default=None, help="Longest conversation in tokens, as in train.")
+    keep_cut_boxes: bool = HfArg(default=False, help=CUT_BOXES_HELP)
     decode_pictures: bool = HfArg(default=True, help="false: read the records alone, much faster.")
     report: str | None = HfArg(default=None, help="A .json file for the results; histograms go into a .png beside it.")
     num_proc: int = HfArg(default=os.cpu_count() or 1, help="Processes to use.")
@@ -42,7 +43,6 @@ from tqdm import tqdm
 from train_llava.chat import IGNORE, Chat, chat_of
 from train_llava.data import LlavaDataset, to_item, to_sample
 from train_llava.dataset.readers import BadRecordError
-from train_llava.dataset.sources import find_records, form_of
 from train_llava.model import load_processor
 
 CHUNK = 100  # records that a process takes at once, since they may hold pictures
@@ -57,8 +57,7 @@ def scan(indices: list[int], dataset: LlavaDataset, chat: Chat | None) -> dict[s
         # Rows are read at once, several times faster than one by one
         for row in dataset.tables[source].__getitems__([row for _, row in places]):
             try:
-                anyres = chat is not None and chat.anyres  # the tokens depend on the pictures' sizes
-                item = to_item(row, dataset.image_dirs[source], None, dataset.decode, measure=anyres)
+                item = to_item(row, dataset.image_dirs[source], chat, dataset.decode)
                 if chat is not None:
                     results["tokens"].append(len(to_sample(item, chat).input_ids))
             except BadRecordError as error:
@@ -100,7 +99,7 @@ def show_sample(dataset: LlavaDataset, chat: Chat) -> str:
     """The first good record as the model is trained on it, the supervised tokens between ⟦ and ⟧."""
     for i in range(len(dataset)):
         try:
-            sample = to_sample(dataset.read(i, dataset.decode, measure=chat.anyres), chat)
+            sample = to_sample(dataset.read(i, dataset.decode), chat)
         except BadRecordError:
             continue
         # Of consecutive image tokens, only the first is printed
@@ -124,7 +123,8 @@ def main() -> None:
     dataset = LlavaDataset(arguments.data_path, arguments.image_dir, decode=arguments.decode_pictures)
     chat = None
     if arguments.model_name_or_path is not None:
-        chat = chat_of(load_processor(arguments.model_name_or_path)[1], arguments.max_length)
+        processor = load_processor(arguments.model_name_or_path)[1]
+        chat = dataset.chat = chat_of(processor, arguments.max_length, arguments.keep_cut_boxes)
     in_parallel = arguments.num_proc > 1 and (arguments.decode_pictures or chat is not None)
     workers = arguments.num_proc if in_parallel else 0
     scan_chunk = partial(scan, dataset=dataset, chat=chat)
@@ -148,9 +148,6 @@ def main() -> None:
     }
 
     # Print the report, and write it
-    for path in arguments.data_path:
-        files, _ = find_records(path, arguments.image_dir)
-        print(f"{path}: {form_of(path, files[0])}, files: {len(files):,}")
     print(f"{len(dataset):,} records, {len(errors):,} bad")
     for kind, bad in sorted(kinds.items(), key=lambda entry: -len(entry[1])):
         print(f"{len(bad):>9,}  {kind}")

@@ -27,6 +27,7 @@ LAUNCHER_OPTIONS = ("--local_rank=", "--deepspeed=")
 RECIPES = (".yaml", ".yml")
 BATCH, NEW_TOKENS = 16, 128  # by default: the questions answered at once, and the longest answer
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # of the files that a command writes
+CUT_BOXES_HELP = "Keep the boxes of objects that the model sees in part; their records are bad by default."
 BITS_HELP = "Hold the language model's weights in 4 or 8 bits; needs bitsandbytes."
 
 
@@ -81,7 +82,7 @@ def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
                 check_name(f"--{name} {value}", value)
             elif name.endswith("data_path") and value is not None:
                 paths = [value] if isinstance(value, str) else value
-                if not all(os.path.exists(path.removeprefix("folder:").partition("::")[0]) for path in paths):
+                if not all(map(os.path.exists, paths)):
                     hub_answers()
             elif name == "image":
                 for picture in value:

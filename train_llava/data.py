@@ -37,6 +37,8 @@ def to_sample(item: dict[str, Any], chat: Chat) -> Sample:
     """Tokenises an item of a `LlavaDataset`; a BadRecordError if the model cannot be trained on it."""
     sizes = item.get("image_sizes") or [image.size for image in item["images"]]
     try:
+        if item.get("objects"):
+            raise ValueError("its boxes are not written: set `chat` of the LlavaDataset")
         input_ids, labels = chat.encode(item["messages"], sizes)
     except ValueError as error:
         raise BadRecordError(item["id"], str(error)) from error
@@ -51,9 +53,9 @@ class LlavaDataset(torch.utils.data.Dataset):
 
     Args:
         data_weights: how often a pass takes each source: 2 is twice, 0.5 is always the same half of it.
-        min_side: large JPEGs are decoded smaller, down to this side; see `open_image`.
         decode: False leaves out the images.
 
+    With the `chat` of a model, large JPEGs are decoded smaller, and boxes are written as that model sees the images.
     An OSError or ValueError names a source that does not exist or has no known format, or a bad record.
     """
 
@@ -62,13 +64,12 @@ class LlavaDataset(torch.utils.data.Dataset):
         data_path: str | list[str],
         image_dir: str | None = None,
         data_weights: list[float] | None = None,
-        min_side: int | None = None,
         decode: bool = True,
     ):
         paths = [data_path] if isinstance(data_path, str) else data_path
         weights = weights_of(paths, data_weights)
         self.tables, self.image_dirs = zip(*(load_records(path, image_dir) for path in paths), strict=True)
-        self.min_side, self.decode = min_side, decode
+        self.decode, self.chat = decode, None
         self.index = weighted_rows(list(map(len, self.tables)), weights)  # (records, 2): source and row
         if not len(self.index):
             reason = f": --data_weights {' '.join(map(str, weights))}" if any(map(len, self.tables)) else ""
@@ -80,10 +81,10 @@ class LlavaDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(index, self.decode)
 
-    def read(self, index: int, decode: bool, measure: bool = False) -> dict[str, Any]:
+    def read(self, index: int, decode: bool) -> dict[str, Any]:
         """The item of a record, with or without its images; see `to_item`."""
         source, row = self.index[index]
-        return to_item(self.tables[source][int(row)], self.image_dirs[source], self.min_side, decode, measure)
+        return to_item(self.tables[source][int(row)], self.image_dirs[source], self.chat, decode)
 
 
 class CheckedDataset(torch.utils.data.Dataset):
@@ -97,6 +98,7 @@ class CheckedDataset(torch.utils.data.Dataset):
         self, records: LlavaDataset, chat: Chat, log: Path, bad_samples: str = "skip", max_bad_fraction: float = 0.01
     ):
         self.records, self.chat, self.log = records, chat, log
+        records.chat = chat
         self.bad_samples, self.limit = bad_samples, max_bad_fraction * len(records)
 
     def __len__(self) -> int:
@@ -114,7 +116,7 @@ class CheckedDataset(torch.utils.data.Dataset):
     def good_sample(self, index: int, decode: bool = True) -> Sample | None:
         """The sample of this record, None if it is bad. Without `decode`, its images are not opened."""
         try:
-            return to_sample(self.records.read(index, decode, measure=self.chat.anyres), self.chat)
+            return to_sample(self.records.read(index, decode), self.chat)
         except BadRecordError as error:
             if self.bad_samples == "error":
                 raise

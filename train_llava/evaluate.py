@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from transformers.hf_argparser import HfArg
 
-from train_llava.cli import BATCH, BITS_HELP, NEW_TOKENS, parse_arguments, parse_first, run_command
+from train_llava.cli import BATCH, BITS_HELP, CUT_BOXES_HELP, NEW_TOKENS, parse_arguments, parse_first, run_command
 from train_llava.common.checks import check_name, check_number
 from train_llava.common.files import opening, written_whole
 
@@ -37,6 +37,7 @@ class EvaluateArguments:
     text_path: str | None = HfArg(default=None, help="A plain text that the model and its base are to predict.")
     base: str | None = HfArg(default=None, help="With --text_path, the base; default: the model without its adapter.")
     blank_control: bool = HfArg(default=False, help="Ask again with blank pictures, to see what the pictures add.")
+    keep_cut_boxes: bool = HfArg(default=False, help=CUT_BOXES_HELP)
     bits: Literal[4, 8] | None = HfArg(default=None, help=BITS_HELP)
     batch_size: int = HfArg(default=BATCH, help="Questions answered at once.")
     max_new_tokens: int = HfArg(default=NEW_TOKENS, help="The longest answer, in tokens.")
@@ -182,7 +183,7 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
     text = None if arguments.text_path is None else read_text(arguments.text_path)
     dataset = LlavaDataset(arguments.data_path, arguments.image_dir)
     model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
-    dataset.min_side = chat_of(processor).min_side  # as training opens pictures
+    dataset.chat = chat_of(processor, None, arguments.keep_cut_boxes)  # as training opens pictures
     # The loss of the text, the answers, and those of the controls
     text_scores = text and compare_text_loss(model, processor.tokenizer, text, arguments.base)
     settings, files = settings_of(arguments, model), previous_answers(arguments.output_dir)

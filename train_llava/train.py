@@ -51,12 +51,12 @@ def load_data(
     folder, settings = Path(args.output_dir), (data_arguments.bad_samples, data_arguments.max_bad_fraction)
     log, eval_dataset = folder / "bad_samples.jsonl", None
     if data_arguments.eval_data_path is not None:
-        records = LlavaDataset(data_arguments.eval_data_path, data_arguments.eval_image_dir, min_side=chat.min_side)
+        records = LlavaDataset(data_arguments.eval_data_path, data_arguments.eval_image_dir)
         eval_dataset = CheckedDataset(records, chat, folder / "bad_eval_samples.jsonl", *settings)
     sources = (data_arguments.data_path, data_arguments.image_dir, data_arguments.data_weights)
     if data_arguments.streaming:
         return stream_items(*sources, chat, log, *settings, order_seed(args)), eval_dataset
-    records = LlavaDataset(*sources, chat.min_side)
+    records = LlavaDataset(*sources)
     if args.process_index == 0:
         print(f"{len(records):,} records, {len(eval_dataset or ()):,} held out")
     return CheckedDataset(records, chat, log, *settings), eval_dataset
@@ -118,7 +118,8 @@ def run(
     if on_gpu and not is_deepspeed_zero3_enabled():
         padding_mask = not padding_is_invisible(model, chat_of(processor))
     collator = LlavaCollator(processor, data_arguments.max_length, packing, padding_mask, 64 if on_gpu else 1)
-    dataset, eval_dataset = load_data(data_arguments, args, collator.chat)
+    chat = chat_of(processor, data_arguments.max_length, data_arguments.keep_cut_boxes)
+    dataset, eval_dataset = load_data(data_arguments, args, chat)
 
     def compare_fingerprints() -> dict[str, Any]:
         found = resume.fingerprints(None if streaming else dataset.records, data_arguments, model_name, model)

@@ -93,9 +93,18 @@ def open_image(source: Path | str | bytes, name: str | None = None, min_side: in
 
 def picture_size(source: Path | str | bytes, name: str) -> tuple[int, int]:
     """Width and height of an image as `open_image` gives it, from its header; raises the same errors."""
+    width, height, turn = stored_geometry(source, name)
+    return (height, width) if turn >= 5 else (width, height)
+
+
+def stored_geometry(source: Path | str | bytes, name: str) -> tuple[int, int, int]:
+    """Width and height of an image as its file has it, and its EXIF orientation, 1 to 8; 5 and more turn by a quarter.
+
+    Raises the errors of `open_image`. Pillow turns a TIFF by itself: it counts as stored like that.
+    """
     with _opened(source, name) as image:
-        if image.format == "TIFF":  # Pillow turns it by itself
-            return image.size
+        if image.format == "TIFF":
+            return *image.size, 1
         getexif = Image.Image.getexif
         if image.format == "PNG":
             # EXIF may follow the pixels of a PNG, and its `getexif` decodes them: only where there is some
@@ -103,8 +112,8 @@ def picture_size(source: Path | str | bytes, name: str) -> tuple[int, int]:
             if re.search(rb"eXIf|iTXt|Raw profile type exif", image.fp.read()):
                 getexif = type(image).getexif
             image.fp.seek(start)
-        is_turned = getexif(image).get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
-        return image.size[::-1] if is_turned else image.size
+        turn = getexif(image).get(ExifTags.Base.Orientation, 1)
+        return *image.size, turn if turn in range(1, 9) else 1
 
 
 def is_anyres(image_processor: BaseImageProcessor) -> bool:
@@ -125,6 +134,32 @@ def prepare_pictures(image_processor: BaseImageProcessor, images: list[Image.Ima
     if matches_processor(image_processor):
         return {"pixel_values": prepare_fast(image_processor, images)}
     return {"pixel_values": image_processor(images, return_tensors="pt")["pixel_values"]}
+
+
+def seen_part(image_processor: BaseImageProcessor, side: int, size: tuple[int, int]) -> list[float]:
+    """The part of an image that the model sees: left, top, right and bottom in shares of its width and height.
+
+    A center crop sees less than 0 to 1, padding more. It is measured on an image of these proportions whose red and
+    green tell the place; beside it a black and a white one tell what is padding. `side`: see `chat.image_size`.
+    """
+    factor = min(side / min(size), 4096 / max(size))  # so that it is hardly resized
+    width, height = (max(round(side * factor), 1) for side in size)
+    ramp = np.zeros((3, height, width, 3), dtype=np.uint8)
+    ramp[0, :, :, 0] = np.rint(255 * (np.arange(width) + 0.5) / width)
+    ramp[0, :, :, 1] = np.rint(255 * (np.arange(height) + 0.5) / height)[:, None]
+    ramp[2] = 255
+    pixels = prepare_pictures(image_processor, [Image.fromarray(one) for one in ramp])["pixel_values"]
+    places, black, white = pixels[:, 0] if is_anyres(image_processor) else pixels  # of tiles, the whole image
+    ends = []
+    for channel in (0, 1):
+        contrast = white[channel] - black[channel]  # little where padding is mixed in
+        shares = (places[channel] - black[channel]) / contrast
+        line = shares.where(contrast > 0.99 * contrast.max(), torch.nan).nanmean(dim=channel).numpy()
+        at = (np.arange(len(line)) + 0.5) / len(line)
+        inside = (line > 0.03) & (line < 0.97)
+        slope, start = np.polyfit(at[inside], line[inside], 1)
+        ends.append((start, start + slope))
+    return [round(float(end), 4) for pair in zip(*ends, strict=True) for end in pair]
 
 
 def shortened_strip(image_processor: BaseImageProcessor, image: Image.Image) -> Image.Image:

@@ -22,11 +22,13 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from train_llava.chat import Chat
 from train_llava.common.files import replacing
 from train_llava.data import LlavaDataset
+from train_llava.dataset.boxes import TAG
 from train_llava.dataset.readers import BadRecordError
 from train_llava.modeling.templates import TWO_TURNS
 
+UNKNOWN_BOX = "[500, 500, 500, 500]"  # in place of a box, whose numbers depend on its picture
 MANY = 10_000  # records; several processes and a progress bar pay from here on
-COUNT_VERSION = 1  # of the rules in `Chat.tokenize`: raise it to have all tokens counted again
+COUNT_VERSION = 2  # of the rules in `Chat.tokenize`: raise it to have all tokens counted again
 
 
 def order_seed(args: TrainingArguments) -> int:
@@ -76,7 +78,7 @@ def _text_tokens(table: datasets.Dataset, chat: Chat) -> np.ndarray:
         if not file.exists():
             is_large = len(table) >= MANY
             loader = DataLoader(
-                table.select_columns(["messages", "error"]),
+                table.select_columns(["messages", "objects", "error"]),
                 batch_size=200,
                 num_workers=(os.cpu_count() or 1) if is_large else 0,
                 collate_fn=partial(_count, chat=chat),
@@ -93,8 +95,9 @@ def _count(rows: list[dict[str, str | None]], chat: Chat) -> np.ndarray:
     counts = np.zeros(len(rows), dtype=int)
     for i, row in enumerate(rows):
         if row["error"] is None:
+            text = TAG.sub(UNKNOWN_BOX, row["messages"]) if row["objects"] else row["messages"]
             with suppress(ValueError):  # the reason is reported when the record is opened
-                counts[i] = len(chat.tokenize(json.loads(row["messages"]))[0])
+                counts[i] = len(chat.tokenize(json.loads(text))[0])
     return counts
 
 
@@ -113,7 +116,7 @@ def _image_tokens_by_size(records: LlavaDataset, chat: Chat) -> np.ndarray:
 
     def count(index: int) -> int:
         try:
-            sizes = records.read(index, decode=False, measure=True)["image_sizes"]
+            sizes = records.read(index, decode=False)["image_sizes"]
         except BadRecordError:
             return 0
         return sum(chat.image_tokens(size) for size in sizes)

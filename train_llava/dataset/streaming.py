@@ -12,8 +12,7 @@ from datasets.iterable_dataset import ExamplesIterable
 from train_llava.chat import Chat
 from train_llava.data import Sample, to_item, to_sample
 from train_llava.dataset.bad_samples import log_bad_sample
-from train_llava.dataset.readers import BadRecordError
-from train_llava.dataset.sources import find_records
+from train_llava.dataset.readers import BadRecordError, find_records
 from train_llava.dataset.table import table_rows
 from train_llava.dataset.weights import weights_of
 
@@ -77,7 +76,7 @@ def good_samples(
         rows = shuffled_rows(shards, np.random.default_rng([seed, number]))
         for read, (place, row, images) in enumerate(rows, 1):
             try:
-                sample = to_sample(to_item(row, images, chat.min_side), chat)
+                sample = to_sample(to_item(row, images, chat), chat)
             except BadRecordError as error:
                 if bad_samples == "error":
                     raise

@@ -12,12 +12,20 @@ import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 
+from train_llava.chat import Chat
 from train_llava.common.files import written_whole
-from train_llava.dataset.annotations import companion
 from train_llava.dataset.archives import Members, data_uri, is_archive, label, locate_image, read_image, zip_members
-from train_llava.dataset.images import open_image, picture_size
-from train_llava.dataset.readers import BadRecordError, answers_of, id_of, images_of, texts_of
-from train_llava.dataset.sources import find_records, raw_records
+from train_llava.dataset.boxes import place_objects, write_places
+from train_llava.dataset.images import open_image, picture_size, stored_geometry
+from train_llava.dataset.readers import (
+    BadRecordError,
+    answers_of,
+    find_records,
+    id_of,
+    images_of,
+    raw_records,
+    texts_of,
+)
 from train_llava.records import to_messages
 
 CACHE_VERSION = 10  # of the rules in records.py and here: raise it to have every data set read again
@@ -30,6 +38,7 @@ FEATURES = datasets.Features(
     language=TEXT,
     answers=TEXTS,
     references=TEXTS,
+    objects=TEXT,  # JSON: those of the `<box>` and `<point>` tags
     error=TEXT,  # why the record cannot be used
 )
 Row = dict[str, Any]  # a value for each of these
@@ -47,10 +56,9 @@ def load_records(data_path: str, image_dir: str | None = None) -> tuple[datasets
         OSError, ValueError: the data does not exist, or is in no format; the message names it.
     """
     files, images = find_records(data_path, image_dir)
-    # The name of the table depends on the files, and on the folders from which images are named and in which they lie
-    key = [CACHE_VERSION, data_path, str(images.absolute() if isinstance(images, Path) else images)]
-    beside = [*filter(None, map(companion, files)), *([images] if is_archive(images) else [])]
-    for file in files + beside:
+    # The name of the table depends on the files, and on the folder in which absolute names of images must lie
+    key = [CACHE_VERSION, str(images.absolute() if isinstance(images, Path) else images)]
+    for file in [*files, images] if is_archive(images) else files:
         if isinstance(file, Path):
             key += [str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns]
         else:  # on the hub; its path names the commit
@@ -86,6 +94,7 @@ def table_row(record: Any, number: int, image_dir: Path | None = None, members: 
         if (record_id := id_of(record)) is not None:
             row["id"] = _printable(record_id)
         messages = to_messages(record)
+        objects = place_objects(messages, record, len(images_of(record)))
         images = [locate_image(image, image_dir, members) for image in images_of(record)]
         language = record["language"] if isinstance(record.get("language"), str) else None
         captions = record["caption"] if isinstance(record.get("caption"), list) else None
@@ -94,13 +103,14 @@ def table_row(record: Any, number: int, image_dir: Path | None = None, members: 
         names = [image for image in images if isinstance(image, str)]
         if names and len(names) < len(images):
             names = [image if isinstance(image, str) else data_uri(image) for image in images]
-        # Half a surrogate pair in any text is an error, as which a text file's bytes outside UTF-8 come
+        # Half a surrogate pair in any text is an error
         "".join([*names, *answers, *references, language or ""]).encode()
         row["messages"] = msgspec.json.encode(messages).decode()
+        row["objects"] = msgspec.json.encode(objects).decode() if objects else None
         row["images"], row["image_bytes"] = names, [] if names else images
         row["language"], row["answers"], row["references"] = language, answers, references
     except UnicodeEncodeError:
-        row["error"] = "it is not in UTF-8 (save it anew with this encoding), or holds half of a surrogate pair"
+        row["error"] = "it holds half of a surrogate pair, which is not Unicode"
     except ValueError as error:
         row["error"] = _printable(error)
     return row
@@ -124,25 +134,28 @@ def _write_table(rows: Iterable[Row], path: Path) -> None:
         writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
 
 
-def to_item(
-    row: Row, image_dir: Path | None, min_side: int | None = None, decode: bool = True, measure: bool = True
-) -> dict[str, Any]:
-    """A row of the table as an item of `LlavaDataset`. Without `decode`, `measure` reads the images' sizes alone.
+def to_item(row: Row, image_dir: Path | None, chat: Chat | None = None, decode: bool = True) -> dict[str, Any]:
+    """A row of the table as an item of `LlavaDataset`. Without `decode`, images are at most measured.
 
     Raises:
         BadRecordError: the record or one of its images cannot be used.
     """
     # Only as much of the images as is needed: nothing, their sizes, or their pixels
-    images, sizes = [], []
+    images, sizes, messages = [], [], json.loads(row["messages"])
+    objects = json.loads(row["objects"] or "[]")
     try:
         if row["error"] is not None:
             raise ValueError(row["error"])
-        if decode or measure:
+        if decode or (chat is not None and (objects or chat.anyres)):
             sources = [(read_image(image_dir, name), label(name)) for name in row["images"]]
             sources += [(content, f"picture {i}") for i, content in enumerate(row["image_bytes"])]
+            min_side = None if chat is None else chat.min_side
             images = [open_image(source, name, min_side) for source, name in sources if decode]
             sizes = [image.size for image in images] or [picture_size(*source) for source in sources]
+            if objects and chat is not None:
+                write_places(messages, objects, [stored_geometry(*source) for source in sources], chat)
+                objects = []
     except (OSError, ValueError) as error:
         raise BadRecordError(row["id"], str(error)) from error
     fields = {key: row[key] for key in ("id", "language", "answers", "references")}
-    return fields | {"messages": json.loads(row["messages"]), "images": images, "image_sizes": sizes}
+    return fields | {"messages": messages, "objects": objects, "images": images, "image_sizes": sizes}

@@ -29,6 +29,8 @@ METRICS = {
     "cider": "CIDEr-D",
     "vqa_accuracy": "VQA accuracy",
     "anls": "ANLS",
+    "iou_50": "IoU above 0.5",
+    "pointing": "pointing",
 }
 # A word is a run of letters and digits with their combining marks, such as the vowels of Hindi and Arabic.
 # In scripts without spaces each character is a word: Chinese, Japanese, and Unicode's line break class SA
@@ -192,6 +194,40 @@ def bleu(predictions: list[Prediction]) -> float:
     return BLEU(tokenize="none", force=True).corpus_score(answers, columns).score / 100
 
 
+def places_in(text: str) -> list[list[float]]:
+    """The boxes and points that a text names, such as `[10, 20, 500, 400]`."""
+    found = re.findall(r"\[\s*(\d+(?:\.\d+)?(?:\s*,\s*\d+(?:\.\d+)?){1,3})\s*\]", text)
+    places = [[float(number) for number in numbers.split(",")] for numbers in found]
+    return [place for place in places if len(place) != 3]
+
+
+def intersection_over_union(box: list[float], other: list[float]) -> float:
+    """The area that two boxes share, over the area that they cover."""
+
+    def area(x1: float, y1: float, x2: float, y2: float) -> float:
+        return max(x2 - x1, 0) * max(y2 - y1, 0)
+
+    shared = area(*(max(pair) for pair in zip(box[:2], other[:2], strict=True)), *map(min, box[2:], other[2:]))
+    return shared / max(area(*box) + area(*other) - shared, 1e-9)
+
+
+def box_accuracy(prediction: Prediction) -> float | None:
+    """The share of the reference's boxes that the answer's boxes, in this order, meet with an IoU above 0.5."""
+    boxes = [place for place in places_in(prediction["reference"]) if len(place) == 4]
+    answered = [place for place in places_in(prediction["prediction"]) if len(place) == 4]
+    hits = [intersection_over_union(*pair) > 0.5 for pair in zip(boxes, answered, strict=False)]
+    return sum(hits) / len(boxes) if prediction["places"] and boxes else None
+
+
+def pointing_accuracy(prediction: Prediction) -> float | None:
+    """The share of an answer's objects inside which its points lie, in this order. A box points to its middle."""
+    boxes, hits = [place for place in prediction["places"] if len(place) == 4], 0
+    for (x1, y1, x2, y2), place in zip(boxes, places_in(prediction["prediction"]), strict=False):
+        x, y = (place[0] + place[-2]) / 2, (place[1] + place[-1]) / 2  # of a point, itself
+        hits += x1 <= x <= x2 and y1 <= y <= y2
+    return hits / len(boxes) if boxes else None
+
+
 def wilson(hits: list[bool]) -> list[float]:
     """The 95 % interval of a share by the number of questions (Wilson, 1927)."""
     n, z = len(hits), NormalDist().inv_cdf(0.975)
@@ -236,6 +272,8 @@ def score_group(predictions: list[Prediction]) -> dict[str, Any]:
         "cider": [] if "cider" in reasons else cider(predictions),
         "vqa_accuracy": [vqa_accuracy(p) for p in answered],
         "anls": [anls(p) for p in answered],
+        "iou_50": [score for p in predictions if (score := box_accuracy(p)) is not None],
+        "pointing": [score for p in predictions if (score := pointing_accuracy(p)) is not None],
     }
     for metric, values in by_question.items():
         if values:

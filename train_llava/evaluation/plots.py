@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager, get_font
 
-from train_llava.evaluation.metrics import METRICS, is_exact
+from train_llava.evaluation.metrics import METRICS, is_exact, places_in
 from train_llava.records import IMAGE_TOKEN
 
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC"]
@@ -103,13 +103,25 @@ def draw_sample_grid(
             axes = figure.add_axes((left / width, bottom / height, PICTURE / width, PICTURE / height))
             axes.axis("off")
             with suppress(OSError, ValueError):  # a picture that went away meanwhile
-                axes.imshow(dataset[sample["index"]]["images"][0], interpolation="bicubic")
+                image = dataset[sample["index"]]["images"][0]
+                axes.imshow(image, interpolation="bicubic")
+                for key, line in ("reference", "w.-"), ("prediction", "r.-"):
+                    for place in places_in(sample[key]) if sample["places"] else []:
+                        axes.plot(*outline(place, image.size, dataset.chat.seen_part(image.size)), line)
             axes.set_title(title, fontsize=11)
             color = "green" if is_exact(sample) else "firebrick"
             axes.text(0.5, -0.05, answer, transform=axes.transAxes, color=color, ha="center", va="top")
         texts = "the question and the reference" if with_question else "the reference"
         figure.suptitle(f"above each picture {texts}, below it the model's answer", y=1 - 0.1 / height, fontsize=12)
         figure.savefig(path, dpi=110)
+
+
+def outline(place: list[float], size: tuple[int, int], seen: list[float]) -> tuple[list[float], list[float]]:
+    """The corners of a box, or a point, in pixels of a picture: their x and their y. `seen`: see `seen_part`."""
+    left, top, right, bottom = seen
+    x1, x2 = (size[0] * (left + (right - left) * place[i] / 1000) for i in (0, -2))
+    y1, y2 = (size[1] * (top + (bottom - top) * place[i] / 1000) for i in (1, -1))
+    return [x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1]
 
 
 def _cut(text: str) -> str:

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from train_llava.cli import BITS_HELP, Dtype, device
+from train_llava.cli import BITS_HELP, CUT_BOXES_HELP, Dtype, device
 from train_llava.model import LORA_PARTS, TRAIN_TYPES
 from train_llava.training.batch_size import divide_batch
 
@@ -28,7 +28,7 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data_path: list[str] = HfArg(
-        help="One or several: a folder or file of records in any form of docs/data.md, folder:PATH, a hub id."
+        help="One or several: a folder with chat.json, a .json, .jsonl, .csv, .parquet or .tar file, a hub id."
     )
     data_weights: list[float] | None = HfArg(default=None, help="How often a pass takes each path.")
     image_dir: str | None = HfArg(
@@ -42,6 +42,7 @@ class DataArguments:
     eval_data_path: str | None = HfArg(default=None, help="Held-out data, in the same form.")
     eval_image_dir: str | None = HfArg(default=None, help="Its pictures' folder, found as image_dir is.")
     eval_answers: int | None = HfArg(default=None, help="Held-out questions of each evaluation; default: 64.")
+    keep_cut_boxes: bool = HfArg(default=False, help=CUT_BOXES_HELP)
     max_length: int = HfArg(default=2048, help="Longest conversation in tokens, pictures included.")
     packing: bool = HfArg(default=False, help="Each batch is one row without padding; conversations stay apart.")
 
