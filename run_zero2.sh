@@ -28,7 +28,7 @@ arguments=(--deepspeed="$repo/ds_zero2_no_offload.json" "$@") # one word, so tha
 # the ranks and this script report errors; DeepSpeed's launcher would add its own line for each rank
 launcher=(--master_port "${MASTER_PORT:-29500}" --log_level critical)
 if [ -n "${HOSTFILE:-}" ]; then
-  [ -f "$HOSTFILE" ] || { echo "error: HOSTFILE=$HOSTFILE does not exist" >&2; exit 1; }
+  [ -f "$HOSTFILE" ] || { say "error: HOSTFILE=$HOSTFILE does not exist" "错误：HOSTFILE=$HOSTFILE 不存在" >&2; exit 1; }
   launcher+=(--hostfile "$HOSTFILE")
   [ -z "${MASTER_ADDR:-}" ] || launcher+=(--master_addr "$MASTER_ADDR")
   [ -z "${NODE_RANK:-}" ] || launcher+=(--no_ssh --node_rank "$NODE_RANK")
@@ -65,6 +65,10 @@ while kill -0 -- -$run 2>/dev/null; do sleep 0.2; done # the ranks may still be 
 # CPU ranks leave their shared memory behind, 64 MB each
 rm -rf "$ERROR_DIR" /dev/shm/deepspeed_allreduce_buffer_"$(id -u)"_*_"${MASTER_PORT:-29500}"_*
 if [ $code -gt 192 ]; then
-  echo "error: a rank was ended by signal $((256 - code)) (9: often for want of memory)" >&2
+  case $((256 - code)) in
+    9) say "error: a rank was killed (signal 9), often for want of memory" "错误：一个进程被强行结束（信号 9），多半是内存不够" ;;
+    15) say "stopped by SIGTERM" "收到 SIGTERM，已停止" ;;
+    *) say "error: a rank was ended by signal $((256 - code))" "错误：一个进程被信号 $((256 - code)) 结束" ;;
+  esac >&2
 fi
 exit $code

@@ -202,7 +202,7 @@ def measure(tower: Path, language_model: Path, folder: Path) -> dict[str, str]:
     pair that it refuses, the reason under `refused`."""
     with redirect_stdout(io.StringIO()) as printed:
         try:
-            build_model(BuildArguments(str(tower), str(language_model), str(folder)))
+            build_model(BuildArguments(str(tower), str(language_model), str(folder), verbose=True))
         except ValueError as error:
             reason = " ".join(str(error).split())
             return {"refused": reason.replace(f"{tower}", "it").replace(f"{language_model}", "it")}

@@ -41,6 +41,7 @@ from train_llava.modeling.verification import verify_checkpoint
 
 train_llava.build_model.verify_in_fresh_process = verify_checkpoint  # a fresh process takes seconds to begin
 ROOT = Path(__file__).parent.parent
+os.environ["LC_ALL"] = "C.UTF-8"  # the scripts' own lines are Chinese in a Chinese locale
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from ast import literal_eval
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,7 +87,7 @@ def test_answers_in_training_equal_those_of_evaluate_and_use_no_random_number(
     assert "held-out exact match, last" in (run / "README.md").read_text()
 
 
-def test_tensorboard_shows_the_sample_grids(llava, corpus, tmp_path, monkeypatch):
+def test_tensorboard_and_the_log_show_the_answers(llava, corpus, tmp_path, monkeypatch, capsys):
     settings = ["--train_type", "projector", "--max_steps", "2", "--eval_data_path", corpus, "--eval_answers", "3"]
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     command = ["train", "--model_name_or_path", llava, "--data_path", corpus, "--output_dir", tmp_path / "run"]
@@ -94,6 +95,10 @@ def test_tensorboard_shows_the_sample_grids(llava, corpus, tmp_path, monkeypatch
     from train_llava import train
 
     train.main()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{'eval_")]
+    shown = literal_eval(line)
+    assert (shown["eval_questions"], type(shown["eval_loss"])) == (3, float)
+    assert shown["eval_loss"] == pytest.approx(logged(tmp_path / "run", "eval_loss")[0], rel=1e-3)
     (events,) = (tmp_path / "board").rglob("events*")
     board = EventAccumulator(str(events), size_guidance={"images": 0})
     board.Reload()

@@ -201,7 +201,7 @@ def rows_of(output: str) -> dict[str, str]:
 
 
 def test_the_printed_table_holds_the_measurements(parts, tmp_path, capsys):
-    build_model(BuildArguments(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "llava")))
+    build_model(BuildArguments(str(parts["clip"]), str(parts["qwen2"]), str(tmp_path / "llava"), verbose=True))
     rows = rows_of(capsys.readouterr().out)
     assert rows["what is learnt"] == "each answer with <|im_end|>, where generation stops"
     assert rows["generation prompt"] == r"as in training, '<|im_end|>\n<|im_start|>assistant\n'"
@@ -420,7 +420,10 @@ LINEAR_ATTENTION = {f"linear_{name}": n for name, n in (
 def test_packing_is_reported_as_equal_only_where_it_is(parts, tmp_path, capsys, config, packs, dtype):
     save_language_model(tmp_path / "lm", config)
     build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"), dtype=dtype))
-    row = rows_of(capsys.readouterr().out)["packed against alone"]
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["verified"].startswith("12 checks: ")
+    assert ("packed against alone" in rows, "text-only logits" in rows) == (not packs, False)
+    row = rows.get("packed against alone", "equal")
     assert row.startswith("equal" if packs else "not equal: training refuses --packing")
     model, processor = load_checkpoint(str(tmp_path / "llava"), torch.float32)
     texts = ("What is this?", "a red square"), ("And this? " * 5, "a blue circle, " * 4)

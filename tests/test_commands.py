@@ -1,6 +1,7 @@
 """All commands share a device, checks of names and errors in one line; also the two shell scripts and env.sh."""
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -190,9 +191,36 @@ def test_run_zero2_takes_paths_relative_to_the_callers_folder(tmp_path):
     assert not Path(errors).exists()
     write_program(tmp_path / "bin" / "deepspeed", "exit 247")  # what the launcher makes of a killed rank
     done = bash(tmp_path, f"bash {ROOT}/run_zero2.sh --data_path data", tmp_path / "bin")
-    assert (done.returncode, done.stderr.startswith("error: a rank was ended by signal 9")) == (247, True)
+    assert (done.returncode, done.stderr.startswith("error: a rank was killed (signal 9)")) == (247, True)
+    write_program(tmp_path / "bin" / "deepspeed", "exit 241")
+    done = bash(tmp_path, f"bash {ROOT}/run_zero2.sh --data_path data", tmp_path / "bin")
+    assert (done.returncode, done.stderr) == (241, "stopped by SIGTERM\n")
+    done = bash(tmp_path, f"LC_ALL=zh_CN.UTF-8 bash {ROOT}/run_zero2.sh --data_path data", tmp_path / "bin")
+    assert done.stderr.endswith("收到 SIGTERM，已停止\n")  # bash may warn that it lacks this locale
     done = bash(tmp_path, f"HOSTFILE=nothing bash {ROOT}/run_zero2.sh --data_path data", tmp_path / "bin")
     assert (done.returncode, done.stderr) == (1, "error: HOSTFILE=nothing does not exist\n")
+
+
+def test_a_command_of_a_python_without_the_packages_says_so_in_one_line():
+    command = [sys.executable, "-S", "-m", "train_llava.infer", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "lacks the packages: source .venv/bin/activate" in done.stderr
+
+
+def test_warnings_that_are_no_fault_are_not_printed(caplog):
+    for name in ("DeepSpeed", "torch.utils.cpp_extension", "transformers.modeling_utils"):
+        for text in (
+            "No CUDA runtime is found, using CUDA_HOME='/x'",
+            "Setting accelerator to CPU.",
+            f"{name} is told",
+        ):
+            with caplog.at_level("WARNING", name):
+                logging.getLogger(name).warning(text)
+    assert {record.message for record in caplog.records} <= {
+        *("DeepSpeed is told", "torch.utils.cpp_extension is told", "transformers.modeling_utils is told")
+    }
+    assert "torch.utils.cpp_extension is told" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -366,7 +394,7 @@ def test_torch_comes_from_pypi_if_the_index_of_cpu_builds_fails(install, index):
         message, packages, _ = install(f"TORCH_INDEX={url}")
     assert time.monotonic() - before < 30
     assert len(message.splitlines()) == 2
-    assert message.endswith("torch comes from PyPI, whose CUDA build computes on the CPU as well")
+    assert message.endswith("torch comes from PyPI instead, whose CUDA build computes on the CPU as well")
     assert packages == ["filelock-3.0", "torch-0.0.1"]
 
 

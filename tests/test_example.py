@@ -1,6 +1,7 @@
 """The toy example from end to end, and the notebooks that use its output."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -42,6 +43,31 @@ def test_an_example_skips_finished_stages(tmp_path):
     done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     kept = "finished exists from an earlier start and is kept; to make it anew, remove it and everything made from it"
     assert done.stdout.splitlines() == ["finished is trained", kept, kept, "make nothing"]
+
+    # Only a run that was begun is resumed
+    (tmp_path / "run_zero2.sh").write_text('echo "$@"; mkdir -p new; cp finished/trainer_state.json $RUN')
+    script = f"""source {ROOT}/examples/stages.sh
+    export RUN=new; train new a.yaml --bf16 true; RUN=stopped; train stopped b.yaml; stage One 一"""
+    environment = os.environ | {"LC_ALL": "zh_CN.UTF-8"}
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    *lines, title = done.stdout.splitlines()
+    assert lines == ["a.yaml --bf16 true", "b.yaml --resume_from_checkpoint true", ""]
+    assert title.startswith("== 一 (0:0")
+
+
+def test_an_evaluation_that_is_there_is_shown(tmp_path):
+    scores = {"exact_match": 0.5, "n": 8, "intervals": {"exact_match": [0.25, 0.75]}}
+    (tmp_path / "evaluation").mkdir()
+    metrics = tmp_path / "evaluation" / "metrics.json"
+    metrics.write_text(json.dumps(scores | {"controls": {"blank_pictures": {"exact_match": 0.125}}}))
+    for path in (metrics.parent, metrics):
+        script = f"source {ROOT}/examples/stages.sh; missing {path} || echo kept"
+        done = subprocess.run(["bash", "-ec", script], cwd=ROOT, capture_output=True, text=True, check=True)
+        _, _, _, model, interval, control, *_, last = done.stdout.splitlines()
+        assert [model.split()[-1], interval.split()[-1], control.split()[-1]] == ["50.0%", "25.0%-75.0%", "12.5%"]
+        assert last == "kept"
 
 
 def test_a_comparison_keeps_its_results_and_stops_at_a_failure(tmp_path, monkeypatch):

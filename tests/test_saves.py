@@ -75,7 +75,9 @@ def half(llava, tmp_path_factory):
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_every_kind_of_tensor_is_saved_under_its_name(parts, corpus, tmp_path, monkeypatch, capsys, name):
     save_family(tmp_path / "lm", LANGUAGE_MODELS[name], QWEN, CHATML, "<|im_end|>", "<|endoftext|>")
-    build_model(BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"), "float16"))
+    build_model(
+        BuildArguments(str(parts["clip"]), str(tmp_path / "lm"), str(tmp_path / "llava"), "float16", verbose=True)
+    )
     before = tensors_of(tmp_path / "llava")
     assert f"opened and saved again    {len(before)} tensors" in capsys.readouterr().out
     run_train(monkeypatch, tmp_path / "llava", corpus, tmp_path / "run", *STEP, "--train_type", "full")

@@ -40,6 +40,7 @@ class BuildArguments:
     image_grid_pinpoints: list[str] | None = HfArg(default=None, help=f"Tile grids; default: {' '.join(PINPOINTS)}.")
     projector: str | None = HfArg(default=None, help="A trained projector.safetensors, or LLaVA's mm_projector.bin.")
     skip_checks: bool = HfArg(default=False, help="Do not run the assembled model.")
+    verbose: bool = HfArg(default=False, help="List the checks of the assembled model, with what each measured.")
     trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a tokenizer.")
 
     def __post_init__(self) -> None:
@@ -137,9 +138,12 @@ def build_model(arguments: BuildArguments) -> None:
         del model, vision_tower, language_model  # the checks load the saved model: never two in memory
         if not arguments.skip_checks:
             try:
-                rows += verify_in_fresh_process(folder, *references)
+                checks = verify_in_fresh_process(folder, *references)
             except ValueError as error:
                 raise ValueError(str(error).replace(str(folder), output_dir)) from error
+            rows += [check for check in checks if arguments.verbose or check[1].startswith("not equal")]
+            if not arguments.verbose:
+                rows.append(("verified", f"{len(checks)} checks: computes as its parts do (--verbose true lists all)"))
     for label, outcome in [*rows, ("written to", output_dir)]:
         print(f"{label:<26}{outcome}")
 
@@ -265,8 +269,7 @@ def published_names(model: Llava) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    (arguments,) = parse_arguments(BuildArguments)
-    build_model(arguments)
+    build_model(*parse_arguments(BuildArguments))
 
 
 if __name__ == "__main__":

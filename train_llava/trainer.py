@@ -23,7 +23,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
-from transformers import Trainer, TrainerState
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.modeling_utils import get_state_dict_dtype
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -39,8 +39,10 @@ from train_llava.training.memory import precision
 from train_llava.training.optimizer import check_finite, restore_settings, split_by_part
 from train_llava.training.resume import SETTINGS, is_run_complete
 from train_llava.training.stopping import StopOnSignal, outlive_sigterm
-from train_llava.training.throughput import Throughput
+from train_llava.training.throughput import Throughput, print_log
 from train_llava.training.waits import check_losses, keep_positions, wait_once_for_norm
+
+ProgressCallback.on_log = PrinterCallback.on_log = print_log
 
 
 class LlavaTrainer(Trainer):

@@ -106,7 +106,7 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
 
     The model answers in the precision in which it would be saved, so that `evaluate` gives the same. The first
     process writes the answers to answers/step-….jsonl. It draws some in a sample grid, also for TensorBoard. Returns
-    the scores of `LOGGED`, and `answers_runtime` in seconds.
+    the scores of `LOGGED`, the number of `questions`, and `answers_runtime` in seconds.
     """
     started, state, dataset = perf_counter(), this_process(), trainer.eval_dataset.records
     model, chat, step = trainer.model, chat_of(trainer.processing_class), trainer.state.global_step
@@ -138,7 +138,7 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
                 callback.tb_writer.add_image("answers", np.asarray(open_image(grid)), step, dataformats="HWC")
     scores = score_group(predictions)
     scores = {name: scores[name] for name in LOGGED if name in scores}
-    return scores | {"answers_runtime": round(perf_counter() - started, 1)}
+    return scores | {"questions": len(predictions), "answers_runtime": round(perf_counter() - started, 1)}
 
 
 def write_predictions(predictions: list[dict[str, Any]], path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+from tqdm import tqdm
 from transformers import TrainingArguments
 
 from train_llava.model import LoraArguments
@@ -30,6 +31,13 @@ LOGGED = {
 # FLOPs per second of dense bf16 products with sums in fp32, by NVIDIA's data sheets. The first name that stands as a
 # whole in a device's name counts
 PUBLISHED_PEAKS = json.loads(Path(__file__).with_name("published_peaks.json").read_text())
+
+
+def print_log(*callback: Any, logs: dict[str, Any], **_: Any) -> None:
+    """Prints a log entry with its numbers as numbers, where `Trainer` has strings, on the first process."""
+    if callback[2].is_world_process_zero:  # the callback itself, the arguments, the state
+        texts = [f"'{name}': {value:.4g}" for name, value in logs.items() if name != "total_flos"]
+        tqdm.write(f"{{{', '.join(texts)}}}")
 
 
 def peak_memory(device: torch.device) -> int:
