@@ -181,6 +181,173 @@ FORMATS = {
 }
 
 
+# Forms of whole data sets, each with three records of `TEXTS` and with what such folders also hold
+
+TEXTS = [f'{answer}, "so" 图' for answer in ANSWERS]
+NAMES = ["一 a.PNG", "sub dir/né 图.png", "sub dir/b%20.jpeg"]
+CLUTTER = (
+    ".DS_Store",
+    "._一 a.PNG",
+    "__MACOSX/x.png",
+    "sub dir/Thumbs.db",
+    "@eaDir/y.jpg",
+    ".cache/huggingface/z.parquet",
+)
+
+
+def write(root: Path, files: dict[str, Any]) -> Path:
+    """Writes files of bytes, text, or JSON, and returns the folder."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = content if isinstance(content, str) else None if isinstance(content, bytes) else json.dumps(content)
+        path.write_bytes(content if text is None else text.encode())
+    return root
+
+
+def pictures(root: Path, below: str = "") -> Path:
+    return write(
+        root, {f"{below}{name}": png for name, png in zip(NAMES, PNGS, strict=True)} | dict.fromkeys(CLUTTER, b"")
+    )
+
+
+def quoted(*cells: str, mark: str = ",", end: str = "\r\n") -> str:
+    return mark.join('"' + cell.replace('"', '""') + '"' for cell in cells) + end
+
+
+def csv_of(names: list[str], texts: list[str], head: str = "File_Name,Caption") -> str:
+    """A table as Excel writes it, with an empty row, and a row whose picture is missing."""
+    rows = [quoted(name, text) for name, text in zip(names, texts, strict=True)]
+    return f"\ufeff{head}\r\n{''.join(rows)},\r\nmissing.png,x\r\n"
+
+
+def imagefolder_csv(root: Path) -> Path:
+    """In the folder and below it, where pictures are named from the file's own place."""
+    files = {"metadata.csv": csv_of(NAMES[:1], TEXTS[:1])}
+    return write(pictures(root), files | {"sub dir/metadata.csv": csv_of(["né 图.png", "b%20.jpeg"], TEXTS[1:])})
+
+
+def imagefolder_jsonl(root: Path) -> Path:
+    rows = [{"file_name": name, "text": text} for name, text in zip(NAMES, TEXTS, strict=True)]
+    rows[1]["file_names"] = [rows[1].pop("file_name")]
+    rows[2] = {"file_name": NAMES[2].replace("/", "\\"), "question": "What?", "answer": TEXTS[2]}
+    return write(pictures(root, "train/"), {
+        "train/metadata.jsonl": "\ufeff" + "\r\n".join(map(json.dumps, rows)),
+        "test/metadata.jsonl": '{"file_name": "a.png", "text": "not this"}',
+    })  # fmt: skip
+
+
+def imagefolder_parquet(root: Path) -> Path:
+    pictures(root)
+    names = [str(root / NAMES[0]), f"file://{root}/{NAMES[1]}", f"./{NAMES[2]}"]
+    pq.write_table(pa.table({"file_name": names, "answer": TEXTS}), root / "metadata.parquet")
+    return root
+
+
+def pairs(root: Path) -> Path:
+    """With an empty text, one in another encoding, a picture without a text, and a text alone."""
+    files = {str(Path(name).with_suffix(".txt")): f"\ufeff{text}\r\n" for name, text in zip(NAMES, TEXTS, strict=True)}
+    files["sub dir/b%20.TXT"] = files.pop("sub dir/b%20.txt")
+    files |= {"e.png": PNGS[0], "e.txt": " \n", "g.png": PNGS[0], "g.txt": "红".encode("gbk"), "no.png": PNGS[0]}
+    return write(pictures(root), files | {"LICENSE.txt": "MIT"})
+
+
+def table(root: Path, name: str, mark: str, head: str) -> Path:
+    rows = [quoted("", picture, text, mark=mark) for picture, text in zip(NAMES, TEXTS, strict=True)]
+    pictures(root, "images/")
+    return write(root, {name: f"{head}\r\n{''.join(rows)}{mark}missing.png{mark}x\r\n"})
+
+
+def coco(root: Path, captions: bool, start: str = "") -> Path:
+    """Ids of pictures are numbers here and texts there, and one picture has no annotation."""
+    images = [{"id": i, "file_name": name} for i, name in enumerate([*NAMES, "none.png"])]
+    notes = []
+    for i, text in enumerate(TEXTS):
+        notes += (
+            [{"image_id": str(i), "caption": f"{text} \n"}, {"image_id": i, "caption": f"again {i}"}]
+            if captions
+            else [
+                {
+                    "image_id": i,
+                    "category_id": i,
+                    "bbox": [1, 2, 3, 4.5],
+                    "segmentation": [[1, 2]],
+                    "area": float("nan"),
+                }
+            ]
+            * 2
+        )
+    labels = [{"id": i, "name": text} for i, text in enumerate(TEXTS)]
+    content = {"info": {}, "images": images, "annotations": [*notes, {"image_id": 9, "caption": "x"}]}
+    write(
+        pictures(root, "images/"),
+        {"a.json": start + json.dumps(content | ({} if captions else {"categories": labels}))},
+    )
+    return root / "a.json"
+
+
+VQA_FILES = ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json")
+
+
+def vqa(root: Path) -> Path:
+    head = {"data_type": "mscoco", "data_subtype": "val2014"}
+    questions = [{"image_id": i, "question": "What?", "question_id": 10 + i} for i in range(4)]
+    notes = [{"question_id": 10 + i, "image_id": i, "multiple_choice_answer": text,
+              "answers": [{"answer": text, "answer_id": 1}, {"answer": "other", "answer_id": 2}]}
+             for i, text in enumerate(TEXTS)]  # fmt: skip
+    write(root, {f"images/COCO_val2014_{i:012}.jpg": png for i, png in enumerate(PNGS)})
+    write(root, {VQA_FILES[0]: head | {"questions": questions}, VQA_FILES[1]: head | {"annotations": notes}})
+    return root / VQA_FILES[0]
+
+
+def classes(root: Path) -> str:
+    files = {f"train/{text}/一 a.PNG": png for text, png in zip(TEXTS, PNGS, strict=True)}
+    return (
+        f"folder:{write(root, files | {'test/cat/t.png': PNGS[0], 'train/red/notes.txt': 'x', 'train/n/.x.png': b''})}"
+    )
+
+
+def on_disk(root: Path, splits: bool) -> Path:
+    rows = {"image": [{"bytes": png, "path": None} for png in PNGS], "caption": TEXTS}
+    train = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    whole = datasets.DatasetDict({"train": train, "test": train.select([0])}) if splits else train
+    whole.save_to_disk(root, num_shards={"train": 2, "test": 1} if splits else 2)
+    return root
+
+
+def downloaded(root: Path) -> Path:
+    """As `hf download --local-dir` leaves it."""
+    (root / "data").mkdir()
+    rows = {"image": [{"bytes": png, "path": "x.png"} for png in PNGS], "text": TEXTS}
+    for i in range(3):
+        part = datasets.Dataset.from_dict(rows).select([i])
+        part.to_parquet(root / "data" / f"train-{i:05}-of-00003.parquet")
+        part.to_parquet(root / "data" / f"testdev-{i:05}-of-00003.parquet")
+    return write(root, {".cache/huggingface/download/a.parquet": b"", "README.md": "# It", ".gitattributes": ""})
+
+
+NO_ANSWER = ["a turn of role assistant has no text"]
+MISSING = ["missing.png does not exist"]
+FORMS = {  # what writes it, its name, and why its other records are bad
+    "imagefolder, csv": (imagefolder_csv, "imagefolder (metadata.csv)", MISSING * 2),
+    "imagefolder, jsonl": (imagefolder_jsonl, "imagefolder (metadata.jsonl)", []),
+    "imagefolder, parquet": (imagefolder_parquet, "imagefolder (metadata.parquet)", []),
+    "pairs": (pairs, "pictures with texts of the same name", [
+        "a turn of role assistant has no text", "it is not in UTF-8 (save it anew with this encoding)",
+        "no text of its name is beside it"]),
+    "csv": (lambda root: table(root, "a.CSV", ",", "\ufeffID, IMAGE, Caption"), ".csv", MISSING),
+    "csv of Excel in Europe": (lambda root: table(root, "a.csv", ";", "id;File Name;text"), ".csv", MISSING),
+    "tsv": (lambda root: table(root, "a.tsv", "\t", "Id\timage\tAnswer"), ".tsv", MISSING),
+    "COCO captions": (lambda root: coco(root, True, "\ufeff\r\n"), "COCO", NO_ANSWER),
+    "COCO instances": (lambda root: coco(root, False), "COCO", NO_ANSWER),
+    "VQA": (vqa, "VQA", NO_ANSWER),
+    "classes": (classes, "a folder for each class", []),
+    "save_to_disk": (lambda root: on_disk(root, False), ".arrow", []),
+    "save_to_disk, splits": (lambda root: on_disk(root, True), ".arrow", []),
+    "hf download": (downloaded, ".parquet", []),
+}  # fmt: skip
+
+
 def colors_of(item: dict[str, Any]) -> list[str]:
     """The images of an item by the names of their colors."""
     return [ANSWERS[COLORS.index(image.getpixel((3, 3)))] for image in item["images"]]
@@ -237,7 +404,7 @@ def bad_records(root: Path) -> dict[str, tuple[Any, str]]:
         "unknown part": ({"messages": messages(0, [{"type": "tool"}])}, "a part of type 'tool'"),
         "role is a list": ({"messages": [{"role": ["user"], "content": "?"}]}, "unknown role ['user']"),
         "picture is a list": (shown([[1, 2]]), "a picture is named by [1, 2]"),
-        "name not Unicode": (shown("\ud800.png"), "is not Unicode"),
+        "name not Unicode": (shown("\ud800.png"), "half of a surrogate pair"),
         "not JSON inside": ({"conversations": "[{"}, "the text of conversations is not JSON"),
         "no completion": ({"prompt": "a", "completion": ""}, "a turn of role assistant has no text"),
         "system alone": (
@@ -264,7 +431,7 @@ def bad_records(root: Path) -> dict[str, tuple[Any, str]]:
         "nobody's answer": ({"question": "?", "answers": []}, "a turn of role assistant has no text"),
         "null answer": ({"conversations": turns("a", None)}, "a turn of role assistant has no text"),
         "number": ({"conversations": turns("a", 5)}, "a turn of role assistant has no text"),
-        "not Unicode": ({"conversations": turns("a", "b\ud800")}, "is not Unicode"),
+        "not Unicode": ({"conversations": turns("a", "b\ud800")}, "half of a surrogate pair"),
         "unknown role": ({"conversations": [{"from": "cat", "value": "?"}]}, "unknown role 'cat'"),
         "more tags": ({"image": "good.png", "conversations": turns("<image><image>", "a")}, "2 <image> tags for 1"),
         "fewer tags": ({"image": "good.png", "conversations": turns("a", "b")}, "0 <image> tags for 1 pictures"),

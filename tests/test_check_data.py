@@ -47,7 +47,7 @@ def test_check_data_reports_a_data_set_without_a_good_record(tmp_path, monkeypat
 def test_check_data_finds_no_error_in_good_data(corpus, monkeypatch, capsys):
     code, output = run(monkeypatch, capsys, "--data_path", corpus, "--decode_pictures", "false")
     assert code == 0
-    assert "16 records, 0 bad" in output
+    assert f"{corpus}: .json, files: 1\n16 records, 0 bad" in output
 
 
 @pytest.mark.parametrize(

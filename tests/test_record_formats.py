@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import turns
 from record_files import (
@@ -17,9 +19,11 @@ from record_files import (
     reasons_of,
 )
 
+from train_llava.chat import IGNORE, Chat
 from train_llava.data import BadRecordError, LlavaCollator, LlavaDataset, to_item, to_sample
 from train_llava.dataset.readers import images_of
 from train_llava.dataset.table import load_records, table_row
+from train_llava.evaluation.answers import questions
 from train_llava.records import text_of, to_messages
 
 
@@ -181,10 +185,46 @@ def test_nulls_count_as_absent_and_misplaced_tags_are_errors(tmp_path, record, i
     assert len(row["images"]) == (images if reason is None else 0)
 
 
+@pytest.mark.parametrize(("key", "off", "on"), [("weight", 0, 1), ("loss", False, True), ("train", False, None)])
+def test_an_answer_that_is_not_to_be_learnt_has_no_labels_and_is_not_asked(tmp_path, processor, key, off, on):
+    """As OpenAI, ms-swift and axolotl mark it, in JSON and in a column of Parquet."""
+    texts = ["One?", "first", "Two?", "second", "Three?", "third"]
+    flags = [on, off, off, on, None, off]
+    records = []
+    for names in (("from", "human", "gpt", "value"), ("role", "user", "assistant", "content")):
+        marked = []
+        for i, (text, flag) in enumerate(zip(texts, flags, strict=True)):
+            marked.append({names[0]: names[1 + i % 2], names[3]: text, key: flag})
+        records.append({"conversations": marked})
+    records.append({"id": "none", "conversations": records[0]["conversations"][:2]})
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    pq.write_table(pa.Table.from_pylist(records[:1]), tmp_path / "a.parquet")
+    chat = Chat(processor)
+    for path in (tmp_path, tmp_path / "a.parquet"):
+        dataset = LlavaDataset(str(path))
+        for i in range(len(dataset) - (path == tmp_path)):
+            sample = to_sample(dataset[i], chat)
+            assert chat.tokenizer.decode(sample.labels[sample.labels != IGNORE]) == "second<|im_end|>"
+            assert "first<|im_end|>" in chat.tokenizer.decode(sample.input_ids)
+            assert [question["reference"] for question in questions(dataset[i])] == ["second"]
+    with pytest.raises(BadRecordError, match="no token to learn"):
+        to_sample(LlavaDataset(str(tmp_path))[2], chat)
+
+
+def test_an_answer_alone_is_a_caption_and_a_caption_may_have_several_images():
+    for key in ("caption", "text", "answer"):
+        conversation = to_messages({"file_names": ["a", "b"], key: "red"})
+        assert list(map(text_of, conversation)) == ["<image>\n<image>\nDescribe this picture.", "red"]
+    assert table_row({"caption": "red"}, 0)["error"] == "1 <image> tags for 0 pictures"
+
+
 @pytest.mark.parametrize("key", ["language", "references", "answers"])
 def test_half_a_surrogate_pair_is_an_error_of_its_record(key):
     row = table_row({"prompt": "a", "completion": "b", key: "\ud800"}, 3)
-    assert (row["id"], row["error"]) == ("3", "it holds half of a surrogate pair, which is not Unicode")
+    assert (row["id"], row["error"]) == (
+        "3",
+        "it is not in UTF-8 (save it anew with this encoding), or holds half of a surrogate pair",
+    )
     assert table_row({"id": "\ud800", "prompt": "a"}, 3)["id"] == "\\ud800"
 
 

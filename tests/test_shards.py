@@ -211,7 +211,7 @@ def test_a_bad_sample_of_a_shard_is_one_bad_record(tmp_path):
         "b": "x.tar: b.json is not JSON",
         "c": "x.tar: c.json is not an object",
         "d": "x.tar: d.json is not in UTF-8",
-        "e": "x.tar: e.txt is not in UTF-8",
+        "e": "it is not in UTF-8 (save it anew with this encoding), or holds half of a surrogate pair",
         "f": "x.tar: no.png is not in the sample",
         "g": f"g.png in {tmp_path}/x.tar cannot be read as a picture",
     }.items():

@@ -82,7 +82,7 @@ class Chat:
         return templates.template_segments(self.tokenizer, structure, answer_next)
 
     def answer_spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[range, str]]]:
-        """Renders a conversation, and locates each answer in the text: its characters, and the token at its end.
+        """Renders a conversation, and locates each answer to learn in it: its characters, and the token at its end.
 
         An answer begins where the generation prompt ends. It ends with the token that ends its turn. For example,
         in `<u>What?<e><a>red<e>` the answer is `red<e>`: `(range(14, 20), "<e>")`. A ValueError says that the
@@ -101,7 +101,7 @@ class Chat:
                         raise ValueError(f"the chat template changes the text of a turn of role {message['role']}")
                     index += 1
             # An answer has to follow the same segments as one that is generated
-            if message["role"] == "assistant":
+            if message["role"] == "assistant" and message.get("train", True):
                 *before, prompt = self.segments(structure[:i], answer_next=True)
                 end = templates.end_of(self.tokenizer, segments[index])
                 if before != segments[:first] or not templates.opens_like(segments[first], prompt) or end is None:

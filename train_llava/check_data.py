@@ -43,6 +43,7 @@ from tqdm import tqdm
 from train_llava.chat import IGNORE, Chat, chat_of
 from train_llava.data import LlavaDataset, to_item, to_sample
 from train_llava.dataset.readers import BadRecordError
+from train_llava.dataset.sources import find_records, form_of
 from train_llava.model import load_processor
 
 CHUNK = 100  # records that a process takes at once, since they may hold pictures
@@ -148,6 +149,9 @@ def main() -> None:
     }
 
     # Print the report, and write it
+    for path in arguments.data_path:
+        files, _ = find_records(path, arguments.image_dir)
+        print(f"{path}: {form_of(path, files[0])}, files: {len(files):,}")
     print(f"{len(dataset):,} records, {len(errors):,} bad")
     for kind, bad in sorted(kinds.items(), key=lambda entry: -len(entry[1])):
         print(f"{len(bad):>9,}  {kind}")

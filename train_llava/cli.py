@@ -82,7 +82,7 @@ def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
                 check_name(f"--{name} {value}", value)
             elif name.endswith("data_path") and value is not None:
                 paths = [value] if isinstance(value, str) else value
-                if not all(map(os.path.exists, paths)):
+                if not all(os.path.exists(path.removeprefix("folder:").partition("::")[0]) for path in paths):
                     hub_answers()
             elif name == "image":
                 for picture in value:

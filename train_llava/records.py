@@ -10,12 +10,13 @@ A record holds its conversation under the first of these keys that it has; null 
 - `completion` with `prompt`: two texts, or two lists of messages, as in TRL.
 - `question` and `answer`: two texts. With `choices` the answer is one of them, its number from 0, or its letter,
   as in ScienceQA. Without `answer` it is the most frequent of `answers`, as in VQAv2, TextVQA and DocVQA.
-- `caption` or `text`: a text for one image, or a list of them; the first is trained on.
+- `caption`, `text` or `answer` alone: a text for its images, or a list of them; the first is trained on.
 
 Its images are under `images`, `image`, `image_bytes` or `file_name`, in the order of their tags, or inside the
 messages: file names, bytes or data URIs. Without tags, images come before the first question, except in
 `conversations`. A record may have a `language` and, for evaluation, `answers` (of several people to the last
 question) and `references` (correct texts). Its id is the first of `id`, `question_id`, `questionId`, `image_id`.
+An answer with `"weight": 0` (OpenAI), `"loss": false` (ms-swift) or `"train": false` (axolotl) is not learnt.
 """
 
 import re
@@ -28,7 +29,7 @@ from typing import Any
 from train_llava.dataset.readers import Record, answers_of, images_of, parse_json, texts_of
 
 IMAGE_TOKEN = "<image>"
-CAPTION_QUESTION = f"{IMAGE_TOKEN}\nDescribe this picture."
+CAPTION_QUESTION = "Describe this picture."
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -83,10 +84,11 @@ def _visual_question(record: Record) -> list[dict[str, Any]]:
 
 
 def _caption(record: Record) -> list[dict[str, Any]]:
-    caption = record["text"] if record.get("caption") is None else record["caption"]
+    caption = next(record[key] for key in ("caption", "text", "answer") if record.get(key) is not None)
     if isinstance(caption, list) and caption:
         caption = caption[0]
-    return _dialogue((CAPTION_QUESTION, caption))
+    tags = f"{IMAGE_TOKEN}\n" * max(len(images_of(record)), 1)  # without an image it is a bad record
+    return _dialogue((tags + CAPTION_QUESTION, caption))
 
 
 # Each record format by its key; the first key that a record has decides
@@ -98,6 +100,7 @@ RECORD_FORMATS: dict[str, Callable[[Record], list[dict[str, Any]]]] = {
     "question": _visual_question,
     "caption": _caption,
     "text": _caption,
+    "answer": _caption,
 }
 
 
@@ -165,7 +168,8 @@ def _message(turn: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{IMAGE_TOKEN} in a turn of role {role}")
     if not parts:
         raise ValueError(f"a turn of role {role} has no text")
-    return {"role": role, "content": parts}
+    message = {"role": role, "content": parts}
+    return message | {"train": False} if 0 in map(turn.get, ("weight", "loss", "train")) else message  # False is 0
 
 
 def text_of(message: dict[str, Any]) -> str:

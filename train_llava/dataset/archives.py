@@ -46,7 +46,7 @@ Members = dict[str, ArchiveMember | None]  # by name; None where several files s
 
 def is_archive(image_dir: PurePath | None) -> bool:
     """Whether images are read from a zip archive that is not extracted."""
-    return image_dir is not None and image_dir.suffix.lower() == ".zip"
+    return image_dir is not None and image_dir.suffix.lower() == ".zip" and not os.path.isdir(image_dir)
 
 
 def is_image(name: str) -> bool:
@@ -57,8 +57,8 @@ def is_image(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file is hidden, or one of those that macOS adds to folders and archives."""
-    return os.path.basename(name).startswith(".") or "__MACOSX" in name.split("/")
+    """Whether a file is hidden, or one of those that macOS and network disks add to folders and archives."""
+    return os.path.basename(name).startswith(".") or not {"__MACOSX", "@eaDir"}.isdisjoint(name.split("/"))
 
 
 def normal_path(name: str) -> str:

@@ -23,7 +23,7 @@ from train_llava.common.files import replacing
 
 IMAGE_PLACES = ("images_dl", "images", "images.zip")  # beside a file of records
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of the hub's `imagefolder`
-NAMES_IMAGES = (".json", ".jsonl", ".csv", "metadata.parquet")  # their records only name images
+NAMES_IMAGES = (".json", ".jsonl", ".csv", ".tsv", "metadata.parquet")  # their records only name images
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:/]*){0,2}")
 NOT_RECORDS = re.compile(r"(^|[^a-z])(metadata|meta|dataset_infos?|config)\.jsonl?$")
 BLOCKS = {"block_size": 8 << 20, "cache_type": "mmap"}  # blocks that were read stay in a temporary file

@@ -12,7 +12,8 @@ from datasets.iterable_dataset import ExamplesIterable
 from train_llava.chat import Chat
 from train_llava.data import Sample, to_item, to_sample
 from train_llava.dataset.bad_samples import log_bad_sample
-from train_llava.dataset.readers import BadRecordError, find_records
+from train_llava.dataset.readers import BadRecordError
+from train_llava.dataset.sources import find_records
 from train_llava.dataset.table import table_rows
 from train_llava.dataset.weights import weights_of
 

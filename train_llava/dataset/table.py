@@ -14,21 +14,15 @@ from tqdm import tqdm
 
 from train_llava.chat import Chat
 from train_llava.common.files import written_whole
+from train_llava.dataset.annotations import companion
 from train_llava.dataset.archives import Members, data_uri, is_archive, label, locate_image, read_image, zip_members
 from train_llava.dataset.boxes import place_objects, write_places
 from train_llava.dataset.images import open_image, picture_size, stored_geometry
-from train_llava.dataset.readers import (
-    BadRecordError,
-    answers_of,
-    find_records,
-    id_of,
-    images_of,
-    raw_records,
-    texts_of,
-)
+from train_llava.dataset.readers import BadRecordError, answers_of, id_of, images_of, texts_of
+from train_llava.dataset.sources import find_records, raw_records
 from train_llava.records import to_messages
 
-CACHE_VERSION = 10  # of the rules in records.py and here: raise it to have every data set read again
+CACHE_VERSION = 11  # of the rules in records.py and here: raise it to have every data set read again
 TEXT, TEXTS = datasets.Value("string"), datasets.List(datasets.Value("string"))
 FEATURES = datasets.Features(
     id=TEXT,
@@ -56,9 +50,10 @@ def load_records(data_path: str, image_dir: str | None = None) -> tuple[datasets
         OSError, ValueError: the data does not exist, or is in no format; the message names it.
     """
     files, images = find_records(data_path, image_dir)
-    # The name of the table depends on the files, and on the folder in which absolute names of images must lie
-    key = [CACHE_VERSION, str(images.absolute() if isinstance(images, Path) else images)]
-    for file in [*files, images] if is_archive(images) else files:
+    # The name of the table depends on the files, and on the folders from which images are named and in which they lie
+    key = [CACHE_VERSION, data_path, str(images.absolute() if isinstance(images, Path) else images)]
+    beside = [*filter(None, map(companion, files)), *([images] if is_archive(images) else [])]
+    for file in files + beside:
         if isinstance(file, Path):
             key += [str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns]
         else:  # on the hub; its path names the commit
@@ -103,14 +98,14 @@ def table_row(record: Any, number: int, image_dir: Path | None = None, members: 
         names = [image for image in images if isinstance(image, str)]
         if names and len(names) < len(images):
             names = [image if isinstance(image, str) else data_uri(image) for image in images]
-        # Half a surrogate pair in any text is an error
+        # Half a surrogate pair in any text is an error, as which a text file's bytes outside UTF-8 come
         "".join([*names, *answers, *references, language or ""]).encode()
         row["messages"] = msgspec.json.encode(messages).decode()
         row["objects"] = msgspec.json.encode(objects).decode() if objects else None
         row["images"], row["image_bytes"] = names, [] if names else images
         row["language"], row["answers"], row["references"] = language, answers, references
     except UnicodeEncodeError:
-        row["error"] = "it holds half of a surrogate pair, which is not Unicode"
+        row["error"] = "it is not in UTF-8 (save it anew with this encoding), or holds half of a surrogate pair"
     except ValueError as error:
         row["error"] = _printable(error)
     return row

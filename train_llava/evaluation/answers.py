@@ -29,10 +29,10 @@ LOGGED = ("exact_match", "token_f1", "cider")  # during training
 
 
 def questions(item: dict[str, Any]) -> list[dict[str, Any]]:
-    """One question for each answer of a record, with all messages and pictures before it."""
+    """One question for each answer to learn of a record, with all messages and pictures before it."""
     result = []
     for i, message in enumerate(item["messages"]):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not message.get("train", True):
             continue
         before, reference = item["messages"][:i], text_of(message)
         pictures = sum(text_and_images(earlier)[1] for earlier in before)

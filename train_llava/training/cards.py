@@ -100,7 +100,7 @@ def hub_ids(names: list[str]) -> list[str]:
     ids = []
     for name in names:
         place = name.partition(":")[0]
-        if not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", place) and place not in ids:
+        if not Path(place).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", place) and place not in ids:
             ids.append(place)
     return ids
 

@@ -28,7 +28,7 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data_path: list[str] = HfArg(
-        help="One or several: a folder with chat.json, a .json, .jsonl, .csv, .parquet or .tar file, a hub id."
+        help="One or several: a folder or file of records in any form of docs/data.md, folder:PATH, a hub id."
     )
     data_weights: list[float] | None = HfArg(default=None, help="How often a pass takes each path.")
     image_dir: str | None = HfArg(

@@ -11,7 +11,7 @@ from transformers import TrainerState, TrainingArguments
 
 from train_llava.common.files import replacing
 from train_llava.data import LlavaDataset
-from train_llava.dataset.readers import find_records
+from train_llava.dataset.sources import find_records
 from train_llava.modeling.weights import first_values
 from train_llava.training.checkpointing import requested_checkpoint
 from train_llava.training.memory import zero_of
