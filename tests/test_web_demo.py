@@ -28,7 +28,7 @@ from train_llava.chat import Chat
 from train_llava.cli import run_command
 from train_llava.dataset.images import open_image
 from train_llava.evaluation.generation import assistant_message, generate, prepare, user_message
-from train_llava.evaluation.web_look import DOTS, TEXTS, Turn, header, translations
+from train_llava.evaluation.web_look import DOTS, TEXTS, Turn, example_pictures, header, translations
 from train_llava.modeling.adapter import load_model
 
 pytest.importorskip("gradio", reason="the page needs gradio")
@@ -244,12 +244,12 @@ def test_both_languages_have_the_same_texts():
 def test_the_header_names_the_model_and_its_parts(llava, adapter):
     model, _ = load_model(str(llava))
     text = header(model, "a<b {x}", ["clip", "qwen"], "en")
-    assert text.startswith("<h1>a&lt;b &#123;x&#125;</h1>")
+    assert text.startswith("<h1>a&lt;b &#123;x&#125;<small>a LLaVA: it answers questions about pictures")
     assert text.endswith("<p>Made of clip · qwen</p>")
     total = sum(float(number) for number in re.findall(r"([\d.]+) M<", text))
     assert total == pytest.approx(model.num_parameters() / 1e6, abs=0.016)  # three figures of two decimals
     assert "Vision tower <b>clip " in text
-    assert TEXTS["en"]["no_adapter"] in text
+    assert text.count("<li>") == 3
     adapted, _ = load_model(str(llava), str(adapter))
     parts, (added,) = (
         text.split("</li>")[:3],
@@ -354,6 +354,14 @@ def test_every_argument_reaches_the_page(llava, adapter, corpus, tmp_path, monke
     assert {name: launched[name] for name in expected} == expected
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "example.org,localhost,127.0.0.1,127.0.0.3"
     assert capsys.readouterr().out == f"http://127.0.0.3:{port}\n"
+
+
+def test_the_examples_are_the_held_out_pictures_of_the_run(corpus, tmp_path):
+    assert example_pictures(None, str(tmp_path)) == []
+    pictures = example_pictures(str(corpus / "images_dl"), str(tmp_path))
+    for data, shown in ((corpus, pictures), (tmp_path, []), ("gone", []), ("null", [])):
+        (tmp_path / "recipe.yaml").write_text(f"model_name_or_path: m\neval_data_path: {data}\n")
+        assert example_pictures(None, str(tmp_path)) == shown
 
 
 @pytest.mark.parametrize(
@@ -497,6 +505,7 @@ def test_a_browser_chats_and_shows_errors(llava, pictures, impostors):
         assert texts_of(driver, "bot") == said[:2]
         with browser(address) as other:
             assert texts_of(other, "user") == []
+            assert not any(button(other, key).is_enabled() for key in ("retry", "clear", "stop"))
             assert "0.png" not in other.page_source
             type_in(other, "Where is Paris?")
             until(lambda: idle(other, 1))
@@ -514,6 +523,7 @@ def test_a_browser_chats_and_shows_errors(llava, pictures, impostors):
         assert texts_of(driver, "bot") == replies(model, processor, asked[2:], max_new_tokens=12)
         button(driver, "clear").click()
         until(lambda: texts_of(driver, "user") == [] and not find(driver, ".thumbnail-item"))
+        until(lambda: not any(button(driver, key).is_enabled() for key in ("retry", "clear")))
         type_in(driver, *asked[0][:1], *pictures[:1])
         until(lambda: idle(driver, 1))
         assert texts_of(driver, "bot") == said[:1]

@@ -37,7 +37,7 @@ class WebDemoArguments:
     port: int = HfArg(default=7860, help="The port of the page.")
     max_new_tokens: int = HfArg(default=256, help="The longest answer, in tokens.")
     bits: Literal[4, 8] | None = HfArg(default=None, help=BITS_HELP)
-    examples: str | None = HfArg(default=None, help=f"A folder of pictures; its first {MAX_EXAMPLES} can be chosen.")
+    examples: str | None = HfArg(default=None, help="A folder of pictures to choose from; default: held-out ones.")
 
 
 if __name__ == "__main__":
@@ -195,8 +195,9 @@ def make_page(
             finally:
                 queue.remove(stopped)
 
-        def enable(idle: bool) -> list[Any]:
-            return [gr.update(interactive=idle)] * 3 + [gr.update(interactive=False)]
+        def enable(idle: bool, history: list[Turn]) -> list[Any]:
+            has_turns = gr.update(interactive=idle and bool(history))
+            return [gr.update(interactive=idle), has_turns, has_turns, gr.update(interactive=False)]
 
         def add_example(path: str, message: dict[str, Any]) -> dict[str, Any]:
             return message | {"files": [*message["files"], path]}
@@ -204,14 +205,15 @@ def make_page(
         # What each control does; while a question is answered, only `stop` is enabled
         everything = [turns, running, box, stop, status, *chats]
         at_once = {"queue": False, "show_progress": "hidden"}
-        enabling = {"outputs": [box, retry, clear, stop], "api_visibility": "private"} | at_once
+        enabling = {"inputs": turns, "outputs": [box, retry, clear, stop], "api_visibility": "private"} | at_once
         asking = {"inputs": [turns, box, temperature], "outputs": everything, "concurrency_limit": None}
         for event, name, function in ((box.submit, "ask", ask), (retry.click, "retry", partial(ask, again=True))):
             disabled = event(partial(enable, False), **enabling)
             answered = disabled.then(function, **asking, show_progress="hidden", api_name=name)
             answered.then(partial(enable, True), **enabling)
         stop.click(lambda stopped: stopped and stopped.set(), running, queue=False, api_name="stop")
-        clear.click(lambda: {turns: [], box: None} | show([]), None, everything, queue=False, api_name="clear")
+        cleared = clear.click(lambda: {turns: [], box: None} | show([]), None, everything, api_name="clear", **at_once)
+        cleared.then(partial(enable, True), **enabling)
         for path, picture in zip(examples, pictures, strict=True):
             picture.click(partial(add_example, path), box, box, api_visibility="private", **at_once)
     return page
@@ -224,11 +226,11 @@ def main() -> None:
 
     # A port in use is reported before the model is loaded
     socket.create_server((arguments.host, arguments.port)).close()
-    examples = [] if arguments.examples is None else example_pictures(arguments.examples)[:MAX_EXAMPLES]
+    name = arguments.adapter_name_or_path or arguments.model_name_or_path
+    examples = example_pictures(arguments.examples, name)[:MAX_EXAMPLES]
     model, processor = load_model(arguments.model_name_or_path, arguments.adapter_name_or_path, arguments.bits)
 
     # An adapter without a card has at least its base model
-    name = arguments.adapter_name_or_path or arguments.model_name_or_path
     base = [short_name(arguments.model_name_or_path)] if arguments.adapter_name_or_path else []
     words = translations(model, short_name(name), ancestors(name)[:-1] or base)
     page = make_page(model, processor, short_name(name), words, arguments.max_new_tokens, examples)
@@ -238,19 +240,9 @@ def main() -> None:
         hosts = [os.environ.get(variable), "localhost", "127.0.0.1", arguments.host]
         os.environ[variable] = ",".join(filter(None, hosts))
     print(f"http://{arguments.host}:{arguments.port}", flush=True)
-    page.launch(
-        server_name=arguments.host,
-        server_port=arguments.port,
-        share=False,
-        quiet=True,
-        ssr_mode=False,
-        enable_monitoring=False,
-        max_file_size=20 << 20,  # bytes of an uploaded picture
-        allowed_paths=examples,
-        footer_links=[],
-        i18n=words,
-        **style(),
-    )
+    settings = {"share": False, "quiet": True, "ssr_mode": False, "enable_monitoring": False, "footer_links": []}
+    settings |= {"max_file_size": 20 << 20, "allowed_paths": examples, "i18n": words}  # 20 MB a picture
+    page.launch(server_name=arguments.host, server_port=arguments.port, **settings, **style())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from html import escape
@@ -9,10 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
 from peft import PeftModel
 from PIL import Image
 
 from train_llava.model import Llava, count_parameters
+from train_llava.training.checkpointing import RECIPE
 
 # Read by Gradio when it is imported; pages with a common folder would delete each other's uploads
 UPLOADS = tempfile.TemporaryDirectory(prefix="gradio-")
@@ -38,20 +41,23 @@ def shown(turns: list[Turn], column: int, waiting: bool = False) -> list[dict[st
     """One chat as Gradio's messages, in HTML; if `waiting`, dots stand for a last answer that has no word yet."""
     messages = []
     for turn in turns:
-        answer_html = escape(turn.answers[column])
-        if waiting and turn is turns[-1] and not answer_html:
-            answer_html = DOTS
+        answer_html = escape(turn.answers[column]) or DOTS * (waiting and turn is turns[-1])
         question = [{"path": file} for file in turn.files] + [{"type": "text", "text": escape(turn.text)}]
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer_html}]})
     return messages
 
 
-def example_pictures(folder: str) -> list[str]:
-    """The pictures of a folder, by name; an OSError or ValueError if there is none."""
+def example_pictures(folder: str | None, model: str) -> list[str]:
+    """The pictures of a folder, by name, or a ValueError if it has none; without one, a model's held-out pictures."""
+    folders, recipe = [folder], Path(model) / RECIPE
+    if folder is None:
+        data = yaml.safe_load(recipe.read_text(encoding="utf-8")).get("eval_data_path") if recipe.exists() else None
+        folders = filter(os.path.isdir, (f"{data}/images_dl", f"{data}/images"))
+    files = [file for name in folders for file in Path(name).absolute().iterdir()]
     suffixes = Image.registered_extensions()
-    paths = sorted(str(path) for path in Path(folder).absolute().iterdir() if path.suffix.lower() in suffixes)
-    if not paths:
+    paths = sorted(str(path) for path in files if path.suffix.lower() in suffixes)
+    if folder is not None and not paths:
         raise ValueError(f"--examples {folder} has no picture in it")
     return paths
 
@@ -74,9 +80,7 @@ def header(model: Llava | PeftModel, title: str, made_of: list[str], language: s
     for part, size in sizes.items():
         millions = f"{size / 1e6:,.0f} M" if size >= 1e7 else f"{size / 1e6:,.2f} M"
         items.append(f"{texts[part]} <b>{details.get(part, '')}{millions}</b>")
-    if not isinstance(model, PeftModel):
-        items.append(texts["no_adapter"])
-    html = f"<h1>{escape(title)}</h1><ul><li>{'</li><li>'.join(items)}</li></ul>"
+    html = f"<h1>{escape(title)}<small>{texts['what_it_is']}</small></h1><ul><li>{'</li><li>'.join(items)}</li></ul>"
     if made_of:
         html += f"<p>{texts['made_of']}{escape(' · '.join(made_of))}</p>"
     return html.replace("{", "&#123;").replace("}", "&#125;")  # in Gradio's translations, braces mark a variable
@@ -111,21 +115,18 @@ def lay_out(words: "gr.I18n", two_chats: bool, examples: list[str]) -> tuple[Any
     )
     with gr.Row(elem_id="controls"):
         stop = gr.Button(words("stop"), interactive=False)
-        retry, clear = gr.Button(words("retry")), gr.Button(words("clear"))
+        retry, clear = (gr.Button(words(name), interactive=False) for name in ("retry", "clear"))
         temperature = gr.Slider(0, 2, 0, step=0.1, label=words("temperature"), elem_id="temperature")
     with gr.Row(elem_id="examples", visible=bool(examples)):
-        pictures = [gr.Button(Path(path).stem.replace("_", " "), icon=path) for path in examples]
+        names = [re.sub(r".*\d.*", "", Path(path).stem).replace("_", " ") for path in examples]  # no 00012
+        pictures = [gr.Button(name, icon=path) for name, path in zip(names, examples, strict=True)]
     return chats, status, box, stop, retry, clear, temperature, pictures
 
 
 def style() -> dict[str, Any]:
     """The arguments of `launch` for the page's style and script."""
-    theme = gr.themes.Base(
-        primary_hue="indigo",
-        neutral_hue="slate",
-        radius_size="lg",
-        font=[gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")],
-        font_mono=[gr.themes.Font("monospace")],
-    )
+    font = gr.themes.Font
+    fonts = {"font": [font("system-ui"), font("sans-serif")], "font_mono": [font("monospace")]}
+    theme = gr.themes.Base(primary_hue="indigo", neutral_hue="slate", radius_size="lg", **fonts)
     css, script = ((HERE / f"web_demo.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return {"css": css, "js": script, "theme": theme}
