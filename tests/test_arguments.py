@@ -419,7 +419,7 @@ CASES = {
         check_data,
         "--data_path {root}/broken.json --report {out}/r.json",
         f"{MODEL} --data_path {{root}}/broken.json {{root}}/data --image_dir {{images}} --report {{out}}/r.json "
-        "--num_proc 1 --max_length 30",
+        "--num_proc 1 --max_length 30 --eval_fraction 0.5",
         {
             check_data.CheckArguments: {
                 "data_path": lambda s: report(s)["records"] == 16,
@@ -428,6 +428,7 @@ CASES = {
                 "max_length": lambda s: report(s)["bad"] == 16 and "--max_length" in s.printed,
                 "report": lambda s: report(s)["records"],
                 "num_proc": lambda s: s.processes == 0,
+                "eval_fraction": lambda s: "--eval_fraction 0.5 keeps" in s.printed,
             }
         },
     ),
@@ -550,8 +551,10 @@ CASES = {
     "train, an adapter": Case(
         train,
         TRAIN,
-        f"{TRAIN} --adapter_name_or_path {{adapter}} --per_device_train_batch_size auto --global_batch_size 6",
+        f"{TRAIN} --adapter_name_or_path {{adapter}} --per_device_train_batch_size auto --global_batch_size 6 "
+        "--eval_fraction 0.5",
         {
+            train.DataArguments: {"eval_fraction": lambda s: len(s.trainer.eval_dataset) == 8},
             train.ModelArguments: {
                 "adapter_name_or_path": lambda s: s.loaded[str(s.adapter)] and lora(s).r["default"] == 4
             },

@@ -133,24 +133,6 @@ def test_every_recipe_parses_and_the_batch_is_that_of_the_readme():
     }
 
 
-@pytest.mark.parametrize("name", ["docs/data.md", "docs/data_zh.md"])
-def test_no_picture_is_on_both_sides_of_the_split_that_is_shown(name, tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
-    (code,) = [block for block in blocks if "crc32" in block]
-    monkeypatch.chdir(tmp_path)
-    Path("data/mine").mkdir(parents=True)
-    pictures = [[f"{i}.jpg"] for i in range(40)] + [[f"{i}.jpg", f"{i + 1}.jpg"] for i in range(40)]
-    records = [{"image": names} for names in pictures] + [{"image": f"{i}.jpg"} for i in range(40)]
-    records += [{"conversations": i} for i in range(40)]
-    Path("data/mine/chat.json").write_text(json.dumps(records))
-    exec(code, {})
-    parts = [json.loads(Path(f"data/mine/{part}.json").read_text()) for part in ("train", "heldout", "left_out")]
-    train, heldout, _ = (set(re.findall(r"\d+\.jpg", json.dumps(part))) for part in parts)
-    assert len(heldout) > 3
-    assert not train & heldout
-    assert sum(map(len, parts)) == len(records)
-
-
 def anchors(page: Path) -> set[str]:
     """The names by which GitHub lets one link to a page's headings."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)

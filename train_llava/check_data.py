@@ -28,6 +28,7 @@ class CheckArguments:
     max_length: int | None = HfArg(default=None, help="Longest conversation in tokens, as in train.")
     keep_cut_boxes: bool = HfArg(default=False, help=CUT_BOXES_HELP)
     decode_pictures: bool = HfArg(default=True, help="false: read the records alone, much faster.")
+    eval_fraction: float | None = HfArg(default=None, help="Tell what this fraction keeps apart, as in train.")
     report: str | None = HfArg(default=None, help="A .json file for the results; histograms go into a .png beside it.")
     num_proc: int = HfArg(default=os.cpu_count() or 1, help="Processes to use.")
 
@@ -39,9 +40,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import TrainingArguments
 
 from train_llava.chat import IGNORE, Chat, chat_of
 from train_llava.data import LlavaDataset, to_item, to_sample
+from train_llava.dataset.apart import keep_apart
 from train_llava.dataset.readers import BadRecordError
 from train_llava.dataset.sources import find_records, form_of
 from train_llava.model import load_processor
@@ -159,6 +162,9 @@ def main() -> None:
             print(f"{'':11}{example['id']}: {example['reason']}")
     for name in sizes:
         print(f"{name:<11}" + "  ".join(f"{key} {value:,.0f}" for key, value in report[name].items()))
+    if arguments.eval_fraction is not None:
+        apart = keep_apart(dataset, arguments.eval_fraction, TrainingArguments.seed)
+        print(f"--eval_fraction {arguments.eval_fraction} keeps {len(apart):,} of the records apart")
     if chat is not None:
         print(show_sample(dataset, chat))
     if arguments.report is not None:

@@ -21,6 +21,7 @@ from train_llava.chat import Chat, chat_of
 from train_llava.cli import given_arguments, parse_arguments, run_command
 from train_llava.common.files import writing
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
+from train_llava.dataset.apart import divided, keep_apart
 from train_llava.dataset.lengths import order_seed
 from train_llava.dataset.packing import PackedDataset
 from train_llava.dataset.streaming import stream_items
@@ -57,6 +58,10 @@ def load_data(
     if data_arguments.streaming:
         return stream_items(*sources, chat, log, *settings, order_seed(args)), eval_dataset
     records = LlavaDataset(*sources)
+    if (fraction := data_arguments.eval_fraction) is not None:
+        apart = on_first_rank(args, lambda: keep_apart(records, fraction, order_seed(args), folder))
+        records, heldout = divided(records, apart)
+        eval_dataset = CheckedDataset(heldout, chat, folder / "bad_eval_samples.jsonl", *settings)
     if args.process_index == 0:
         print(f"{len(records):,} records, {len(eval_dataset or ()):,} held out")
     return CheckedDataset(records, chat, log, *settings), eval_dataset
@@ -69,7 +74,7 @@ def main() -> None:
     adapter = model_arguments.adapter_name_or_path
     check_argument_pairs(model_arguments, data_arguments, args)
     lora_arguments = parsed_lora if adapter is None else continued(adapter, given_arguments(dataclasses))
-    if data_arguments.eval_data_path is not None and args.eval_strategy == "no":
+    if data_arguments.has_held_out and args.eval_strategy == "no":
         args.eval_strategy = IntervalStrategy.EPOCH  # `Trainer` reads it there
     with locked(args):
         run(model_arguments, lora_arguments, data_arguments, args)

@@ -20,6 +20,7 @@ INTERVALS = {
     "torch_empty_cache_steps",
     "[1, 2147483648)": "ddp_bucket_cap_mb ddp_timeout",
     "(0, 1]": "adam_epsilon learning_rate top_p",
+    "(0, 1)": "eval_fraction",
     "[0, 1]": "max_bad_fraction projector_learning_rate vision_learning_rate",
     "[0, 1)": "adam_beta1 adam_beta2 lora_dropout",
     "[0, 4294967296)": "data_seed seed",

@@ -116,7 +116,8 @@ def _files_of_folder(folder: Path, split: str, by_class: bool) -> list[Path]:
         seen.add(os.path.realpath(place))
         folders[:] = [name for name in folders if is_new and not is_hidden(name)]
         files += [Path(place, name) for name in names if is_new and not is_hidden(name)]
-    paired = any(is_image(file.name) and companion(file) for file in files)
+    texts = {file.with_suffix("") for file in files if file.suffix.lower() == ".txt"}
+    paired = any(is_image(file.name) and file.with_suffix("") in texts for file in files)
 
     # Those of each split and form. Names of pictures and classes are no splits
     found = defaultdict(list)

@@ -57,14 +57,19 @@ def check_argument_pairs(model_arguments: Any, data_arguments: Any, args: Traini
             raise ValueError(f"{option} not with --train_sampling_strategy {order}")
 
     # Held-out data
-    if data_arguments.eval_data_path is None:
+    held_out = data_arguments.eval_data_path or data_arguments.eval_image_dir
+    if data_arguments.eval_fraction is not None and (held_out or streaming or args.push_to_hub):
+        raise ValueError(
+            "--eval_fraction not with --eval_data_path, --streaming, or --push_to_hub (of the records, too)"
+        )
+    if not data_arguments.has_held_out:
         values = vars(data_arguments) | vars(args)
         values["eval_strategy"] = args.eval_strategy != "no"
         values["save_strategy best"] = args.save_strategy == "best"
         answers = ("eval_strategy", "save_strategy best", "eval_answers", "eval_image_dir")
         for option in (*answers, "early_stopping_patience", "eval_on_start"):
             if values[option]:
-                raise ValueError(f"--{option} takes held-out data: set --eval_data_path")
+                raise ValueError(f"--{option} takes held-out data: set --eval_data_path or --eval_fraction")
 
 
 def check_batches(number: int, args: TrainingArguments) -> None:

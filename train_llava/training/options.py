@@ -41,14 +41,16 @@ class DataArguments:
     max_bad_fraction: float = HfArg(default=0.01, help="Stop if more of the records are bad.")
     eval_data_path: str | None = HfArg(default=None, help="Held-out data, in the same form.")
     eval_image_dir: str | None = HfArg(default=None, help="Its pictures' folder, found as image_dir is.")
+    eval_fraction: float | None = HfArg(default=None, help="Keep this part of the records apart, by their pictures.")
     eval_answers: int | None = HfArg(default=None, help="Held-out questions of each evaluation; default: 64.")
     keep_cut_boxes: bool = HfArg(default=False, help=CUT_BOXES_HELP)
     max_length: int = HfArg(default=2048, help="Longest conversation in tokens, pictures included.")
     packing: bool = HfArg(default=False, help="Each batch is one row without padding; conversations stay apart.")
 
     def __post_init__(self) -> None:
+        self.has_held_out = self.eval_data_path is not None or self.eval_fraction is not None
         if self.eval_answers is None:
-            self.eval_answers = 0 if self.eval_data_path is None else 64
+            self.eval_answers = 64 if self.has_held_out else 0
 
 
 class NumberOrAuto(int):
