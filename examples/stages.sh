@@ -19,6 +19,7 @@ missing() { # FILE or FOLDER; an evaluation that is there is shown
     say "its result:" "它的结果："
     python3 -c 'import json, sys; from train_llava.evaluate import table; print(table(json.load(open(sys.argv[1]))))' \
       "$metrics"
+    say "pictures and answers: ${metrics%/*}/captions.png" "图片和回答：${metrics%/*}/captions.png"
   fi
   return 1
 }

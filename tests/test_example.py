@@ -65,9 +65,9 @@ def test_an_evaluation_that_is_there_is_shown(tmp_path):
     for path in (metrics.parent, metrics):
         script = f"source {ROOT}/examples/stages.sh; missing {path} || echo kept"
         done = subprocess.run(["bash", "-ec", script], cwd=ROOT, capture_output=True, text=True, check=True)
-        _, _, _, model, interval, control, *_, last = done.stdout.splitlines()
+        _, _, _, model, interval, control, *_, pictures, last = done.stdout.splitlines()
         assert [model.split()[-1], interval.split()[-1], control.split()[-1]] == ["50.0%", "25.0%-75.0%", "12.5%"]
-        assert last == "kept"
+        assert (pictures, last) == (f"pictures and answers: {metrics.parent}/captions.png", "kept")
 
 
 def test_a_comparison_keeps_its_results_and_stops_at_a_failure(tmp_path, monkeypatch):
