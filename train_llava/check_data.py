@@ -40,7 +40,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import TrainingArguments
 
 from train_llava.chat import IGNORE, Chat, chat_of
 from train_llava.data import LlavaDataset, to_item, to_sample
@@ -163,7 +162,7 @@ def main() -> None:
     for name in sizes:
         print(f"{name:<11}" + "  ".join(f"{key} {value:,.0f}" for key, value in report[name].items()))
     if arguments.eval_fraction is not None:
-        apart = keep_apart(dataset, arguments.eval_fraction, TrainingArguments.seed)
+        apart = keep_apart(dataset, arguments.eval_fraction, 42)  # train's --seed
         print(f"--eval_fraction {arguments.eval_fraction} keeps {len(apart):,} of the records apart")
     if chat is not None:
         print(show_sample(dataset, chat))

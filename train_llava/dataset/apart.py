@@ -5,7 +5,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import networkx
 import numpy as np
@@ -14,8 +14,8 @@ import torch
 from train_llava.common.files import replacing
 from train_llava.data import LlavaDataset
 from train_llava.dataset.archives import data_uri, read_image
-from train_llava.dataset.images import open_image
-from train_llava.dataset.table import Row
+from train_llava.dataset.readers import BadRecordError
+from train_llava.dataset.table import to_item
 
 SIDE, ALIKE = 8, 3  # pictures look alike if, at 8 x 8 pixels, they differ by less than 3 of 256 levels (RMS)
 
@@ -49,27 +49,23 @@ def keep_apart(records: LlavaDataset, fraction: float, seed: int, folder: Path |
             for source, number in np.unique(side.index, axis=0).tolist():
                 row = side.tables[source][number]
                 row |= {key: json.loads(row[key] or "[]") for key in ("messages", "objects")}
+                images = row.pop("image_bytes")
                 if name == "heldout":
-                    row["images"] = list(map(data_uri, _contents(row, side.image_dirs[source])))
-                del row["image_bytes"]
+                    images += [read_image(side.image_dirs[source], image) for image in row["images"]]
+                    row["images"] = [
+                        data_uri(each if isinstance(each, bytes) else each.read_bytes()) for each in images
+                    ]
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return sorted(apart)
 
 
-def _contents(row: Row, image_dir: PurePath) -> list[bytes]:
-    images = [read_image(image_dir, name) for name in row["images"]] + row["image_bytes"]
-    return [image.read_bytes() if isinstance(image, Path) else image for image in images]
-
-
 def _looks(records: LlavaDataset, place: tuple[int, int]) -> list[bytes | str]:
-    """The pixels of a record's small pictures, or "bad" if it cannot be used."""
-    row = records.tables[place[0]][place[1]]
+    """The pixels of a record's pictures at `SIDE`, or "bad"."""
     try:
-        contents = _contents(row, records.image_dirs[place[0]])
-        looks = [open_image(content, "", 4 * SIDE).resize((SIDE, SIDE)).tobytes() for content in contents]
-    except (OSError, ValueError):
+        images = to_item(records.tables[place[0]][place[1]], records.image_dirs[place[0]])["images"]
+    except BadRecordError:
         return ["bad"]
-    return looks if row["error"] is None else ["bad"]
+    return [image.resize((SIDE, SIDE), reducing_gap=2).tobytes() for image in images]
 
 
 def divided(records: LlavaDataset, apart: list[tuple[int, int]]) -> tuple[LlavaDataset, LlavaDataset]:
