@@ -399,9 +399,15 @@ CASES = {
                 "vision_feature_select_strategy": lambda s: config(s)["vision_feature_select_strategy"] == "full",
                 "image_aspect_ratio": lambda s: load_processor(str(s.out / "m"))[1].image_processor.do_pad,
                 "projector": lambda s: (projector_of(s.out / "m") == 0.5).all(),
-                "skip_checks": lambda s: "equal" not in s.printed and "written to" in s.printed,
+                "skip_checks": lambda s: "verified" not in s.printed and "written to" in s.printed,
             }
         },
+    ),
+    "build_model, checks": Case(
+        build_model,
+        f"{PARTS} --output_dir {{out}}/m",
+        f"{PARTS} --output_dir {{out}}/m --verbose true",
+        {build_model.BuildArguments: {"verbose": lambda s: "equal to the part's own" in s.printed}},
     ),
     "build_model, tiles": Case(
         build_model,

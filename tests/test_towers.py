@@ -238,7 +238,7 @@ def test_lora_all_reaches_every_linear_layer_that_the_projector_reads(built, nam
     adapted = set_trainable(model, "lora_all", LoraArguments(lora_r=4))
     for parameter, values in adapted.named_parameters():
         if "lora_B" in parameter:  # at zero, it would keep the gradient from lora_A
-            torch.nn.init.normal_(values)
+            torch.nn.init.normal_(values, std=0.02)
     batch = LlavaCollator(processor)([item("<image>\nWhat is this?", "A red square.", images=[noise(40, 30)])])
     _, grads = gradients(adapted, **batch)
     reached = {parameter for parameter, grad in grads.items() if "vision_tower" in parameter and grad.any()}

@@ -216,12 +216,12 @@ def box_accuracy(prediction: Prediction) -> float | None:
     boxes = [place for place in places_in(prediction["reference"]) if len(place) == 4]
     answered = [place for place in places_in(prediction["prediction"]) if len(place) == 4]
     hits = [intersection_over_union(*pair) > 0.5 for pair in zip(boxes, answered, strict=False)]
-    return sum(hits) / len(boxes) if prediction["places"] and boxes else None
+    return sum(hits) / len(boxes) if prediction.get("places") and boxes else None
 
 
 def pointing_accuracy(prediction: Prediction) -> float | None:
     """The share of an answer's objects inside which its points lie, in this order. A box points to its middle."""
-    boxes, hits = [place for place in prediction["places"] if len(place) == 4], 0
+    boxes, hits = [place for place in prediction.get("places", []) if len(place) == 4], 0
     for (x1, y1, x2, y2), place in zip(boxes, places_in(prediction["prediction"]), strict=False):
         x, y = (place[0] + place[-2]) / 2, (place[1] + place[-1]) / 2  # of a point, itself
         hits += x1 <= x <= x2 and y1 <= y <= y2

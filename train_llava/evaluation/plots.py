@@ -106,7 +106,7 @@ def draw_sample_grid(
                 image = dataset[sample["index"]]["images"][0]
                 axes.imshow(image, interpolation="bicubic")
                 for key, line in ("reference", "w.-"), ("prediction", "r.-"):
-                    for place in places_in(sample[key]) if sample["places"] else []:
+                    for place in places_in(sample[key]) if sample.get("places") else []:
                         axes.plot(*outline(place, image.size, dataset.chat.seen_part(image.size)), line)
             axes.set_title(title, fontsize=11)
             color = "green" if is_exact(sample) else "firebrick"
