@@ -7,7 +7,6 @@ from copy import copy
 from functools import partial
 from pathlib import Path
 
-import networkx
 import numpy as np
 import torch
 
@@ -25,6 +24,8 @@ def keep_apart(records: LlavaDataset, fraction: float, seed: int, folder: Path |
 
     Records that share a picture, or have pictures that look alike, stay together. Bad ones are not kept apart.
     """
+    import networkx  # here, since it takes a third of a second
+
     places, graph = sorted(set(map(tuple, records.index.tolist()))), networkx.Graph()
     with ThreadPoolExecutor() as pool:
         for place, looks in zip(places, pool.map(partial(_looks, records), places), strict=True):
