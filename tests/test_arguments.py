@@ -314,8 +314,8 @@ CASES = {
         evaluate,
         f"{MODEL} --data_path {{corpus}} --output_dir {{out}}/e",
         f"{MODEL} --data_path {{root}}/data --image_dir {{images}} --output_dir {{out}}/e --batch_size 3 "
-        "--adapter_name_or_path {adapter} --max_new_tokens 3 --blank_control true --text_path {root}/text.txt "
-        "--base {qwen2}",
+        "--adapter_name_or_path {adapter} --max_new_tokens 3 --blank_control true --other_control true "
+        "--text_path {root}/text.txt --base {qwen2}",
         {
             evaluate.EvaluateArguments: {
                 "model_name_or_path": lambda s: s.loaded[str(s.llava)],
@@ -325,7 +325,8 @@ CASES = {
                 "batch_size": lambda s: rows(s) == 3,
                 "adapter_name_or_path": lambda s: s.loaded[str(s.adapter)],
                 "max_new_tokens": lambda s: all(given["max_new_tokens"] == 3 for given in s.generated),
-                "blank_control": lambda s: sum(len(given["input_ids"]) for given in s.generated) == 16,
+                "blank_control": lambda s: sum(len(given["input_ids"]) for given in s.generated) == 24,
+                "other_control": lambda s: "other_pictures" in metrics(s)["controls"],
                 "text_path": lambda s: metrics(s)["text"]["tokens"] > 5,
                 "base": lambda s: abs(metrics(s)["text"]["base_loss"] - metrics(s)["text"]["loss"]) > 1e-4,
             }

@@ -20,7 +20,7 @@ from train_llava.data import LlavaDataset
 from train_llava.evaluation import generation, plots
 from train_llava.evaluation import questions as question_files
 from train_llava.evaluation.generation import generate
-from train_llava.evaluation.metrics import by_language
+from train_llava.evaluation.metrics import by_group
 from train_llava.evaluation.questions import weights_digest
 from train_llava.modeling.adapter import load_model
 
@@ -58,10 +58,10 @@ def test_evaluate_asks_every_question_and_counts_the_exact_answers(merged, corpu
 
     answer_with(monkeypatch, answer_by_heart)
     metrics = run_evaluate(
-        monkeypatch, merged, corpus, tmp_path / "out", "--blank_control", "true", "--batch_size", "5"
+        monkeypatch, merged, corpus, tmp_path / "out", "--blank_control", "true", "--other_control", "true"
     )
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
-    assert len(asked) == 2 * metrics["n"] == 2 * len(lines) == 34
+    assert len(asked) == 3 * metrics["n"] == 3 * len(lines) == 51
     assert [line["id"] for line in lines].count("5") == 2
     assert lines[6]["prompt"] == "这是什么?"
     assert lines[0].keys() == {"id", "prompt", "reference", "prediction"}
@@ -69,6 +69,8 @@ def test_evaluate_asks_every_question_and_counts_the_exact_answers(merged, corpu
     assert metrics["exact_match"] == exact / 17
     assert exact == 12  # eleven of the fifteen pictures are English, and one of the two questions without a picture
     assert metrics["controls"]["blank_pictures"]["exact_match"] == 4 / 17
+    # One question without a picture, and one whose other record has none
+    assert metrics["controls"]["other_pictures"]["exact_match"] == 2 / 17
     assert metrics["controls"]["most_frequent_answer"]["exact_match"] == pytest.approx(4 / 17)
     assert Image.open(tmp_path / "out" / "captions.png").size[0] > 1000
 
@@ -189,10 +191,10 @@ def test_equal_questions_keep_their_own_answers_after_a_resume(corpus, tmp_path,
     for killed in (True, False):
         answer_with(monkeypatch, lambda _, shown: str(shown[0].height))
         if killed:
-            monkeypatch.setattr(evaluate, "by_language", lambda *_: 1 / 0)
+            monkeypatch.setattr(evaluate, "by_group", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError) if killed else nullcontext():
             metrics = run_evaluate(monkeypatch, merged, data, tmp_path / "out")
-        monkeypatch.setattr(evaluate, "by_language", by_language)
+        monkeypatch.setattr(evaluate, "by_group", by_group)
     assert metrics["exact_match"] == 1
 
 

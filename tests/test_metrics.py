@@ -188,21 +188,38 @@ def test_vqa_accuracy_follows_the_rules_of_the_challenge(prediction, answer, sam
 def test_scores_by_language():
     rows = [("en", "a", "a"), ("en", "b", "c"), ("zh", "好", "好"), ("zh", "好", "好 "), ("zh", "不", "好")]
     predictions = [said(answer, reference, language=language) for language, reference, answer in rows]
-    scores = metrics.by_language(predictions, metrics.score_group)
+    scores = metrics.by_group(predictions, metrics.score_group)
     found = {name: (s["exact_match"], s["n"]) for name, s in {"all": scores, **scores["by_language"]}.items()}
     assert found == {"all": (0.6, 5), "en": (0.5, 2), "zh": (2 / 3, 3)}
     # of 3 in 5
     assert scores["intervals"]["exact_match"] == pytest.approx([0.2307, 0.8824], abs=1e-4)
     assert "vqa_accuracy" not in scores
-    constant = metrics.by_language(metrics.most_frequent_answer(predictions), metrics.score_group)["by_language"]
+    constant = metrics.by_group(metrics.most_frequent_answer(predictions), metrics.score_group)["by_language"]
     assert (constant["en"]["exact_match"], constant["zh"]["exact_match"]) == (0.5, 2 / 3)
     several = [said("", text, "a cat") for text in ("a", "b", "b")]  # "a cat" is right three times, "b" twice
     assert metrics.score_exact(metrics.most_frequent_answer(several))["exact_match"] == 1
 
 
+def test_scores_by_kind():
+    rows = [("is there", "yes", "yes"), ("is there", "no", "yes"), ("where", "left", "left"), ("is there", "no", "no")]
+    predictions = [said(told, right, language="en") | {"kind": kind} for kind, right, told in rows]
+    scores = metrics.by_group(predictions, metrics.score_exact)
+    constant = metrics.by_group(metrics.most_frequent_answer(predictions), metrics.score_exact)
+    found = {kind: (of_kind["exact_match"], of_kind["n"]) for kind, of_kind in scores["by_kind"].items()}
+    assert found == {"is there": (2 / 3, 3), "where": (1, 1)}
+    # "no" and "left", each the most frequent answer of its kind
+    assert constant["by_kind"]["is there"]["exact_match"] == 2 / 3
+    assert constant["exact_match"] == 3 / 4
+    whole = metrics.by_group(predictions, metrics.score_group) | {"controls": {"most_frequent_answer": constant}}
+    (line,) = [line for line in evaluate.table(whole).splitlines() if line.startswith("  is there")]
+    assert line.split() == ["is", "there", "66.7%", "20.8%-93.9%", "66.7%"]
+    # Not every question names its kind
+    assert "by_kind" not in metrics.by_group([*predictions, said("a", "a", language="en")], metrics.score_exact)
+
+
 def test_a_metric_of_one_language_has_an_empty_cell_for_the_other():
     predictions = [said("red", "red", language="en", answers=("red",) * 10), said("红", "红", language="zh")]
-    scores = metrics.by_language(predictions, metrics.score_group) | {"controls": {}}
+    scores = metrics.by_group(predictions, metrics.score_group) | {"controls": {}}
     (row,) = [line for line in evaluate.table(scores).splitlines() if "VQA accuracy" in line]
     assert row == f"{'  VQA accuracy':<22}{'100.0%':>14}{'':>14}{'100.0%':>14}"
 
@@ -222,7 +239,7 @@ def runs(tmp_path):
             said("yes" if i < hits else "no", "yes") | {"id": str(i), "prompt": "?"} for i in range(questions)
         ]
         (tmp_path / name).mkdir()
-        scores = metrics.by_language(predictions, metrics.score_group)
+        scores = metrics.by_group(predictions, metrics.score_group)
         (tmp_path / name / "metrics.json").write_text(json.dumps(scores))
         lines = [json.dumps({key: p[key] for key in ("id", "prompt", "reference", "prediction")}) for p in predictions]
         (tmp_path / name / "predictions.jsonl").write_text("\n".join(lines) + "\n")

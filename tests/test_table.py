@@ -82,7 +82,7 @@ def test_an_item_holds_its_images_or_their_sizes_or_neither(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "a.jpg").write_bytes(encoded(Image.new("RGB", (400, 300)), "JPEG", exif=exif))
-    record = {"image": "a.jpg", "caption": ["red", "a red one"], "language": "en", "answers": ["x"]}
+    record = {"image": "a.jpg", "caption": ["red", "a red one"], "language": "en", "answers": ["x"], "kinds": ["what"]}
     (tmp_path / "chat.json").write_text(json.dumps([record]))
     whole, bare = LlavaDataset(str(tmp_path))[0], LlavaDataset(str(tmp_path), decode=False)[0]
     dataset = LlavaDataset(str(tmp_path))
@@ -92,4 +92,5 @@ def test_an_item_holds_its_images_or_their_sizes_or_neither(tmp_path):
     assert [image.size for image in whole["images"]] == [(300, 400)]
     assert (measured["images"], bare["images"], bare["image_sizes"]) == ([], [], [])
     assert (bare["language"], bare["answers"], bare["references"]) == ("en", ["x"], ["red", "a red one"])
+    assert bare["kinds"] == ["what"]
     assert dataset[0]["images"][0].size == (75, 100) == open_image(tmp_path / "a.jpg", min_side=30).size

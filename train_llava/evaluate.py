@@ -37,6 +37,7 @@ class EvaluateArguments:
     text_path: str | None = HfArg(default=None, help="A plain text that the model and its base are to predict.")
     base: str | None = HfArg(default=None, help="With --text_path, the base; default: the model without its adapter.")
     blank_control: bool = HfArg(default=False, help="Ask again with blank pictures, to see what the pictures add.")
+    other_control: bool = HfArg(default=False, help="Ask again with the pictures of other records.")
     keep_cut_boxes: bool = HfArg(default=False, help=CUT_BOXES_HELP)
     bits: Literal[4, 8] | None = HfArg(default=None, help=BITS_HELP)
     batch_size: int = HfArg(default=BATCH, help="Questions answered at once.")
@@ -68,7 +69,7 @@ from train_llava.data import LlavaDataset
 from train_llava.evaluation.answers import predict, write_predictions
 from train_llava.evaluation.comparison import compare
 from train_llava.evaluation.generation import this_process
-from train_llava.evaluation.metrics import METRICS, by_language, most_frequent_answer, score_exact, score_group
+from train_llava.evaluation.metrics import METRICS, by_group, most_frequent_answer, score_exact, score_group
 from train_llava.evaluation.plots import draw, draw_sample_grid
 from train_llava.evaluation.questions import settings_of
 from train_llava.model import load_checkpoint
@@ -82,10 +83,13 @@ SAMPLE_GRID = (2, 4)  # rows and columns of captions.png
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """The exact match of the model and of each control, then the model's other metrics, by language."""
+    """The exact match of the model and of each control, then the model's other metrics, by language and by kind."""
 
     def cells(scores: dict[str, Any], metric: str = "exact_match") -> list[str]:
         return [cell(column, metric) for column in (*scores.get("by_language", {}).values(), scores)]
+
+    def aligned(rows: list[list[str]], width: int) -> list[str]:
+        return [f"{name:<22}{''.join(f'{text:>{width}}' for text in texts)}".rstrip() for name, *texts in rows]
 
     languages = metrics.get("by_language", {})
     rows = [["exact match", *languages, "all"], ["this model", *cells(metrics)], ["  95 % interval"]]
@@ -100,7 +104,15 @@ def table(metrics: dict[str, Any]) -> str:
         if metric in metrics and metric != "exact_match":
             rows.append([f"  {name}", *cells(metrics, metric)])
     rows.append(["questions", *(f"{scores['n']:,}" for scores in (*languages.values(), metrics))])
-    lines = [f"{name:<22}{''.join(f'{text:>14}' for text in texts)}".rstrip() for name, *texts in rows]
+    lines = aligned(rows, 14)
+    if "by_kind" in metrics:
+        controls = metrics["controls"]
+        rows = [["exact match by kind", "this model", "95 % interval", *(name.replace("_", " ") for name in controls)]]
+        for kind, scores in metrics["by_kind"].items():
+            low, high = scores["intervals"]["exact_match"]
+            others = [cell(control["by_kind"][kind], "exact_match") for control in controls.values()]
+            rows.append([f"  {kind}", cell(scores, "exact_match"), f"{low:.1%}-{high:.1%}", *others])
+        lines += ["", *aligned(rows, 22), ""]
     for metric, reason in metrics.get("undefined", {}).items():
         lines.append(f"{METRICS[metric]} is not defined: {reason}")
     # Lines that only some evaluations have
@@ -170,9 +182,9 @@ def compare_text_loss(
 
 
 def previous_answers(output_dir: str) -> list[Path]:
-    """The files of answers until the folder is complete: those of the model, and those to blank pictures."""
+    """The files of answers until the folder is complete: the model's, and those to blank and to other pictures."""
     target = Path(os.path.realpath(output_dir))
-    return [target.with_name(f"{target.name}.{kind}.jsonl") for kind in ("answers", "blank-answers")]
+    return [target.with_name(f"{target.name}.{kind}.jsonl") for kind in ("answers", "blank-answers", "other-answers")]
 
 
 def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any]:
@@ -193,15 +205,18 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
         raise ValueError(f"no question of the data could be asked; {bad[0]['id']}: {bad[0]['reason']}")
     controls = {"most_frequent_answer": most_frequent_answer(predictions)}
     if arguments.blank_control:
-        blank, _ = predict(model, processor, dataset, files[1], settings, arguments.batch_size, blank=True)
+        blank, _ = predict(model, processor, dataset, files[1], settings, arguments.batch_size, "blank")
         controls["blank_pictures"] = blank
+    if arguments.other_control:
+        other, _ = predict(model, processor, dataset, files[2], settings, arguments.batch_size, "other")
+        controls["other_pictures"] = other
     # The scores
     versions = {module.__name__: module.__version__ for module in (train_llava, transformers, torch)}
-    metrics = by_language(predictions, score_group) | {"cut_answers": mean(p["cut"] for p in predictions)}
+    metrics = by_group(predictions, score_group) | {"cut_answers": mean(p["cut"] for p in predictions)}
     metrics |= {"settings": settings | versions, "bad": bad}
     if text_scores:
         metrics["text"] = text_scores
-    metrics["controls"] = {name: by_language(control, score_exact) for name, control in controls.items()}
+    metrics["controls"] = {name: by_group(control, score_exact) for name, control in controls.items()}
     if folder is None:
         return metrics
     # The report and the files
@@ -228,8 +243,8 @@ def main() -> None:
             text, shown, picture = table(evaluate(arguments, folder)), "pictures and answers", "captions.png"
     # The folder is complete: the files of answers are no longer needed
     if not arguments.compare:
-        for file in previous_answers(arguments.output_dir)[: 1 + arguments.blank_control]:
-            file.unlink()
+        for file in previous_answers(arguments.output_dir):
+            file.unlink(missing_ok=True)
     print(text)
     if (Path(arguments.output_dir) / picture).exists():
         print(f"{shown}: {Path(arguments.output_dir) / picture}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -44,6 +44,8 @@ def questions(item: dict[str, Any]) -> list[dict[str, Any]]:
         question["references"] = right if reference.strip() in right else [reference, *right]
         question["places"] = message.get("places", [])
         question["answers"] = item["answers"] if is_last else []
+        number = sum(earlier["role"] == "assistant" for earlier in before)
+        question["kind"] = item["kinds"][number] if number < len(item["kinds"]) else None
         result.append(item | question)
     return result
 
@@ -79,9 +81,12 @@ def predict(
     path: Path,
     settings: dict[str, Any],
     batch_size: int,
-    blank: bool = False,
+    pictures: Literal["own", "blank", "other"] = "own",
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """The model's answer to every question of a data set. With `blank`, all its pictures are white.
+    """The model's answer to every question of a data set.
+
+    Its pictures are the question's `own`, or as many white ones (`blank`), or the first one of the record that is
+    half of the data away, if it has one (`other`).
 
     Answers are written to `path` as they come; those in it already are used. See `answer_questions`. Every process
     gets all predictions, in the order of the records, and `id` and `reason` of each question that cannot be asked.
@@ -90,7 +95,12 @@ def predict(
 
     def opened(question: dict[str, Any]) -> tuple[Messages, list[Image.Image]]:
         messages, images = open_question(dataset, question)
-        return messages, [Image.new("RGB", image.size, "white") for image in images] if blank else images
+        if pictures == "blank":
+            images = [Image.new("RGB", image.size, "white") for image in images]
+        elif pictures == "other" and images:
+            other = dataset[(question["index"] + len(dataset) // 2) % len(dataset)]
+            images = (other["images"] or images)[:1] * len(images)
+        return messages, images
 
     chat = chat_of(processor)
     lines, bad = answer_questions(model, chat, all_questions, opened, path, settings, batch_size)

@@ -285,26 +285,29 @@ def score_group(predictions: list[Prediction]) -> dict[str, Any]:
     return scores | ({"undefined": reasons} if reasons else {})
 
 
-def by_language(
-    predictions: Iterable[Prediction], score: Callable[[list[Prediction]], dict[str, Any]]
-) -> dict[str, Any]:
-    """The scores of all predictions and, where all name a language, those of each under `by_language`."""
+def by_group(predictions: Iterable[Prediction], score: Callable[[list[Prediction]], dict[str, Any]]) -> dict[str, Any]:
+    """The scores of all predictions and, under `by_language` and `by_kind`, those of each language and kind.
+
+    A group needs all questions to name theirs. Languages are sorted; kinds are in the order of the questions.
+    """
     predictions = list(predictions)
-    groups: dict[str, list[Prediction]] = {}
-    for p in predictions:
-        groups.setdefault(p["language"], []).append(p)
     scores = score(predictions)
-    if None not in groups:
-        scores["by_language"] = {language: score(groups[language]) for language in sorted(groups)}
+    for field in ("language", "kind"):
+        groups: dict[str, list[Prediction]] = {}
+        for p in predictions:
+            groups.setdefault(p.get(field), []).append(p)
+        if None not in groups:
+            names = sorted(groups) if field == "language" else groups
+            scores[f"by_{field}"] = {name: score(groups[name]) for name in names}
     return scores
 
 
 def most_frequent_answer(predictions: list[Prediction]) -> list[Prediction]:
-    """The same questions, each answered with the reference that is right most often in its language."""
-    counts: dict[str, Counter] = {}
+    """The same questions, each answered with the reference that is right most often in its language and kind."""
+    counts: dict[tuple[str, str], Counter] = {}
     for p in predictions:
-        counts.setdefault(p["language"], Counter()).update(list(dict.fromkeys(references(p))))
-    return [p | {"prediction": counts[p["language"]].most_common(1)[0][0]} for p in predictions]
+        counts.setdefault((p["language"], p.get("kind")), Counter()).update(list(dict.fromkeys(references(p))))
+    return [p | {"prediction": counts[p["language"], p.get("kind")].most_common(1)[0][0]} for p in predictions]
 
 
 def difference(predictions: list[Prediction], others: list[Prediction]) -> tuple[float, list[float]]:
