@@ -1,0 +1,85 @@
+"""The data of examples/scenes: what is held out, answers that are true of their scenes, boxes that hold the things."""
+
+import json
+import random
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+from PIL import Image
+
+from examples.scenes import make_data
+from examples.scenes.scenes import GROUNDS, PICTURE_SIZE, draw_scene, held_out_pairs, names, paint
+from examples.scenes.wordings import LANGUAGES, TRAINING, WORDINGS
+from train_llava.data import LlavaDataset
+
+
+def test_held_out_pairs_never_stand_together_in_training():
+    rng, pairs = random.Random(1), held_out_pairs()
+    for held_out in (False, True):
+        scenes = [draw_scene(rng, held_out) for _ in range(300)]
+        together = [pairs[a][b] for scene in scenes for a, b in combinations(scene.counts, 2)]
+        assert len(together) > 100
+        assert set(together) == {held_out}
+    share = np.mean([pairs[a][b] for a, b in combinations(range(len(pairs)), 2)])
+    assert 0.2 < share < 0.3
+
+
+def test_boxes_hold_the_things_and_the_ground_is_its_colour():
+    rng = random.Random(2)
+    for _ in range(30):
+        scene = draw_scene(rng, held_out=False)
+        picture, boxes = paint(scene, rng)
+        pixels = np.asarray(picture).astype(int)
+        outside = np.ones(pixels.shape[:2], dtype=bool)
+        for (place, _), (x1, y1, x2, y2) in zip(scene.things, boxes, strict=True):
+            outside[y1:y2, x1:x2] = False
+            half = PICTURE_SIZE // 2
+            assert (x1 // half, y1 // half) == ((x2 - 1) // half, (y2 - 1) // half) == (place % 2, place // 2)
+            assert np.ptp(pixels[y1:y2, x1:x2], axis=(0, 1)).max() > 20  # something is drawn there
+        (colour,) = np.unique(pixels[outside], axis=0)
+        assert np.abs(colour - GROUNDS[scene.ground]).max() <= 10
+
+
+def test_answers_are_true_of_their_scenes():
+    """Read back from the words: the sentence about the whole tells all that the other answers tell."""
+    rng, english = random.Random(3), LANGUAGES["en"]
+    asked = Counter()
+    for _ in range(400):
+        scene = draw_scene(rng, held_out=False)
+        described = make_data.answer("describe", scene, None, "en")
+        listed = {place: next((n for n in names("en") if f"{english.one(n)} at the {place}" in described), None)
+                  for place in english.places}  # fmt: skip
+        things = [name for name in listed.values() if name]
+        for kind, _, told in make_data.conversation(scene, "en", 11, rng):
+            asked[kind] += 1
+            if kind == "things":
+                assert told == english.numbers[len(things)]
+            if kind == "ground":
+                assert f"on a{'n' * (told[0] in 'aeiou')} {told} ground" in described
+        for place, motif in scene.things:
+            if scene.counts[motif] == 1:
+                assert make_data.answer("where", scene, motif, "en").endswith(english.places[place])
+            assert make_data.answer("count", scene, motif, "en") == english.numbers[things.count(names("en")[motif])]
+        assert make_data.answer("is there", scene, scene.things[0][1], "en") == "yes"
+    assert asked.keys() == WORDINGS.keys()
+
+
+def test_the_written_data_is_read_and_balanced(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_data, "TRAIN", 20)
+    monkeypatch.setattr("sys.argv", ["make_data", "--output_dir", str(tmp_path)])
+    make_data.main()
+    training = json.loads((tmp_path / "train/chat.json").read_text())
+    questions = {turn["value"] for record in training for turn in record["conversations"][::2]}
+    heldout = LlavaDataset(str(tmp_path / "heldout"))
+    assert len(heldout) == 2 * len(WORDINGS) * make_data.HELDOUT
+    assert heldout[0]["images"][0].size == (PICTURE_SIZE, PICTURE_SIZE)
+    answers: dict[str, Counter] = {}
+    for record in json.loads((tmp_path / "heldout/chat.json").read_text()):
+        assert record["conversations"][0]["value"] not in questions
+        if record["language"] == "en":
+            answers.setdefault(record["kinds"][0], Counter())[record["conversations"][1]["value"]] += 1
+    assert answers["is there"] == {"yes": 20, "no": 20}
+    assert max(answers["ground"].values()) == 5
+    assert Image.open(tmp_path / "talk/images_dl/00000.png").mode == "RGB"
+    assert len(WORDINGS["what"]["en"]) > TRAINING
