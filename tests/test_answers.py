@@ -163,7 +163,7 @@ def test_two_processes_write_the_same_files_as_one(llava, corpus, tmp_path, monk
     options = ["--adapter_name_or_path", adapter, "--max_new_tokens", "8", "--batch_size", "4"]
     evaluated(llava, corpus, tmp_path / "one", monkeypatch, *options)
     arguments = ["--model_name_or_path", llava, "--data_path", corpus, "--output_dir", tmp_path / "two", *options]
-    monkeypatch.setattr(evaluate, "by_language", lambda *_: 1 / 0)
+    monkeypatch.setattr(evaluate, "by_group", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # an evaluation that fails leaves its answers
         evaluated(llava, corpus, tmp_path / "two", monkeypatch, *options)
     answered = tmp_path / "two.answers.jsonl"

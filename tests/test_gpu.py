@@ -99,7 +99,7 @@ def test_where_no_time_is_left_the_file_says_so_and_a_run_after_it_goes_on(gpu, 
 
 
 def is_llava(value) -> bool:
-    return isinstance(value, LlavaForConditionalGeneration)
+    return issubclass(type(value), LlavaForConditionalGeneration)  # a proxy may point to nothing
 
 
 def test_memory_is_given_back_behind_a_variant(gpu, tmp_path):
