@@ -32,7 +32,7 @@ def keep_apart(records: LlavaDataset, fraction: float, seed: int, folder: Path |
             graph.add_edges_from((place, look) for look in looks or [place])
     # Pictures that look alike
     pictures = [node for node in graph if isinstance(node, bytes)]
-    pixels = torch.tensor([*map(list, pictures)], dtype=torch.float32)
+    pixels = torch.tensor(np.frombuffer(b"".join(pictures), np.uint8).reshape(-1, 3 * SIDE**2)).float()
     for start in range(0, len(pictures), 1000):
         near = torch.cdist(pixels[start : start + 1000], pixels) < ALIKE * pixels.shape[1] ** 0.5
         graph.add_edges_from((pictures[start + i], pictures[j]) for i, j in near.nonzero().tolist())
