@@ -1,18 +1,21 @@
-"""Scans a data set before training: bad records with their reasons, lengths, sizes, and a sample.
+"""Scans a data set before training: bad records, what deserves a look, lengths, sizes, samples, and the steps.
 
-    python -m train_llava.check_data --data_path data --model_name_or_path output/llava --report report.json
+    python -m train_llava.check_data --data_path data --model_name_or_path output/llava --report data.json
 
 Every record is read, and every picture is opened unless `--decode_pictures false`. With a model, conversations
-are counted in its tokens, and one is shown as it is trained on. The exit code is 1 if a record is bad.
+are counted in its tokens, and one is shown as it is trained on. `data.png` shows 16 records as the model sees them.
+The exit code is 1 if a record is bad.
 """
 
 import json
 import os
 import re
 import sys
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
+from math import ceil
 from pathlib import Path
 
 from transformers.hf_argparser import HfArg
@@ -28,8 +31,12 @@ class CheckArguments:
     max_length: int | None = HfArg(default=None, help="Longest conversation in tokens, as in train.")
     keep_cut_boxes: bool = HfArg(default=False, help=CUT_BOXES_HELP)
     decode_pictures: bool = HfArg(default=True, help="false: read the records alone, much faster.")
+    eval_data_path: list[str] | None = HfArg(default=None, help="Held-out data: its pictures are looked for.")
+    eval_image_dir: str | None = HfArg(default=None, help="The held-out pictures' folder or .zip, as in train.")
     eval_fraction: float | None = HfArg(default=None, help="Tell what this fraction keeps apart, as in train.")
-    report: str | None = HfArg(default=None, help="A .json file for the results; histograms go into a .png beside it.")
+    report: str | None = HfArg(default=None, help="A .json file for the results; a .png beside it shows the data.")
+    global_batch_size: int = HfArg(default=16, help="Records of a step, to count the steps; as in the recipe.")
+    num_train_epochs: float = HfArg(default=3, help="Passes over the data, to count the steps; as in the recipe.")
     num_proc: int = HfArg(default=os.cpu_count() or 1, help="Processes to use.")
 
 
@@ -37,40 +44,56 @@ if __name__ == "__main__":
     parse_first(CheckArguments)  # before the imports that take seconds
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from train_llava.chat import IGNORE, Chat, chat_of
 from train_llava.data import LlavaDataset, to_item, to_sample
 from train_llava.dataset.apart import keep_apart
+from train_llava.dataset.findings import FINDINGS, facts_of, find
 from train_llava.dataset.readers import BadRecordError
 from train_llava.dataset.sources import find_records, form_of
+from train_llava.evaluation.plots import draw, draw_data
 from train_llava.model import load_processor
 
 CHUNK = 100  # records that a process takes at once, since they may hold pictures
 EXAMPLES = 3  # of each kind of error
-TITLES = {"tokens": "tokens a conversation", "characters": "characters a conversation", "sides": "pixels a side"}
+ENOUGH = 40  # steps: six records were learnt in as many, and not in 3
 
 
 def scan(indices: list[int], dataset: LlavaDataset, chat: Chat | None) -> dict[str, list]:
-    """The errors of some records, and the sizes of the good ones. A data-loading worker calls it."""
-    results: dict[str, list] = {"errors": [], "tokens": [], "characters": [], "sides": []}
-    for source, places in groupby(dataset.index[indices].tolist(), key=lambda place: place[0]):
+    """The errors of some records, and the facts of the good ones. A data-loading worker calls it."""
+    results: dict[str, list] = defaultdict(list)
+    for source, group in groupby(indices, key=lambda number: dataset.index[number, 0]):
         # Rows are read at once, several times faster than one by one
-        for row in dataset.tables[source].__getitems__([row for _, row in places]):
+        numbers = list(group)
+        rows = dataset.tables[source].__getitems__(dataset.index[numbers, 1].tolist())
+        for number, row in zip(numbers, rows, strict=True):
             try:
                 item = to_item(row, dataset.image_dirs[source], chat, dataset.decode)
                 if chat is not None:
                     results["tokens"].append(len(to_sample(item, chat).input_ids))
             except BadRecordError as error:
                 results["errors"].append(error.args)
+                results["tokens"] += map(int, re.findall(r"^(\d+) tokens, ", error.args[1]))  # of one that is too long
                 continue
-            # Texts and pictures of a good record
             parts = chain.from_iterable(message["content"] for message in item["messages"])
             results["characters"].append(sum(len(part.get("text", "")) for part in parts))
-            for image in item["images"]:
-                results["sides"] += image.size
+            results["good"].append(number)
+            for name, values in facts_of(number, row, item, dataset.image_dirs[source]).items():
+                results[name] += values
+    return results
+
+
+def scan_all(dataset: LlavaDataset, chat: Chat | None, num_proc: int) -> dict[str, list]:
+    """The results of `scan` for all records. Without pictures and a model, one process is the fastest."""
+    workers = num_proc if num_proc > 1 and (dataset.decode or chat is not None) else 0
+    scan_chunk = partial(scan, dataset=dataset, chat=chat)
+    loader = DataLoader(range(len(dataset)), CHUNK, num_workers=workers, collate_fn=scan_chunk)
+    results: dict[str, list] = defaultdict(list)
+    for part in tqdm(loader, "scanning", unit=f" x {CHUNK} records"):
+        for name, values in part.items():
+            results[name] += values
     return results
 
 
@@ -87,15 +110,6 @@ def summary(values: list[int]) -> dict[str, float]:
     """The distribution of a list of sizes."""
     quantiles = {"min": 0, "median": 50, "p95": 95, "p99": 99, "max": 100}
     return {name: float(np.percentile(values, q)) for name, q in quantiles.items()}
-
-
-def draw_histograms(sizes: dict[str, list], path: Path) -> None:
-    """Draws the lengths of the conversations and the sizes of the pictures, one panel each."""
-    figure = Figure(figsize=(4.5 * len(sizes), 3), layout="constrained")
-    for axes, (name, values) in zip(np.ravel(figure.subplots(1, len(sizes))), sizes.items(), strict=True):
-        axes.hist(values, bins=40)
-        axes.set(xlabel=TITLES[name], ylabel="number")
-    figure.savefig(path, dpi=120)
 
 
 def show_sample(dataset: LlavaDataset, chat: Chat) -> str:
@@ -122,24 +136,23 @@ def main() -> None:
     if arguments.report is not None:
         Path(arguments.report).absolute().parent.mkdir(parents=True, exist_ok=True)
 
-    # Scan the records. Without pictures and a model, more processes would take longer than one
+    # Scan the records, and the held-out ones
     dataset = LlavaDataset(arguments.data_path, arguments.image_dir, decode=arguments.decode_pictures)
     chat = None
     if arguments.model_name_or_path is not None:
         processor = load_processor(arguments.model_name_or_path)[1]
         chat = dataset.chat = chat_of(processor, arguments.max_length, arguments.keep_cut_boxes)
-    in_parallel = arguments.num_proc > 1 and (arguments.decode_pictures or chat is not None)
-    workers = arguments.num_proc if in_parallel else 0
-    scan_chunk = partial(scan, dataset=dataset, chat=chat)
-    loader = DataLoader(range(len(dataset)), CHUNK, num_workers=workers, collate_fn=scan_chunk)
-    results: dict[str, list] = {}
-    for part in tqdm(loader, "scanning", unit=f" x {CHUNK} records"):
-        for name, values in part.items():
-            results.setdefault(name, []).extend(values)
+    results, held_out = scan_all(dataset, chat, arguments.num_proc), defaultdict(list)
+    if arguments.eval_data_path is not None and arguments.decode_pictures:
+        heldout_data = LlavaDataset(arguments.eval_data_path, arguments.eval_image_dir)
+        held_out = scan_all(heldout_data, chat, arguments.num_proc)
+    found = {name: (count, which) for name, (count, which) in find(results, held_out, chat).items() if count}
 
     # Put similar errors together, the most frequent first in print
-    errors = results.pop("errors")
-    sizes = {name: values for name, values in results.items() if values}
+    errors, scripts = results["errors"], dict(Counter(results["scripts"]).most_common())
+    sizes = {name: results[name] for name in ("tokens", "characters") if results[name]}
+    if results["sizes"]:
+        sizes["sides"] = list(chain.from_iterable(results["sizes"]))
     kinds: dict[str, list] = {}
     for record_id, reason in errors:
         kinds.setdefault(kind_of(reason), []).append({"id": record_id, "reason": reason})
@@ -148,6 +161,11 @@ def main() -> None:
         "bad": len(errors),
         "faults": {kind: {"count": len(bad), "examples": bad[:EXAMPLES]} for kind, bad in kinds.items()},
         **{name: summary(values) for name, values in sizes.items()},
+        "findings": {
+            name: {"count": count, "examples": [dataset.read(i, False)["id"] for i in dict.fromkeys(which[:EXAMPLES])]}
+            for name, (count, which) in found.items()
+        },
+        "scripts": scripts,
     }
 
     # Print the report, and write it
@@ -159,19 +177,32 @@ def main() -> None:
         print(f"{len(bad):>9,}  {kind}")
         for example in bad[:EXAMPLES]:
             print(f"{'':11}{example['id']}: {example['reason']}")
+    for name, finding in report["findings"].items():
+        examples = f" ({', '.join(finding['examples'])})" if finding["examples"] else ""
+        print(f"{finding['count']:>9,}  {FINDINGS[name]}{examples}")
     for name in sizes:
         print(f"{name:<11}" + "  ".join(f"{key} {value:,.0f}" for key, value in report[name].items()))
+    print("languages  " + ", ".join(f"{script} {count:,}" for script, count in scripts.items()))
+    trained = len(results["good"])
     if arguments.eval_fraction is not None:
         apart = keep_apart(dataset, arguments.eval_fraction, 42)  # train's --seed
         print(f"--eval_fraction {arguments.eval_fraction} keeps {len(apart):,} of the records apart")
+        trained -= len(apart)
+    # An epoch's last step may be smaller
+    batch, in_epoch = arguments.global_batch_size, ceil(trained / arguments.global_batch_size)
+    report["steps"] = steps = ceil(arguments.num_train_epochs * in_epoch)
+    remedy = (
+        f", too few to learn much: set --num_train_epochs {ceil(ENOUGH / max(in_epoch, 1))}" if steps < ENOUGH else ""
+    )
+    print(f"steps      {steps:,} of {batch} records in {arguments.num_train_epochs:g} epochs{remedy}")
     if chat is not None:
         print(show_sample(dataset, chat))
     if arguments.report is not None:
         path = Path(arguments.report)
         path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"written to {path}")
-        if sizes:
-            draw_histograms(sizes, path.with_suffix(".png"))
+        if results["good"]:
+            draw(partial(draw_data, dataset, results, scripts), path.with_suffix(".png"))
             print(f"written to {path.with_suffix('.png')}")
     sys.exit(1 if errors else 0)
 

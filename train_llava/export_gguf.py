@@ -34,11 +34,11 @@ from PIL import ExifTags, Image, ImageOps
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from transformers.utils import is_gguf_available
 
-from train_llava.dataset.images import open_image
+from train_llava.dataset.images import levels, open_image
 from train_llava.model import load_checkpoint
 from train_llava.modeling import gguf_files
 from train_llava.modeling.templates import ANSWER, QUESTION, end_of_turn_tokens, template_segments
-from train_llava.prepare_picture import as_seen, levels
+from train_llava.prepare_picture import as_seen
 
 PADDING = (122, 116, 104)  # llama.cpp pads a picture to a square with this colour, as LLaVA-1.5 did
 SYSTEM = ("system", ("text",))

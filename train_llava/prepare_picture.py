@@ -30,14 +30,8 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import BaseImageProcessor
 
-from train_llava.dataset.images import is_anyres, open_image, prepare_pictures
+from train_llava.dataset.images import is_anyres, levels, open_image
 from train_llava.model import load_processor
-
-
-def levels(image_processor: BaseImageProcessor, image: Image.Image) -> np.ndarray:
-    """An RGB picture as the image processor resizes and crops it: `(H, W, 3)`, levels from 0 to 255."""
-    pixels = prepare_pictures(image_processor, [image])["pixel_values"][0].permute(1, 2, 0).numpy()
-    return (pixels * image_processor.image_std + image_processor.image_mean) / image_processor.rescale_factor
 
 
 def as_seen(image_processor: BaseImageProcessor, image: Image.Image) -> Image.Image:

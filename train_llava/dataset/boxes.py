@@ -2,6 +2,7 @@
 
 import re
 import reprlib
+from contextlib import suppress
 from itertools import zip_longest
 from typing import Any
 
@@ -36,14 +37,19 @@ def objects_of(record: Record) -> list[dict[str, Any]]:
 
 
 def place_objects(messages: list[dict[str, Any]], record: Record, images: int) -> list[dict[str, Any]]:
-    """The objects for the `<box>` and `<point>` tags of a conversation, in their order; [] without objects or tags.
+    """The objects for the `<box>` and `<point>` tags of a conversation, in their order; without tags, those to draw.
 
     A label takes the place of each `<ref-object>`. A ValueError says that tags and objects are not as many.
     """
     parts = [part for message in messages for part in message["content"] if part["type"] == "text"]
     text = "".join(part["text"] for part in parts)
     tags, names = len(TAG.findall(text)), text.count(NAME)
-    if not record.get("objects") or not tags + names:
+    if not record.get("objects"):
+        return []
+    if not tags + names:  # nothing is learnt of them, and errors do not count
+        with suppress(ValueError):
+            objects = objects_of(record) if isinstance(record["objects"], list) else []
+            return [{"box": one["box"]} for one in objects if one.get("box") and not one.get("image")]
         return []
     objects = objects_of(record)
     labels, boxes = ([one for one in objects if one.get(key)] for key in ("label", "box"))
@@ -87,12 +93,9 @@ def write_places(
 def place_in(one: dict[str, Any], geometry: tuple[int, int, int], chat: Chat) -> list[int]:
     """An object's box or point in what the model sees of its picture."""
     width, height, turn = geometry
-    scale = (1, 1) if one.get("relative") else (width, height)
-    shares = [value / scale[i % 2] for i, value in enumerate(one["box"])]
-    # EXIF mirrors first, then turns by quarters
-    points = [turned(x, y, turn) for x, y in zip(shares[::2], shares[1::2], strict=True)]
     if turn >= 5:
         width, height = height, width
+    points = upright_shares(one, geometry)
     sides, seen = zip(*points, strict=True), []
     # What the model sees reaches from `low` to `high`
     left, top, right, bottom = chat.seen_part((width, height))
@@ -106,6 +109,15 @@ def place_in(one: dict[str, Any], geometry: tuple[int, int, int], chat: Chat) ->
             remedy = "take --image_aspect_ratio pad or anyres, or --keep_cut_boxes true if part of it is seen"
             raise ValueError(f"the model does not see all of the object {one.get('label')}: {remedy}")
     return [seen[axis][end] for end in range(len(points)) for axis in (0, 1)]
+
+
+def upright_shares(one: dict[str, Any], geometry: tuple[int, int, int]) -> list[tuple[float, float]]:
+    """The x and y of an object's two corners, or of its point, in shares of its picture as people see it."""
+    width, height, turn = geometry
+    scale = (1, 1) if one.get("relative") else (width, height)
+    shares = [value / scale[i % 2] for i, value in enumerate(one["box"])]
+    # EXIF mirrors first, then turns by quarters
+    return [turned(x, y, turn) for x, y in zip(shares[::2], shares[1::2], strict=True)]
 
 
 def turned(x: float, y: float, turn: int) -> tuple[float, float]:

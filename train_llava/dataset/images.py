@@ -13,6 +13,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from torch import nn
 from transformers import BaseImageProcessor
+from transformers.image_processing_utils import select_best_resolution
 
 with suppress(ImportError):  # an optional package, for HEIC
     import pillow_heif
@@ -134,6 +135,18 @@ def prepare_pictures(image_processor: BaseImageProcessor, images: list[Image.Ima
     if matches_processor(image_processor):
         return {"pixel_values": prepare_fast(image_processor, images)}
     return {"pixel_values": image_processor(images, return_tensors="pt")["pixel_values"]}
+
+
+def levels(image_processor: BaseImageProcessor, image: Image.Image) -> np.ndarray:
+    """An RGB image as the model sees it, cropped or padded, or its tiles: `(H, W, 3)`, levels from 0 to 255."""
+    pixels = prepare_pictures(image_processor, [image])["pixel_values"][0]
+    if is_anyres(image_processor):
+        side = pixels.shape[-1]
+        height, width = select_best_resolution(image.size[::-1], image_processor.image_grid_pinpoints)
+        tiles = pixels[1:].unflatten(0, (height // side, width // side))  # the whole image is left out
+        pixels = tiles.permute(2, 0, 3, 1, 4).reshape(3, height, width)
+    pixels = pixels.permute(1, 2, 0).numpy()
+    return (pixels * image_processor.image_std + image_processor.image_mean) / image_processor.rescale_factor
 
 
 def seen_part(image_processor: BaseImageProcessor, side: int, size: tuple[int, int]) -> list[float]:

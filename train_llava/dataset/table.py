@@ -16,13 +16,13 @@ from train_llava.chat import Chat
 from train_llava.common.files import written_whole
 from train_llava.dataset.annotations import companion
 from train_llava.dataset.archives import Members, data_uri, is_archive, label, locate_image, read_image, zip_members
-from train_llava.dataset.boxes import place_objects, write_places
+from train_llava.dataset.boxes import TAG, place_objects, write_places
 from train_llava.dataset.images import open_image, picture_size, stored_geometry
 from train_llava.dataset.readers import BadRecordError, answers_of, id_of, images_of, texts_of
 from train_llava.dataset.sources import find_records, raw_records
 from train_llava.records import to_messages
 
-CACHE_VERSION = 12  # of the rules in records.py and here: raise it to have every data set read again
+CACHE_VERSION = 13  # of the rules in records.py and here: raise it to have every data set read again
 TEXT, TEXTS = datasets.Value("string"), datasets.List(datasets.Value("string"))
 FEATURES = datasets.Features(
     id=TEXT,
@@ -33,7 +33,7 @@ FEATURES = datasets.Features(
     answers=TEXTS,
     references=TEXTS,
     kinds=TEXTS,  # of its questions
-    objects=TEXT,  # JSON: those of the `<box>` and `<point>` tags
+    objects=TEXT,  # JSON: those of the `<box>` and `<point>` tags, or without tags all of them
     error=TEXT,  # why the record cannot be used
 )
 Row = dict[str, Any]  # a value for each of these
@@ -132,6 +132,12 @@ def _write_table(rows: Iterable[Row], path: Path) -> None:
         writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
 
 
+def image_sources(row: Row, image_dir: Path | None) -> list[tuple[Path | bytes, str]]:
+    """Where each image of a row is, or its bytes, with the name for errors: what `open_image` takes."""
+    sources = [(read_image(image_dir, name), label(name)) for name in row["images"]]
+    return sources + [(content, f"picture {i}") for i, content in enumerate(row["image_bytes"])]
+
+
 def to_item(row: Row, image_dir: Path | None, chat: Chat | None = None, decode: bool = True) -> dict[str, Any]:
     """A row of the table as an item of `LlavaDataset`. Without `decode`, images are at most measured.
 
@@ -140,13 +146,12 @@ def to_item(row: Row, image_dir: Path | None, chat: Chat | None = None, decode: 
     """
     # Only as much of the images as is needed: nothing, their sizes, or their pixels
     images, sizes, messages = [], [], json.loads(row["messages"])
-    objects = json.loads(row["objects"] or "[]")
+    objects = json.loads(row["objects"] or "[]") if TAG.search(row["messages"]) else []  # others are not learnt
     try:
         if row["error"] is not None:
             raise ValueError(row["error"])
         if decode or (chat is not None and (objects or chat.anyres)):
-            sources = [(read_image(image_dir, name), label(name)) for name in row["images"]]
-            sources += [(content, f"picture {i}") for i, content in enumerate(row["image_bytes"])]
+            sources = image_sources(row, image_dir)
             min_side = None if chat is None else chat.min_side
             images = [open_image(source, name, min_side) for source, name in sources if decode]
             sizes = [image.size for image in images] or [picture_size(*source) for source in sources]

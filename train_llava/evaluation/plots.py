@@ -1,5 +1,8 @@
-"""Draws the loss curve and grids of samples."""
+"""Draws the loss curve, grids of samples, and a data set."""
 
+import json
+import logging
+import random
 import sys
 import textwrap
 from collections.abc import Callable
@@ -9,15 +12,23 @@ from typing import Any
 from unicodedata import east_asian_width
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager, get_font
 
+from train_llava.data import LlavaDataset
+from train_llava.dataset.boxes import upright_shares
+from train_llava.dataset.images import levels, stored_geometry
+from train_llava.dataset.table import image_sources
 from train_llava.evaluation.metrics import METRICS, is_exact, places_in
-from train_llava.records import IMAGE_TOKEN
+from train_llava.records import IMAGE_TOKEN, text_of
 
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC"]
 FONTS += ["Microsoft YaHei"]
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # of fonts without a normal weight
 COLUMN, PICTURE, LINE = 2.6, 2.1, 0.19  # inches: a column's width, a picture's side, a line of text
+RECORD, PANELS, LINES = 3.4, 3.4, 9  # of `draw_data`, inches: a column's width, the panels' height; lines of a record
 
 
 def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
@@ -65,11 +76,7 @@ def draw_sample_grid(
     machine's fonts cannot write its texts, and long texts are cut; the metrics count them all.
     """
     # The samples that the fonts of this machine can write
-    installed = fontManager.get_font_names()
-    fonts = [name for name in FONTS if name in installed]
-    writable = {ord("\n")}
-    for name in fonts:
-        writable |= get_font(findfont(name)).get_charmap().keys()
+    fonts, writable = _fonts()
     drawable = []
     for prediction in predictions:
         characters = set(map(ord, prediction["prompt"] + prediction["reference"]))
@@ -85,8 +92,7 @@ def draw_sample_grid(
         question = _cut(sample["prompt"].replace(IMAGE_TOKEN, "").strip())
         reference = _cut(sample["reference"])
         titles.append(f"{question}\n{reference}" if with_question else reference)
-        characters = [c if ord(c) in writable else "\N{REPLACEMENT CHARACTER}" for c in sample["prediction"]]
-        answers.append(_cut("".join(characters)))
+        answers.append(_cut(_written(sample["prediction"], writable)))
 
     # In inches: the longest texts above and below a picture, a row, the figure
     above, below = (LINE * max((text.count("\n") + 1 for text in texts), default=0) for texts in (titles, answers))
@@ -116,6 +122,105 @@ def draw_sample_grid(
         figure.savefig(path, dpi=110)
 
 
+def draw_data(dataset: LlavaDataset, facts: dict[str, list], scripts: dict[str, int], path: Path) -> None:
+    """Draws the lengths, sizes and scripts of a data set, and sixteen of its records as the model sees them.
+
+    `facts`: see `check_data.scan`. Without a `chat` of the data set, pictures are whole.
+    """
+    good, (fonts, writable), chat = facts["good"], _fonts(), dataset.chat
+    samples = sorted(random.Random(0).sample(good, min(len(good), 16)))
+    texts = [_lines_of(dataset.read(number, decode=False), writable) for number in samples]
+    row_height = RECORD + LINE * max(map(len, texts))
+    width, height = 4 * RECORD, PANELS + 0.4 + -(-len(samples) // 4) * row_height
+    with matplotlib.rc_context({"font.family": fonts, "font.size": 11, "text.parse_math": False}):
+        figure = Figure((width, height))
+        # The panels
+        bottom, size = 1 - (PANELS - 0.7) / height, (0.22, (PANELS - 1) / height)
+        lengths, sizes, bars = (figure.add_axes((left, bottom, *size)) for left in (0.07, 0.39, 0.75))
+        name = "tokens" if facts["tokens"] else "characters"
+        lengths.hist(facts[name], bins=40)
+        lengths.set(xlabel=f"{name} of a conversation", ylabel="records")
+        if facts["tokens"] and chat.longest < np.inf:
+            lengths.axvline(chat.longest, color="firebrick", label=f"at most {chat.longest:,}")
+            lengths.legend()
+        if facts["sizes"]:
+            shapes, counts = np.unique(facts["sizes"], axis=0, return_counts=True)
+            sizes.scatter(*shapes.T, s=20 + 400 * counts / counts.sum(), alpha=0.5)
+        sizes.set(xlabel="width of a picture in pixels", ylabel="height")
+        bars.barh(list(scripts)[:6], list(scripts.values())[:6])
+        bars.set(xlabel="records with most letters in this script", ylim=(5.5, -0.5))
+        # The records
+        how = "" if chat is None else " as the model sees them"
+        title = f"{len(samples)} of {len(good):,} records{how}: questions black, answers blue, objects red"
+        figure.text(0.5, 1 - (PANELS + 0.2) / height, title, ha="center", va="center", fontsize=13)
+        for i, (number, lines) in enumerate(zip(samples, texts, strict=True)):
+            row, column = divmod(i, 4)
+            bottom = height - PANELS - RECORD - row * row_height
+            place = (RECORD * column + 0.3) / width, bottom / height, (RECORD - 0.6) / width, (RECORD - 0.7) / height
+            axes = figure.add_axes(place)
+            axes.axis("off")
+            axes.set_title(
+                _cut(_written(_draw_picture(axes, dataset, number), writable), 40, 1), fontsize=10, color="gray"
+            )
+            for j, (line, color) in enumerate(lines):
+                offset = (0, -6 - 72 * LINE * j)  # points
+                axes.annotate(line, (0, 0), offset, "axes fraction", "offset points", color=color, va="top")
+        figure.savefig(path, dpi=100)
+
+
+def _draw_picture(axes: Axes, dataset: LlavaDataset, number: int) -> str:
+    """Draws the first picture of a record with its objects; returns the record's id, and the picture's size."""
+    item, (source, row_number), chat = dataset[number], dataset.index[number].tolist(), dataset.chat
+    if not item["images"]:
+        return item["id"]
+    row, image = dataset.tables[source][row_number], item["images"][0]
+    geometry = stored_geometry(*image_sources(row, dataset.image_dirs[source])[0])
+    pixels, (left, top, right, bottom) = np.asarray(image), (0, 0, 1, 1)
+    if chat is not None:
+        pixels, (left, top, right, bottom) = levels(chat.processor.image_processor, image), chat.seen_part(image.size)
+    height, width = pixels.shape[:2]
+    if chat is not None and chat.anyres:  # the picture lies in the middle of its tiles
+        scale = 2 * min(width / image.width, height / image.height)
+        right, bottom = 0.5 + width / scale / image.width, 0.5 + height / scale / image.height
+        left, top = 1 - right, 1 - bottom
+        axes.vlines(range(chat.side, width, chat.side), 0, height, color="white", linewidth=3)
+        axes.hlines(range(chat.side, height, chat.side), 0, width, color="white", linewidth=3)
+    axes.imshow(pixels.clip(0, 255).astype(np.uint8), interpolation="bicubic")
+    axes.set(anchor="S", xlim=(0, width), ylim=(height, 0))
+    for one in json.loads(row["objects"] or "[]"):
+        if not one.get("image"):
+            place = []
+            for x, y in upright_shares(one, geometry):
+                place += [1000 * (x - left) / (right - left), 1000 * (y - top) / (bottom - top)]
+            axes.plot(*outline(place, (width, height), [0, 0, 1, 1]), "r.-")
+    more = f", 1 of {len(item['images'])}" if len(item["images"]) > 1 else ""
+    return f"{item['id']}  {image.width} x {image.height}{more}"
+
+
+def _lines_of(item: dict[str, Any], writable: set[int]) -> list[tuple[str, str]]:
+    """The texts of a record in at most `LINES` lines, each with its color."""
+    lines: list[tuple[str, str]] = []
+    for message in item["messages"]:
+        color = "tab:blue" if message["role"] == "assistant" else "black"
+        text = _written(text_of(message).replace(IMAGE_TOKEN, "").strip(), writable)
+        lines += [(line, color) for line in _cut(text, 36).split("\n")]
+    return lines if len(lines) <= LINES else [*lines[: LINES - 1], ("…", "gray")]
+
+
+def _fonts() -> tuple[list[str], set[int]]:
+    """The fonts of this machine, and the characters that they can write."""
+    installed, writable = fontManager.get_font_names(), {ord("\n")}
+    fonts = [name for name in FONTS if name in installed]
+    for name in fonts:
+        writable |= get_font(findfont(name)).get_charmap().keys()
+    return fonts, writable
+
+
+def _written(text: str, writable: set[int]) -> str:
+    """A text with replacement characters for those that no font can write."""
+    return "".join(c if ord(c) in writable else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def outline(place: list[float], size: tuple[int, int], seen: list[float]) -> tuple[list[float], list[float]]:
     """The corners of a box, or a point, in pixels of a picture: their x and their y. `seen`: see `seen_part`."""
     left, top, right, bottom = seen
@@ -124,7 +229,7 @@ def outline(place: list[float], size: tuple[int, int], seen: list[float]) -> tup
     return [x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1]
 
 
-def _cut(text: str) -> str:
-    """A text in at most four short lines; Chinese characters are twice as wide."""
-    width = 12 if any(east_asian_width(character) in "WF" for character in text) else 24
-    return "\n".join(textwrap.wrap(text, width, max_lines=4, placeholder=" …"))
+def _cut(text: str, width: int = 24, lines: int = 4) -> str:
+    """A text in a few lines of at most so many letters; Chinese characters are twice as wide."""
+    width = width // 2 if any(east_asian_width(character) in "WF" for character in text) else width
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
