@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from conftest import random_adapter
+from PIL import Image, ImageChops
 
 from train_llava import web_demo
 from train_llava.chat import Chat
@@ -133,6 +134,25 @@ def test_stop_ends_an_answer_and_the_next_question_works(llava, adapter, picture
     turns.append(Turn("What?", [], ["a<b", ""]))
     answers = [web_demo.shown(turns, column, waiting=True)[-1]["content"][0]["text"] for column in (0, 1)]
     assert answers == ["a&lt;b", DOTS]
+
+
+def test_an_answers_boxes_and_points_are_drawn_on_the_last_picture(llava, tmp_path, monkeypatch):
+    """In what the model sees of a picture twice as wide as high, 0 to 1000 is the middle half of its width."""
+    Image.new("RGB", (400, 200), "white").save(tmp_path / "wide.png")
+    model, processor = load_model(str(llava))
+    turns = [Turn("Where is the cat?", [str(tmp_path / "wide.png")], [""])]
+    monkeypatch.setattr(web_demo, "stream", lambda *_, **__: iter(["At [0, 250, 500, 750], not [1200, 1]."]))
+    finish(model, processor, turns)
+    text, picture = web_demo.shown(turns, 0)[-1]["content"]
+    assert text["text"] == turns[0].answers[0]
+    drawing = open_image(picture["path"])
+    red = ImageChops.invert(drawing.getchannel("G")).getbbox()
+    shares = [end / drawing.size[i % 2] for i, end in enumerate(red)]
+    assert shares == pytest.approx([0.25, 0.25, 0.5, 0.75], abs=0.06)  # the line's width, and the corners
+    monkeypatch.setattr(web_demo, "stream", lambda *_, **__: iter(["In the years [1990, 2000]."]))
+    turns.append(Turn("When?", [], [""]))
+    finish(model, processor, turns)
+    assert len(web_demo.shown(turns, 0)[-1]["content"]) == 1
 
 
 def test_a_closed_page_ends_its_answer_and_frees_the_model(llava, pictures):

@@ -51,7 +51,7 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 from train_llava.chat import Processor, chat_of
 from train_llava.dataset.images import open_image
 from train_llava.evaluation.generation import answer_text, assistant_message, prepare, sampling, user_message
-from train_llava.evaluation.web_look import Turn, example_pictures, lay_out, shown, style, translations
+from train_llava.evaluation.web_look import Turn, drawing_of, example_pictures, lay_out, shown, style, translations
 from train_llava.model import Llava
 from train_llava.modeling.adapter import load_model
 from train_llava.training.cards import ancestors, short_name
@@ -129,11 +129,11 @@ def answer(
         raise ValueError("there is no question yet")
 
     # Every picture of the conversation, in order
-    images, min_side = [], chat_of(processor).min_side
+    images, chat = [], chat_of(processor)
     for turn in turns:
         for file in turn.files:
             try:
-                images.append(open_image(file, min_side=min_side))
+                images.append(open_image(file, min_side=chat.min_side))
             except (OSError, ValueError) as error:  # named without the folder of uploads
                 raise ValueError(str(error).replace(file, Path(file).name)) from error
 
@@ -146,6 +146,10 @@ def answer(
             messages, with_adapter = prompt(turns, column), column == 0
             for text in stream(model, processor, messages, images, stop, lock, with_adapter, **options):
                 answers[column] = text
+                yield
+            # Boxes and points, on the last picture
+            if images and (file := drawing_of(answers[column], images[-1], chat.seen_part(images[-1].size))):
+                turns[-1].drawings[column] = file
                 yield
     finally:
         stop.set()  # also when the page was closed meanwhile

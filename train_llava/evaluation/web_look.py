@@ -4,7 +4,7 @@ import json
 import os
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +12,11 @@ from typing import Any
 
 import yaml
 from peft import PeftModel
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from train_llava.dataset.boxes import GRID
+from train_llava.evaluation.metrics import places_in
+from train_llava.evaluation.plots import outline
 from train_llava.model import Llava, count_parameters
 from train_llava.training.checkpointing import RECIPE
 
@@ -30,11 +33,12 @@ DOTS = '<span class="dots"><i></i><i></i><i></i></span>'  # shown until an answe
 
 @dataclass
 class Turn:
-    """A question with its pictures, and the answer of each chat on the page."""
+    """A question with its pictures, and the answer of each chat on the page, some with a picture of its boxes."""
 
     text: str
     files: list[str]
     answers: list[str]
+    drawings: dict[int, str] = field(default_factory=dict)
 
 
 def shown(turns: list[Turn], column: int, waiting: bool = False) -> list[dict[str, Any]]:
@@ -44,8 +48,26 @@ def shown(turns: list[Turn], column: int, waiting: bool = False) -> list[dict[st
         answer_html = escape(turn.answers[column]) or DOTS * (waiting and turn is turns[-1])
         question = [{"path": file} for file in turn.files] + [{"type": "text", "text": escape(turn.text)}]
         messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer_html}]})
+        drawing = [{"path": turn.drawings[column]}] if column in turn.drawings else []
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer_html}, *drawing]})
     return messages
+
+
+def drawing_of(answer: str, image: Image.Image, seen: list[float]) -> str | None:
+    """A file of the picture with the boxes and points of an answer, or None without any. `seen`: see `seen_part`."""
+    places = [place for place in places_in(answer) if max(place) <= GRID]
+    if not places:
+        return None
+    drawing, width = image.copy(), max(image.size) // 200 + 1
+    pen = ImageDraw.Draw(drawing)
+    for place in places:
+        corners = list(zip(*outline(place, image.size, seen), strict=True))
+        pen.line(corners, "red", width)
+        for corner in corners:
+            pen.circle(corner, 2 * width, "red")
+    with tempfile.NamedTemporaryFile(dir=UPLOADS.name, suffix=".png", delete=False) as file:
+        drawing.save(file)
+    return file.name
 
 
 def example_pictures(folder: str | None, model: str) -> list[str]:
