@@ -4,6 +4,7 @@ import io
 import json
 import sys
 
+import networkx
 import numpy as np
 import pytest
 from conftest import run_train, turns
@@ -12,7 +13,7 @@ from test_trainer import FAST
 
 from train_llava import check_data
 from train_llava.data import LlavaDataset
-from train_llava.dataset.apart import divided, keep_apart
+from train_llava.dataset.apart import divided, keep_apart, look_alike
 
 RUN = [*FAST, "--train_type", "projector", "--max_steps", "2", "--save_steps", "1", "--eval_fraction", "0.25"]
 
@@ -68,6 +69,22 @@ def test_records_whose_pictures_are_alike_stay_together(photos):
     assert len(set(sides)) > 20
     assert {"0", "12"} <= {name for side in sides for name in side}
     assert len(keep_apart(records, 0.001, 0)) == 1
+
+
+def test_looks_are_grouped_as_by_comparing_all_with_all():
+    rng = np.random.default_rng(0)
+    looks = rng.integers(0, 250, (1400, 192), dtype=np.uint8)
+    for i in range(1, 200):  # chains: each is like the one before, and unlike the first
+        looks[5 * i] = looks[5 * i - 5] + (rng.random(192) < 0.2) * 3 if i % 20 else looks[5 * i]
+    looks[1000:1100] = 128 + rng.integers(0, 3, (100, 192))
+    near = np.linalg.norm(looks[:, None].astype(np.float32) - looks[None], axis=2) < 3 * 192**0.5
+    graph = networkx.from_numpy_array(near)
+    found = look_alike(looks.tobytes())
+    assert {frozenset(np.flatnonzero(found == one).tolist()) for one in set(found.tolist())} == {
+        frozenset(group) for group in networkx.connected_components(graph)
+    }
+    assert len(set(found.tolist())) < 1200
+    assert look_alike(b"").shape == (0,)
 
 
 def test_none_can_be_kept_apart_where_all_are_alike(photos):

@@ -446,6 +446,20 @@ CASES = {
         "--decode_pictures false",
         {check_data.CheckArguments: {"decode_pictures": lambda s: report(s)["bad"] == 0}},
     ),
+    "check_data, held-out data": Case(
+        check_data,
+        "--data_path {root}/broken.json --image_dir {images} --num_proc 1 --report {out}/r.json",
+        "--data_path {root}/broken.json --image_dir {images} --num_proc 1 --report {out}/r.json "
+        "--eval_data_path {root}/broken.json --eval_image_dir {images} --global_batch_size 2 --num_train_epochs 5",
+        {
+            check_data.CheckArguments: {
+                "eval_data_path": lambda s: "in_eval_data" in report(s)["findings"],
+                "eval_image_dir": lambda s: report(s)["findings"].get("in_eval_data", {}).get("count") == 7,
+                "global_batch_size": lambda s: "of 2 records" in s.printed,
+                "num_train_epochs": lambda s: "in 5 epochs" in s.printed,
+            }
+        },
+    ),
     "check_data, boxes": Case(
         check_data,
         CUT_CHECK,

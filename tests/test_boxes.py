@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import turns
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -14,11 +15,11 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from train_llava.chat import chat_of
 from train_llava.data import LlavaCollator, LlavaDataset, to_sample
-from train_llava.dataset.images import prepare_pictures, seen_part
+from train_llava.dataset.images import is_anyres, prepare_pictures, seen_part
 from train_llava.dataset.readers import BadRecordError
 from train_llava.evaluation.answers import questions
 from train_llava.evaluation.metrics import score_group
-from train_llava.evaluation.plots import outline
+from train_llava.evaluation.plots import _draw_picture, outline
 from train_llava.model import load_checkpoint
 
 CROP = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
@@ -80,6 +81,30 @@ def test_a_box_is_where_the_model_sees_its_object(tmp_path, name, turn):
     xs, ys = outline(place, item["images"][0].size, dataset.chat.seen_part(item["images"][0].size))
     left, top, right, bottom = item["images"][0].getbbox()
     assert np.allclose([min(xs), min(ys), max(xs), max(ys)], [left, top, right, bottom], atol=0.5)
+
+
+@pytest.mark.parametrize("turn", [1, 6, 7])
+@pytest.mark.parametrize("name", [*PROCESSORS, None])
+def test_an_object_without_a_tag_is_drawn_on_what_the_model_sees(tmp_path, name, turn):
+    objects = [{"label": "it", "box": BOX}]
+    records = record("It is here.", objects), record("no box", [{"box": "left"}]), record("not here", objects)
+    dataset = write_data(tmp_path, *records, a=picture(turn))
+    if name is not None:
+        image_processor = PROCESSORS[name]
+        dataset.chat = chat_with(image_processor)
+        dataset.chat.processor = SimpleNamespace(image_processor=image_processor)
+        dataset.chat.anyres, dataset.chat.side = is_anyres(image_processor), 56
+    assert dataset[0]["objects"] == []  # it is not learnt
+    axes = Figure().add_subplot()
+    size = "100 x 150" if turn >= 5 else "150 x 100"
+    assert _draw_picture(axes, dataset, 0) == f"0  {size}"
+    (line,), (shown,) = axes.lines, axes.images
+    rows, columns = np.where(shown.get_array().mean(axis=2) > 128)
+    ends = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    xy = line.get_xydata()
+    assert np.allclose([*xy.min(axis=0), *xy.max(axis=0)], ends, atol=1)
+    _draw_picture(axes := Figure().add_subplot(), dataset, 1)
+    assert not axes.lines
 
 
 def test_tags_take_the_objects_in_their_order(tmp_path):

@@ -2,13 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 from conftest import turns
+from PIL import Image
 
 from train_llava import check_data
 from train_llava.chat import Chat
 from train_llava.check_data import kind_of, show_sample
 from train_llava.data import LlavaDataset
+from train_llava.dataset.findings import ending
 
 
 def run(monkeypatch, capsys, *arguments) -> tuple[int, str]:
@@ -48,6 +51,62 @@ def test_check_data_finds_no_error_in_good_data(corpus, monkeypatch, capsys):
     code, output = run(monkeypatch, capsys, "--data_path", corpus, "--decode_pictures", "false")
     assert code == 0
     assert f"{corpus}: .json, files: 1\n16 records, 0 bad" in output
+
+
+def test_check_data_tells_what_deserves_a_look(llava, tmp_path, monkeypatch, capsys):
+    for folder in ("data", "eval"):
+        (tmp_path / folder / "images").mkdir(parents=True)
+    files = {"data/images/a.png": (0, 80), "data/images/wide.png": (1, 120), "eval/images/new.png": (2, 80)}
+    files |= {"data/images/copy.png": (0, 80), "eval/images/same.png": (1, 120)}
+    for name, (seed, width) in files.items():
+        patches = np.random.default_rng(seed).integers(0, 250, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(patches).resize((width, 80)).save(tmp_path / name)
+    bright = Image.open(tmp_path / "data/images/a.png").point(lambda level: level + 2)
+    bright.save(tmp_path / "data/images/bright.png")
+    long = "There is a long answer, which has a good many words in it and says"
+    said = {"a": "红色的方块", "copy": "красный квадрат", "bright": f"{long} so.", "wide": f"{long} so."}
+    records = [{"id": name, "image": f"{name}.png", "conversations": turns("<image>?", said[name])} for name in said]
+    records += [{"id": "cut", "image": "wide.png", "conversations": turns("<image>?", long)}]
+    records += [{"id": "comma", "image": "wide.png", "conversations": turns("<image>Where?", "left,", "And?", "no")}]
+    (tmp_path / "data/chat.json").write_text(json.dumps(records))
+    held_out = [{"id": i, "image": f"{i}.png", "conversations": turns("<image>?", "a")} for i in ("new", "same")]
+    (tmp_path / "eval/chat.json").write_text(json.dumps(held_out))
+    command = ["--data_path", tmp_path / "data", "--eval_data_path", tmp_path / "eval", "--num_proc", "1"]
+    command += ["--model_name_or_path", llava, "--report", tmp_path / "data.json", "--global_batch_size", "4"]
+    code, output = run(monkeypatch, capsys, *command)
+    report = json.loads((tmp_path / "data.json").read_text())
+    assert code == 0
+    assert {name: (one["count"], one["examples"]) for name, one in report["findings"].items()} == {
+        "cropped": (3, ["wide", "cut", "comma"]),
+        "identical": (1, ["copy"]),
+        "similar": (2, ["a", "bright"]),
+        "in_eval_data": (1, []),
+        "different_answers": (2, ["a", "copy", "wide"]),
+        "cut_answers": (2, ["cut", "comma"]),
+    }
+    assert report["scripts"] == {"Latin": 4, "Han": 1, "Cyrillic": 1}
+    assert report["steps"] == 6
+    assert "        2  answers end in the middle of a sentence: complete them" in output
+    assert "steps      6 of 4 records in 3 epochs, too few to learn much: set --num_train_epochs 20" in output
+    with Image.open(tmp_path / "data.png") as picture:
+        assert picture.width == 1360
+
+
+@pytest.mark.parametrize(
+    ("answer", "how"),
+    [
+        ("a dog and", "short"),
+        ("", "short"),
+        ("(", "cut"),
+        ("一只狗，", "cut"),
+        ("word " * 20, "open"),
+        ("word " * 20 + "end.", "closed"),
+        ("狗" * 21, "open"),
+        ("狗" * 21 + "。", "closed"),
+    ],
+)
+def test_an_answer_ends_or_is_cut(answer, how):
+    assert ending(answer) == how
 
 
 @pytest.mark.parametrize(
