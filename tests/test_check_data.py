@@ -47,6 +47,15 @@ def test_check_data_reports_a_data_set_without_a_good_record(tmp_path, monkeypat
     assert json.loads(report.read_text())["bad"] == 1
 
 
+def test_held_out_data_is_compared_by_pictures_alone(corpus, monkeypatch):
+    words = ["check_data", "--data_path", str(corpus), "--eval_data_path", str(corpus), "--decode_pictures", "false"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(
+        ValueError, match="--eval_data_path compares pictures, which --decode_pictures false leaves out"
+    ):
+        check_data.main()
+
+
 def test_check_data_finds_no_error_in_good_data(corpus, monkeypatch, capsys):
     code, output = run(monkeypatch, capsys, "--data_path", corpus, "--decode_pictures", "false")
     assert code == 0

@@ -79,7 +79,6 @@ def scan(indices: list[int], dataset: LlavaDataset, chat: Chat | None) -> dict[s
                 continue
             parts = chain.from_iterable(message["content"] for message in item["messages"])
             results["characters"].append(sum(len(part.get("text", "")) for part in parts))
-            results["good"].append(number)
             for name, values in facts_of(number, row, item, dataset.image_dirs[source]).items():
                 results[name] += values
     return results
@@ -133,6 +132,10 @@ def show_sample(dataset: LlavaDataset, chat: Chat) -> str:
 
 def main() -> None:
     (arguments,) = parse_arguments(CheckArguments)
+    if arguments.eval_data_path is not None and not arguments.decode_pictures:
+        raise ValueError(
+            "--eval_data_path compares pictures, which --decode_pictures false leaves out: drop one of them"
+        )
     if arguments.report is not None:
         Path(arguments.report).absolute().parent.mkdir(parents=True, exist_ok=True)
 
@@ -143,16 +146,13 @@ def main() -> None:
         processor = load_processor(arguments.model_name_or_path)[1]
         chat = dataset.chat = chat_of(processor, arguments.max_length, arguments.keep_cut_boxes)
     results, held_out = scan_all(dataset, chat, arguments.num_proc), defaultdict(list)
-    if arguments.eval_data_path is not None and arguments.decode_pictures:
-        heldout_data = LlavaDataset(arguments.eval_data_path, arguments.eval_image_dir)
-        held_out = scan_all(heldout_data, chat, arguments.num_proc)
-    found = {name: (count, which) for name, (count, which) in find(results, held_out, chat).items() if count}
+    if arguments.eval_data_path is not None:
+        held_out = scan_all(LlavaDataset(arguments.eval_data_path, arguments.eval_image_dir), chat, arguments.num_proc)
 
     # Put similar errors together, the most frequent first in print
     errors, scripts = results["errors"], dict(Counter(results["scripts"]).most_common())
-    sizes = {name: results[name] for name in ("tokens", "characters") if results[name]}
-    if results["sizes"]:
-        sizes["sides"] = list(chain.from_iterable(results["sizes"]))
+    results["sides"] = list(chain.from_iterable(results["sizes"]))
+    sizes = {name: results[name] for name in ("tokens", "characters", "sides") if results[name]}
     kinds: dict[str, list] = {}
     for record_id, reason in errors:
         kinds.setdefault(kind_of(reason), []).append({"id": record_id, "reason": reason})
@@ -161,12 +161,13 @@ def main() -> None:
         "bad": len(errors),
         "faults": {kind: {"count": len(bad), "examples": bad[:EXAMPLES]} for kind, bad in kinds.items()},
         **{name: summary(values) for name, values in sizes.items()},
-        "findings": {
-            name: {"count": count, "examples": [dataset.read(i, False)["id"] for i in dict.fromkeys(which[:EXAMPLES])]}
-            for name, (count, which) in found.items()
-        },
+        "findings": {},
         "scripts": scripts,
     }
+    for name, (count, numbers) in find(results, held_out, chat).items():
+        if count:
+            examples = [dataset.read(number, decode=False)["id"] for number in dict.fromkeys(numbers[:EXAMPLES])]
+            report["findings"][name] = {"count": count, "examples": examples}
 
     # Print the report, and write it
     for path in arguments.data_path:
@@ -178,8 +179,7 @@ def main() -> None:
         for example in bad[:EXAMPLES]:
             print(f"{'':11}{example['id']}: {example['reason']}")
     for name, finding in report["findings"].items():
-        examples = f" ({', '.join(finding['examples'])})" if finding["examples"] else ""
-        print(f"{finding['count']:>9,}  {FINDINGS[name]}{examples}")
+        print(f"{finding['count']:>9,}  {FINDINGS[name]}", *(f"({one})" for one in finding["examples"]))
     for name in sizes:
         print(f"{name:<11}" + "  ".join(f"{key} {value:,.0f}" for key, value in report[name].items()))
     print("languages  " + ", ".join(f"{script} {count:,}" for script, count in scripts.items()))
@@ -188,22 +188,21 @@ def main() -> None:
         apart = keep_apart(dataset, arguments.eval_fraction, 42)  # train's --seed
         print(f"--eval_fraction {arguments.eval_fraction} keeps {len(apart):,} of the records apart")
         trained -= len(apart)
-    # An epoch's last step may be smaller
-    batch, in_epoch = arguments.global_batch_size, ceil(trained / arguments.global_batch_size)
-    report["steps"] = steps = ceil(arguments.num_train_epochs * in_epoch)
-    remedy = (
-        f", too few to learn much: set --num_train_epochs {ceil(ENOUGH / max(in_epoch, 1))}" if steps < ENOUGH else ""
+    batch, epochs = arguments.global_batch_size, arguments.num_train_epochs
+    in_epoch = max(ceil(trained / batch), 1)  # the last one may be smaller
+    report["steps"] = ceil(epochs * in_epoch)
+    remedy = f", too few to learn much: set --num_train_epochs {ceil(ENOUGH / in_epoch)}"
+    print(
+        f"steps      {report['steps']:,} of {batch} records in {epochs:g} epochs{remedy * (report['steps'] < ENOUGH)}"
     )
-    print(f"steps      {steps:,} of {batch} records in {arguments.num_train_epochs:g} epochs{remedy}")
     if chat is not None:
         print(show_sample(dataset, chat))
     if arguments.report is not None:
         path = Path(arguments.report)
         path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"written to {path}")
         if results["good"]:
             draw(partial(draw_data, dataset, results, scripts), path.with_suffix(".png"))
-            print(f"written to {path.with_suffix('.png')}")
+        print("written to", *filter(os.path.exists, (path, path.with_suffix(".png"))))
     sys.exit(1 if errors else 0)
 
 

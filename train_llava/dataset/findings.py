@@ -51,22 +51,21 @@ def ending(answer: str) -> str:
 
 def facts_of(number: int, row: Row, item: dict[str, Any], image_dir: PurePath | None) -> dict[str, list]:
     """What `find` needs of the good record with this number: its row, its item, and the folder of its pictures."""
-    sources = image_sources(row, image_dir) if item["images"] else []
-    facts: dict[str, list] = {"sizes": [picture_size(*source) for source in sources], "pictures": [], "questions": []}
+    facts: dict[str, list] = {"good": [number], "looks": list(map(look_of, item["images"]))}
     # Pictures: digests of their names and pixels
-    facts["looks"] = list(map(look_of, item["images"]))
-    for i, (image, look) in enumerate(zip(item["images"], facts["looks"], strict=True)):
-        pixels = digest(look, image.size, crc32(image.tobytes()))
-        facts["pictures"].append(
-            (number, digest(str(image_dir), row["images"][i]) if row["images"] else pixels, pixels)
-        )
+    sources = image_sources(row, image_dir) if item["images"] else []
+    facts["sizes"] = [picture_size(*source) for source in sources]
+    both = zip(item["images"], facts["looks"], strict=True)
+    pixels = [digest(look, image.size, crc32(image.tobytes())) for image, look in both]
+    names = [digest(str(image_dir), name) for name in row["images"]] or pixels
+    facts["pictures"] = [(number, *picture) for picture in zip(names, pixels, strict=False)]
     # Questions with their answers, and the script of most letters
-    seen = [pixels for _, _, pixels in facts["pictures"]] or row["images"]
+    seen = pixels or row["images"]
     texts = [text_of(message).replace(IMAGE_TOKEN, "").strip() for message in item["messages"]]
     learnt = [i for i, one in enumerate(item["messages"]) if one["role"] == "assistant" and one.get("train", True)]
     facts["endings"] = [(number, ending(texts[i])) for i in learnt]
     facts["questions"] = [(number, digest(seen, texts[i - 1]), digest(texts[i])) for i in learnt if seen and i]
-    letters = Counter(map(script_of, "".join(texts)[:2000]))
+    letters = Counter(map(script_of, "".join(texts)[:500]))
     del letters[None]
     facts["scripts"] = [script for script, _ in letters.most_common(1)]
     return facts

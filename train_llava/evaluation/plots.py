@@ -19,7 +19,7 @@ from matplotlib.font_manager import findfont, fontManager, get_font
 
 from train_llava.data import LlavaDataset
 from train_llava.dataset.boxes import upright_shares
-from train_llava.dataset.images import levels, stored_geometry
+from train_llava.dataset.images import levels, picture_size, stored_geometry
 from train_llava.dataset.table import image_sources
 from train_llava.evaluation.metrics import METRICS, is_exact, places_in
 from train_llava.records import IMAGE_TOKEN, text_of
@@ -159,9 +159,8 @@ def draw_data(dataset: LlavaDataset, facts: dict[str, list], scripts: dict[str, 
             place = (RECORD * column + 0.3) / width, bottom / height, (RECORD - 0.6) / width, (RECORD - 0.7) / height
             axes = figure.add_axes(place)
             axes.axis("off")
-            axes.set_title(
-                _cut(_written(_draw_picture(axes, dataset, number), writable), 40, 1), fontsize=10, color="gray"
-            )
+            title = _written(_draw_picture(axes, dataset, number), writable)
+            axes.set_title(_cut(title, 40, 1), fontsize=10, color="gray")
             for j, (line, color) in enumerate(lines):
                 offset = (0, -6 - 72 * LINE * j)  # points
                 axes.annotate(line, (0, 0), offset, "axes fraction", "offset points", color=color, va="top")
@@ -174,7 +173,7 @@ def _draw_picture(axes: Axes, dataset: LlavaDataset, number: int) -> str:
     if not item["images"]:
         return item["id"]
     row, image = dataset.tables[source][row_number], item["images"][0]
-    geometry = stored_geometry(*image_sources(row, dataset.image_dirs[source])[0])
+    file = image_sources(row, dataset.image_dirs[source])[0]
     pixels, (left, top, right, bottom) = np.asarray(image), (0, 0, 1, 1)
     if chat is not None:
         pixels, (left, top, right, bottom) = levels(chat.processor.image_processor, image), chat.seen_part(image.size)
@@ -190,11 +189,11 @@ def _draw_picture(axes: Axes, dataset: LlavaDataset, number: int) -> str:
     for one in json.loads(row["objects"] or "[]"):
         if not one.get("image"):
             place = []
-            for x, y in upright_shares(one, geometry):
+            for x, y in upright_shares(one, stored_geometry(*file)):
                 place += [1000 * (x - left) / (right - left), 1000 * (y - top) / (bottom - top)]
             axes.plot(*outline(place, (width, height), [0, 0, 1, 1]), "r.-")
     more = f", 1 of {len(item['images'])}" if len(item["images"]) > 1 else ""
-    return f"{item['id']}  {image.width} x {image.height}{more}"
+    return "{}  {} x {}{}".format(item["id"], *picture_size(*file), more)
 
 
 def _lines_of(item: dict[str, Any], writable: set[int]) -> list[tuple[str, str]]:
