@@ -24,7 +24,6 @@ from train_llava.training.memory import (
     activation_bytes,
     empty_model,
     model_state_bytes,
-    optimizer_step_bytes,
     picture_features,
 )
 from train_llava.training.options import LEARNING_RATES
@@ -86,12 +85,11 @@ def print_memory() -> None:
     for train_type in LEARNING_RATES:
         for pictures, config in CONFIGS.items():
             llava, model = empty_model(config, train_type, LoraArguments(), torch.bfloat16)
-            states = [sum(model_state_bytes(model, torch.bfloat16, n, zero=2).values()) for n in GPUS]
-            steps = [optimizer_step_bytes(model, torch.bfloat16, n, zero=2) for n in GPUS]
+            estimates = [model_state_bytes(model, torch.bfloat16, n, zero=2) for n in GPUS]
+            states = [(sum(sizes.values()), step) for sizes, step in estimates]
             if pictures == "crop":
                 trained = sum(trained for trained, _ in count_parameters(model).values())
-                pairs = zip(states, steps, strict=True)
-                sizes = " | ".join(f"{state / 1e9:.1f} + {step / 1e9:.1f}" for state, step in pairs)
+                sizes = " | ".join(f"{state / 1e9:.1f} + {step / 1e9:.1f}" for state, step in states)
                 print(f"| `{train_type}` | {trained / 1e6:,.0f} M | {sizes} |")
 
             # With activation checkpointing and without it: the activations of one sample, and of two
@@ -103,7 +101,7 @@ def print_memory() -> None:
 
             cells = []
             for card in CARDS:
-                for state, step in zip(states, steps, strict=True):
+                for state, step in states:
                     fit = [largest_batch(state, step, *pair, card) or "–" for pair in activations]
                     cells.append(" / ".join(map(str, fit)))
             lines.append(f"| `{train_type}`, `{pictures}`, {tokens:,} tokens | {' | '.join(cells)} |")
@@ -131,8 +129,8 @@ def print_switches() -> None:
         activations = sum(activation_bytes(llava, 8, PICTURE + TEXT, 8, 8 * ANSWER, recompute=recompute).values())
         cells = []
         for gpus in GPUS:
-            states = sum(model_state_bytes(model, torch.bfloat16, gpus, zero, offload, bits).values())
-            step = optimizer_step_bytes(model, torch.bfloat16, gpus, zero, offload)
+            sizes, step = model_state_bytes(model, torch.bfloat16, gpus, zero, offload, bits)
+            states = sum(sizes.values())
             cells.append(f"{max(states + activations, states + step) / 1e9:.1f}")
         print(f"| {name} | {' | '.join(cells)} |")
 
@@ -226,7 +224,7 @@ def measured_bytes(name: str, train_type: str, recompute: bool) -> int:
 def computed_bytes(name: str, train_type: str, recompute: bool) -> tuple[float, int]:
     """The same bytes by train_llava/training/memory.py, and the model's parameters."""
     llava, model = empty_model(geometry(name), train_type, LORA, torch.float32)
-    sizes = model_state_bytes(model, torch.float32)
+    sizes, _ = model_state_bytes(model, torch.float32)
     sizes |= activation_bytes(llava, ROWS, IMAGE_TOKENS + TEXT, ROWS, ROWS * ANSWER, recompute=recompute)
     return sum(sizes.values()) - sizes["optimizer"], sum(total for _, total in count_parameters(model).values())
 

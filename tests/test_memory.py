@@ -30,7 +30,6 @@ from train_llava.training.memory import (
     empty_model,
     forward_bytes,
     model_state_bytes,
-    optimizer_step_bytes,
     picture_features,
 )
 
@@ -102,7 +101,7 @@ def test_the_model_states_are_those_of_a_real_step(llava):
     optimizer.step()
     moments = [x for state in optimizer.state.values() for name, x in state.items() if name != "step"]
     empty = empty_model(load_config(str(llava)), "freeze_vision", LORA, torch.float32)[1]
-    assert model_state_bytes(empty, torch.float32) == {
+    assert model_state_bytes(empty, torch.float32)[0] == {
         "weights": sum(p.nbytes for p in model.parameters()),
         "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
         "optimizer": sum(x.nbytes for x in moments),
@@ -111,21 +110,21 @@ def test_the_model_states_are_those_of_a_real_step(llava):
 
 def test_zero_divides_the_model_states_by_its_stage(llava):
     empty = empty_model(load_config(str(llava)), "full", LORA, torch.bfloat16)[1]
-    alone = model_state_bytes(empty, torch.bfloat16, 1, zero=2)
-    shares = [model_state_bytes(empty, torch.bfloat16, 8, zero=stage) for stage in (0, 1, 2, 3)]
+    alone, _ = model_state_bytes(empty, torch.bfloat16, 1, zero=2)
+    shares = [model_state_bytes(empty, torch.bfloat16, 8, zero=stage)[0] for stage in (0, 1, 2, 3)]
     divided = [[name for name in alone if share[name] == alone[name] / 8] for share in shares]
     assert divided == [[], ["optimizer"], ["gradients", "optimizer"], ["weights", "gradients", "optimizer"]]
-    assert sum(model_state_bytes(empty, torch.bfloat16, 8, zero=3, offload=True).values()) == 0
+    assert sum(model_state_bytes(empty, torch.bfloat16, 8, zero=3, offload=True)[0].values()) == 0
     total = sum(trained for trained, _ in count_parameters(empty).values())
-    updates = [optimizer_step_bytes(empty, torch.bfloat16, 8, zero=stage) for stage in (None, 1, 2, 3)]
+    updates = [model_state_bytes(empty, torch.bfloat16, 8, zero=stage)[1] for stage in (None, 1, 2, 3)]
     assert updates == [0, *[total / 8 * (2 + 4)] * 3]
-    assert optimizer_step_bytes(empty, torch.bfloat16, 1, zero=2, offload=True) == 0
+    assert model_state_bytes(empty, torch.bfloat16, 1, zero=2, offload=True)[1] == 0
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantization_shrinks_the_frozen_linear_layers_of_the_language_model(llava, bits):
     empty = empty_model(load_config(str(llava)), "lora", LORA, torch.bfloat16)[1]
-    whole, few = (model_state_bytes(empty, torch.bfloat16, 1, zero=2, bits=given) for given in (None, bits))
+    whole, few = (model_state_bytes(empty, torch.bfloat16, 1, zero=2, bits=given)[0] for given in (None, bits))
     attention, mlp = 32 * (32 + 16 + 16 + 32), 3 * 32 * 64
     assert whole.pop("weights") - few.pop("weights") == 2 * (attention + mlp) * (2 - bits / 8)
     assert whole == few
@@ -134,22 +133,23 @@ def test_quantization_shrinks_the_frozen_linear_layers_of_the_language_model(lla
 def test_offload_moves_optimizer_and_gradients_and_under_zero_3_the_weights(llava):
     empty = empty_model(load_config(str(llava)), "lora", LORA, torch.bfloat16)[1]
     for stage in (1, 2, 3):
-        sizes = model_state_bytes(empty, torch.bfloat16, 2, zero=stage)
+        sizes, _ = model_state_bytes(empty, torch.bfloat16, 2, zero=stage)
         kept = {"weights": sizes["weights"]} if stage < 3 else {}
-        assert model_state_bytes(empty, torch.bfloat16, 2, zero=stage, offload=True) == dict.fromkeys(sizes, 0) | kept
+        offloaded, _ = model_state_bytes(empty, torch.bfloat16, 2, zero=stage, offload=True)
+        assert offloaded == dict.fromkeys(sizes, 0) | kept
 
 
 def test_without_deepspeed_trained_weights_have_a_copy_in_half_precision(llava):
     empty = empty_model(load_config(str(llava)), "projector", LORA, torch.bfloat16)[1]
     trained, total = (sum(column) for column in zip(*count_parameters(empty).values(), strict=True))
     sizes = {"weights": total * 2 + trained * 4, "gradients": trained * 4, "optimizer": trained * 8}
-    assert model_state_bytes(empty, torch.bfloat16) == sizes
+    assert model_state_bytes(empty, torch.bfloat16) == (sizes, 0)
 
 
 def test_zero_3_updates_one_group_at_a_time(llava, monkeypatch):
     monkeypatch.setattr(memory, "SUB_GROUP", 100)
     empty = empty_model(load_config(str(llava)), "full", LORA, torch.bfloat16)[1]
-    assert optimizer_step_bytes(empty, torch.bfloat16, 2, zero=3) == 100 * (2 + 4)
+    assert model_state_bytes(empty, torch.bfloat16, 2, zero=3)[1] == 100 * (2 + 4)
 
 
 # For each run that differs from two samples of 16 + 64 tokens on one rank: its options, model states, step and note
@@ -176,7 +176,6 @@ ESTIMATES = [
 @pytest.mark.parametrize(("run", "state", "step", "note"), ESTIMATES)
 def test_the_estimate_follows_the_arguments_of_the_run(llava, monkeypatch, run, state, step, note):
     own = {"bits": None, "packing": False, "max_length": None, "zero": (None, False), "world_size": 1} | run
-    zero, _ = own["zero"]
     monkeypatch.setattr(memory, "zero_of", lambda _: own["zero"])
     monkeypatch.setattr(train.TrainArguments, "world_size", own["world_size"])
     given = {"per_device_train_batch_size": 2} | {name: value for name, value in run.items() if name not in (
@@ -185,10 +184,10 @@ def test_the_estimate_follows_the_arguments_of_the_run(llava, monkeypatch, run, 
     config = load_config(str(llava))
     frozen = ["projector"] if "projector_learning_rate" in run else []
     whole, model = empty_model(config, arguments.train_type, LORA, torch.float32, frozen)
-    sizes = model_state_bytes(model, torch.float32, **state) | activation_bytes(whole, *step[:4], recompute=step[4])
+    sizes, update = model_state_bytes(model, torch.float32, **state)
+    sizes |= activation_bytes(whole, *step[:4], recompute=step[4])
     if run.get("gradient_accumulation_steps"):
         sizes["accumulated gradients"] = sizes["gradients"]
-    update = optimizer_step_bytes(model, torch.float32, own["world_size"], zero, own["zero"][1])
     estimate = memory.estimate_memory(config, LORA, arguments, own["bits"], own["packing"], own["max_length"])
     assert estimate == (sizes, update, note)
 

@@ -181,10 +181,10 @@ def compare_text_loss(
     return result
 
 
-def previous_answers(output_dir: str) -> list[Path]:
-    """The files of answers until the folder is complete: the model's, and those to blank and to other pictures."""
-    target = Path(os.path.realpath(output_dir))
-    return [target.with_name(f"{target.name}.{kind}.jsonl") for kind in ("answers", "blank-answers", "other-answers")]
+def previous_answers(output_dir: str) -> dict[str, Path]:
+    """The files of answers until the folder is complete: to a question's own pictures, to blank and to other ones."""
+    target, names = Path(os.path.realpath(output_dir)), {"own": "", "blank": "blank-", "other": "other-"}
+    return {pictures: target.with_name(f"{target.name}.{name}answers.jsonl") for pictures, name in names.items()}
 
 
 def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any]:
@@ -199,17 +199,15 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
     # The loss of the text, the answers, and those of the controls
     text_scores = text and compare_text_loss(model, processor.tokenizer, text, arguments.base)
     settings, files = settings_of(arguments, model), previous_answers(arguments.output_dir)
-    predictions, bad = predict(model, processor, dataset, files[0], settings, arguments.batch_size)
+    predictions, bad = predict(model, processor, dataset, files["own"], settings, arguments.batch_size)
     if not predictions:
-        files[0].unlink(missing_ok=True)
+        files["own"].unlink(missing_ok=True)
         raise ValueError(f"no question of the data could be asked; {bad[0]['id']}: {bad[0]['reason']}")
     controls = {"most_frequent_answer": most_frequent_answer(predictions)}
-    if arguments.blank_control:
-        blank, _ = predict(model, processor, dataset, files[1], settings, arguments.batch_size, "blank")
-        controls["blank_pictures"] = blank
-    if arguments.other_control:
-        other, _ = predict(model, processor, dataset, files[2], settings, arguments.batch_size, "other")
-        controls["other_pictures"] = other
+    for pictures, is_asked in (("blank", arguments.blank_control), ("other", arguments.other_control)):
+        if is_asked:
+            asked_again = model, processor, dataset, files[pictures], settings, arguments.batch_size, pictures
+            controls[f"{pictures}_pictures"], _ = predict(*asked_again)
     # The scores
     versions = {module.__name__: module.__version__ for module in (train_llava, transformers, torch)}
     metrics = by_group(predictions, score_group) | {"cut_answers": mean(p["cut"] for p in predictions)}
@@ -243,7 +241,7 @@ def main() -> None:
             text, shown, picture = table(evaluate(arguments, folder)), "pictures and answers", "captions.png"
     # The folder is complete: the files of answers are no longer needed
     if not arguments.compare:
-        for file in previous_answers(arguments.output_dir):
+        for file in previous_answers(arguments.output_dir).values():
             file.unlink(missing_ok=True)
     print(text)
     if (Path(arguments.output_dir) / picture).exists():

@@ -9,7 +9,6 @@ All of `TrainingArguments` is accepted. A recipe, a YAML file of arguments, may 
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import IterableDataset
@@ -48,20 +47,20 @@ def load_data(
     data_arguments: DataArguments, args: TrainArguments, chat: Chat
 ) -> tuple[CheckedDataset | IterableDataset, CheckedDataset | None]:
     """The data to train on and the held-out data, if there is any. Bad records are replaced or left out."""
-    # Each data set logs its bad records in a file of its own
     folder, settings = Path(args.output_dir), (data_arguments.bad_samples, data_arguments.max_bad_fraction)
-    log, eval_dataset = folder / "bad_samples.jsonl", None
-    if data_arguments.eval_data_path is not None:
-        records = LlavaDataset(data_arguments.eval_data_path, data_arguments.eval_image_dir)
-        eval_dataset = CheckedDataset(records, chat, folder / "bad_eval_samples.jsonl", *settings)
     sources = (data_arguments.data_path, data_arguments.image_dir, data_arguments.data_weights)
-    if data_arguments.streaming:
-        return stream_items(*sources, chat, log, *settings, order_seed(args)), eval_dataset
-    records = LlavaDataset(*sources)
-    if (fraction := data_arguments.eval_fraction) is not None:
+    records, held_out, eval_dataset = None if data_arguments.streaming else LlavaDataset(*sources), None, None
+    if data_arguments.eval_data_path is not None:
+        held_out = LlavaDataset(data_arguments.eval_data_path, data_arguments.eval_image_dir)
+    elif (fraction := data_arguments.eval_fraction) is not None:
         apart = on_first_rank(args, lambda: keep_apart(records, fraction, order_seed(args), folder))
-        records, heldout = divided(records, apart)
-        eval_dataset = CheckedDataset(heldout, chat, folder / "bad_eval_samples.jsonl", *settings)
+        records, held_out = divided(records, apart)
+    # Each data set logs its bad records in a file of its own
+    log = folder / "bad_samples.jsonl"
+    if held_out is not None:
+        eval_dataset = CheckedDataset(held_out, chat, folder / "bad_eval_samples.jsonl", *settings)
+    if records is None:
+        return stream_items(*sources, chat, log, *settings, order_seed(args)), eval_dataset
     if args.process_index == 0:
         print(f"{len(records):,} records, {len(eval_dataset or ()):,} held out")
     return CheckedDataset(records, chat, log, *settings), eval_dataset
@@ -98,8 +97,6 @@ def run(
     print_once(f"train_type {args.train_type}, learning rate {args.learning_rate:g}, bf16 {args.bf16}")
     checkpoint = starting_point(args)
     changes = resume.compare(checkpoint, settings, args)
-    if checkpoint is not None and not (Path(checkpoint) / resume.SETTINGS).exists():
-        print_once(f"{checkpoint} does not tell its run's settings: repeat them unchanged")
     for change in changes:
         print_once(change)
 
@@ -119,19 +116,13 @@ def run(
     check_on_device(model)
 
     # 4. The data. On a GPU, few distinct lengths and no mask let attention run its fastest kernel
-    on_gpu, padding_mask = args.device.type == "cuda", True
-    if on_gpu and not is_deepspeed_zero3_enabled():
-        padding_mask = not padding_is_invisible(model, chat_of(processor))
+    on_gpu = args.device.type == "cuda"
+    padding_mask = not on_gpu or is_deepspeed_zero3_enabled() or not padding_is_invisible(model, chat_of(processor))
     collator = LlavaCollator(processor, data_arguments.max_length, packing, padding_mask, 64 if on_gpu else 1)
     chat = chat_of(processor, data_arguments.max_length, data_arguments.keep_cut_boxes)
     dataset, eval_dataset = load_data(data_arguments, args, chat)
-
-    def compare_fingerprints() -> dict[str, Any]:
-        found = resume.fingerprints(None if streaming else dataset.records, data_arguments, model_name, model)
-        resume.compare(checkpoint, found, args)
-        return found
-
-    settings |= on_first_rank(args, compare_fingerprints)
+    sources = (None if streaming else dataset.records, data_arguments.data_path, data_arguments.image_dir)
+    settings |= on_first_rank(args, lambda: resume.compare_sources(checkpoint, args, model_name, model, *sources))
     if args.batches is not None:
         choose_batch(args, model, lora_arguments, model_arguments.bits, dataset, collator)
 
@@ -161,7 +152,6 @@ def run(
         train_dataset = PackedDataset(dataset, args.tokens_per_batch, args.seed)
     if not streaming:
         check_batches(len(train_dataset), args)
-    records = None if streaming else len(dataset)
     trained_rates = {part: args.learning_rates[part] for part, (n, _) in count_parameters(model).items() if n}
     trainer = LlavaTrainer(
         model=model,
@@ -171,7 +161,7 @@ def run(
         eval_dataset=eval_dataset,
         processing_class=processor,
         learning_rates=args.learning_rates,
-        write_card=partial(write_run_card, all_arguments, records, trained_rates),
+        write_card=partial(write_run_card, all_arguments, None if streaming else len(dataset), trained_rates),
         eval_answers=data_arguments.eval_answers,
         packed_model=language_model if packing and on_gpu and args.bf16 else None,
     )

@@ -33,11 +33,11 @@ from train_llava.evaluation.answers import score_answers
 from train_llava.model import load_checkpoint, load_config
 from train_llava.modeling.attention import in_one_call
 from train_llava.modeling.weights import base_tensors, check_base, read_back, save_base_fingerprint, save_weights
-from train_llava.training.checkpointing import RECIPE, marked_incomplete, number_of, rotate_checkpoints
+from train_llava.training.checkpointing import RECIPE, SETTINGS, marked_incomplete, number_of, rotate_checkpoints
 from train_llava.training.extras import loss_sums, with_extras
 from train_llava.training.memory import precision
 from train_llava.training.optimizer import check_finite, restore_settings, split_by_part
-from train_llava.training.resume import SETTINGS, is_run_complete
+from train_llava.training.resume import is_run_complete
 from train_llava.training.stopping import StopOnSignal, outlive_sigterm
 from train_llava.training.throughput import Throughput, print_log
 from train_llava.training.waits import check_losses, keep_positions, wait_once_for_norm

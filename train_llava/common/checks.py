@@ -75,10 +75,8 @@ def check_picture(name: str) -> None:
         return
     if os.path.isdir(name):
         raise ValueError(f"--image {name} is a folder: name a picture in it")
-    try:
-        os.stat(name)
-    except FileNotFoundError:
-        raise ValueError(f"--image {name} does not exist") from None
+    if not os.path.exists(name):
+        raise ValueError(f"--image {name} does not exist")
 
 
 def hub_answers() -> bool:

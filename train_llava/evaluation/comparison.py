@@ -1,5 +1,6 @@
 """Compares evaluations of the same questions, in a table and a plot."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def compare(folders: list[Path | str], output_dir: Path) -> str:
     rows = [["run", *(METRICS[name] for name in metrics), f"exact match, less that of {first}"]]
     rows[0] += ["text loss"] * with_text
     for name, (scores, predictions) in runs.items():
-        if _questions(predictions) != _questions(ours):
+        if [p | {"prediction": None} for p in predictions] != [p | {"prediction": None} for p in ours]:
             raise ValueError(f"{name} and {first} were asked different questions, or of other right answers")
         more, (low, high) = difference(predictions, ours)
         change = "" if name == first else f"{more:+.1%} ({low:+.1%} to {high:+.1%})"
@@ -50,18 +51,10 @@ def compare(folders: list[Path | str], output_dir: Path) -> str:
     return text
 
 
-def _questions(predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The questions of predictions, with their references."""
-    return [p | {"prediction": None} for p in predictions]
-
-
 def _changed_settings(runs: dict[str, dict[str, Any]]) -> list[str]:
     """A line for each setting that is not the same in all runs, from the metrics of each."""
-    settings = {run: scores.get("settings", {}) for run, scores in runs.items()}
-    names, lines = {}, []
-    for of_run in settings.values():
-        names |= of_run
-    for name in names:
+    settings, lines = {run: scores.get("settings", {}) for run, scores in runs.items()}, []
+    for name in dict.fromkeys(chain.from_iterable(settings.values())):
         values = {run: str(of_run.get(name, "unknown")) for run, of_run in settings.items()}
         if len(set(values.values())) > 1:
             listed = ", ".join(f"{value} in {run}" for run, value in values.items())

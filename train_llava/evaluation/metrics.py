@@ -7,10 +7,10 @@ of a COCO picture.
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from itertools import zip_longest
-from math import exp, log, sqrt
+from itertools import chain, product, zip_longest
+from math import exp, hypot, log, prod, sqrt
 from pathlib import Path
 from statistics import NormalDist, mean
 from types import SimpleNamespace
@@ -135,47 +135,39 @@ def anls(prediction: Prediction) -> float:
     return 1 - changed if changed < 0.5 else 0.0
 
 
-def _reference_ngrams(prediction: Prediction) -> frozenset[tuple[str, ...]]:
-    """The runs of one to four words in a question's references."""
-    runs = set()
-    for text in map(words, references(prediction)):
-        for size in range(1, 5):
-            runs.update(_ngrams(text, size))
-    return frozenset(runs)
-
-
 def _ngrams(text: list[str], size: int) -> Counter:
     """How often each run of `size` words occurs in a text."""
     return Counter(zip(*(text[start:] for start in range(size)), strict=False))
 
 
+def _reference_ngrams(prediction: Prediction) -> frozenset[tuple[str, ...]]:
+    """The runs of one to four words in a question's references."""
+    texts = map(words, references(prediction))
+    return frozenset().union(*(_ngrams(text, size) for text, size in product(texts, range(1, 5))))
+
+
 def cider(predictions: list[Prediction]) -> list[float]:
     """CIDEr-D of each answer (Vedantam et al., 2015), 0 to 10, its mean over the references. Rare words weigh more."""
     # The number of questions whose references have each run of words
-    frequency = Counter()
-    for p in predictions:
-        frequency.update(_reference_ngrams(p))
+    frequency = Counter(chain.from_iterable(map(_reference_ngrams, predictions)))
+    rarity = {ngram: log(len(predictions) / number) for ngram, number in frequency.items()}
+    rarity = defaultdict(lambda: log(len(predictions)), rarity)  # of a run that is in no reference
     scores = []
     for p in predictions:
-        answer, right = words(p["prediction"]), map(words, references(p))
-        scores.append(mean(_cider_d(answer, reference, frequency, len(predictions)) for reference in right))
+        answer = words(p["prediction"])
+        scores.append(mean(_cider_d(answer, words(text), rarity) for text in references(p)))
     return scores
 
 
-def _cider_d(answer: list[str], reference: list[str], frequency: Counter, questions: int) -> float:
+def _cider_d(answer: list[str], reference: list[str], rarity: dict[tuple[str, ...], float]) -> float:
     """CIDEr-D of one answer's words against one reference's."""
-
-    def tf_idf(text: list[str], size: int) -> dict[tuple[str, ...], float]:
-        counts = _ngrams(text, size)
-        return {ngram: count * log(questions / max(1, frequency[ngram])) for ngram, count in counts.items()}
-
     cosines = []
     for size in range(1, 5):
-        ours, theirs = tf_idf(answer, size), tf_idf(reference, size)
+        ours, theirs = _ngrams(answer, size), _ngrams(reference, size)
         # A run that the answer repeats counts as often as in the reference
-        dot = sum(min(weight, theirs.get(ngram, 0)) * theirs.get(ngram, 0) for ngram, weight in ours.items())
-        norms = sqrt(sum(w * w for w in ours.values())) * sqrt(sum(w * w for w in theirs.values()))
-        cosines.append(dot / norms if norms else 0.0)
+        dot = sum(count * theirs[ngram] * rarity[ngram] ** 2 for ngram, count in (ours & theirs).items())
+        norms = [hypot(*(count * rarity[ngram] for ngram, count in text.items())) for text in (ours, theirs)]
+        cosines.append(dot / prod(norms) if all(norms) else 0.0)
     # An answer of another length scores less; as in the authors' program, a length counts pairs of words
     longer = max(0, len(answer) - 1) - max(0, len(reference) - 1)
     return 10 * mean(cosines) * exp(-(longer**2) / 72)
@@ -203,12 +195,9 @@ def places_in(text: str) -> list[list[float]]:
 
 def intersection_over_union(box: list[float], other: list[float]) -> float:
     """The area that two boxes share, over the area that they cover."""
-
-    def area(x1: float, y1: float, x2: float, y2: float) -> float:
-        return max(x2 - x1, 0) * max(y2 - y1, 0)
-
-    shared = area(*(max(pair) for pair in zip(box[:2], other[:2], strict=True)), *map(min, box[2:], other[2:]))
-    return shared / max(area(*box) + area(*other) - shared, 1e-9)
+    common = [*map(max, box[:2], other[:2]), *map(min, box[2:], other[2:])]
+    ours, theirs, shared = (max(x2 - x1, 0) * max(y2 - y1, 0) for x1, y1, x2, y2 in (box, other, common))
+    return shared / max(ours + theirs - shared, 1e-9)
 
 
 def box_accuracy(prediction: Prediction) -> float | None:

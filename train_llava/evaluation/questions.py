@@ -163,6 +163,24 @@ def answer_questions(
     None; and the `id` and `reason` of each that could not be asked.
     """
     state, refused = this_process(), []
+    options = sampling(settings.get("temperature", 0), settings.get("top_p", 1))
+
+    def answer(share: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """For each question, its `answer` and whether it was `cut`, or the `reason` why it cannot be asked."""
+        # Prepare all, then generate the answers of those that can be asked
+        results, prompts = [], []
+        for question in share:
+            try:
+                prompts.append(prepare(chat, *open_question(question), settings["max_new_tokens"]))
+                results.append({})
+            except (OSError, ValueError) as error:
+                results.append({"reason": str(error)})
+        answers = iter(generate_all(model, chat, prompts, batch_size, **options))
+        for result in results:
+            if "reason" not in result:
+                result["answer"], result["cut"] = next(answers)
+        return results
+
     writes, lock_file = state.is_main_process, path.with_name(f".{path.name}.lock")
     taken = f"{path} is being written by another process: wait, or name another file"
     with held(lock_file, taken) if writes else nullcontext():
@@ -179,7 +197,7 @@ def answer_questions(
                 # Each process answers its share, and gets the results of all
                 window = unanswered[start : start + step]
                 with state.split_between_processes([questions[place] for place in window]) as share:
-                    results = gather_object(_answer(model, chat, share, open_question, settings, batch_size))
+                    results = gather_object(answer(share))
                 for place, result in zip(window, results, strict=True):
                     question = questions[place]
                     if "reason" in result:
@@ -193,28 +211,3 @@ def answer_questions(
                 file.flush()
                 bar.update(len(window))
     return lines, refused
-
-
-def _answer(
-    model: Llava | PeftModel,
-    chat: Chat,
-    questions: list[dict[str, Any]],
-    open_question: Callable[[dict[str, Any]], tuple[Messages, list[Image.Image]]],
-    settings: dict[str, Any],
-    batch_size: int,
-) -> list[dict[str, Any]]:
-    """For each question, its `answer` and whether it was `cut`, or the `reason` why it cannot be asked."""
-    # Prepare all, then generate the answers of those that can be asked
-    results, prompts = [], []
-    for question in questions:
-        try:
-            prompts.append(prepare(chat, *open_question(question), settings["max_new_tokens"]))
-            results.append({})
-        except (OSError, ValueError) as error:
-            results.append({"reason": str(error)})
-    options = sampling(settings.get("temperature", 0), settings.get("top_p", 1))
-    answers = iter(generate_all(model, chat, prompts, batch_size, **options))
-    for result in results:
-        if "reason" not in result:
-            result["answer"], result["cut"] = next(answers)
-    return results

@@ -147,12 +147,12 @@ def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase,
 def text_tensors(model: Llava) -> NamedTensors:
     """The language model's tensors, under the names of a checkpoint of its own."""
     config = model.config.text_config
+    # llama.cpp rotates pairs of neighbouring numbers in a Llama, transformers pairs that are half a head apart
+    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.model.language_model.state_dict().items():
-        # llama.cpp rotates pairs of neighbouring numbers, transformers pairs that are half a head apart
-        if config.model_type == "llama" and ".self_attn.q_proj." in name:
-            tensor = interleave(tensor, config.num_attention_heads)
-        if config.model_type == "llama" and ".self_attn.k_proj." in name:
-            tensor = interleave(tensor, config.num_key_value_heads)
+        projection = name.split(".")[-2]
+        if config.model_type == "llama" and projection in rotated:
+            tensor = interleave(tensor, rotated[projection])
         yield f"model.{name}", tensor
     if not config.tie_word_embeddings:
         yield "lm_head.weight", model.lm_head.weight

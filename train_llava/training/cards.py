@@ -97,12 +97,8 @@ def losses_and_scores(log_history: list[dict[str, Any]], best: int | None) -> di
 
 def hub_ids(names: list[str]) -> list[str]:
     """The models or data sets among `names` that lie on the hub, without a data set's configuration."""
-    ids = []
-    for name in names:
-        place = name.partition(":")[0]
-        if not Path(place).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", place) and place not in ids:
-            ids.append(place)
-    return ids
+    places = dict.fromkeys(name.partition(":")[0] for name in names)
+    return [place for place in places if re.fullmatch(r"[\w.-]+/[\w.-]+", place) and not Path(place).exists()]
 
 
 def short_name(name: str) -> str:

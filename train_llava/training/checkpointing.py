@@ -21,6 +21,7 @@ from train_llava.cli import ROOT, given_arguments
 from train_llava.common.files import held, replacing
 
 RECIPE = "recipe.yaml"
+SETTINGS = "resume.json"  # in a run's folder and in each checkpoint: the settings that a resume compares
 DERIVED = ("train_type", "learning_rate", "projector_learning_rate", "vision_learning_rate", "bf16", "seed")
 LOCK = "_lock"  # locked by the run that writes to the folder; a push to the hub leaves out such names
 INCOMPLETE = "unfinished"  # a file that a checkpoint holds while it is being written
@@ -138,6 +139,8 @@ def starting_point(args: TrainingArguments) -> str | None:
     check_output_dir(args.output_dir, checkpoint, resume is True)
     if resume and args.process_index == 0:
         print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint was finished: training from the start")
+        if checkpoint is not None and not (Path(checkpoint) / SETTINGS).exists():
+            print(f"{checkpoint} does not tell its run's settings: repeat them unchanged")
     if checkpoint is not None:
         check_resumable(Path(checkpoint), args.world_size)
     elif args.local_process_index == 0:

@@ -180,8 +180,11 @@ def model_state_bytes(
     zero: int | None = None,
     offload: bool = False,
     bits: int | None = None,
-) -> dict[str, float]:
-    """What a GPU keeps of a model and its AdamW, in bytes by kind.
+) -> tuple[dict[str, float], float]:
+    """What a GPU keeps of a model and its AdamW, in bytes by kind; and the bytes that an optimizer step adds.
+
+    It adds them after activations are freed: DeepSpeed copies the gradients of a parameter group into one row, and
+    that row to fp32. All parameters that train count as one group here; several groups take less.
 
     Args:
         zero: DeepSpeed's stage. None: no DeepSpeed; what trains is in fp32, with a copy in `dtype`.
@@ -189,9 +192,9 @@ def model_state_bytes(
         bits: see `quantization`.
     """
     trained, total = (sum(column) for column in zip(*count_parameters(model).values(), strict=True))
+    is_half = dtype.itemsize < 4
     if zero is None:
-        copy = dtype.itemsize if dtype.itemsize < 4 else 0
-        sizes = {"weights": (total - trained) * dtype.itemsize + trained * (4 + copy)}
+        sizes = {"weights": total * dtype.itemsize + trained * 4 * is_half}
         sizes |= {"gradients": trained * 4, "optimizer": trained * 8}
     else:
         sizes = {"weights": total * dtype.itemsize, "gradients": trained * dtype.itemsize}
@@ -205,23 +208,10 @@ def model_state_bytes(
                 sizes["weights"] -= module.weight.numel() * (dtype.itemsize - bits / 8)
     if offload:
         sizes |= dict.fromkeys(["gradients", "optimizer"] + ["weights"] * (zero == 3), 0)
-    return sizes
-
-
-def optimizer_step_bytes(
-    model: nn.Module, dtype: torch.dtype, world_size: int = 1, zero: int | None = None, offload: bool = False
-) -> float:
-    """Bytes that an optimizer step adds after activations are freed; arguments as in `model_state_bytes`.
-
-    DeepSpeed copies the gradients of a parameter group into one row, and that row to fp32. All parameters that
-    train count as one group here; several groups take less.
-    """
-    if not zero or offload:
-        return 0
-    parameters = sum(trained for trained, _ in count_parameters(model).values()) / world_size
-    if zero == 3:
-        parameters = min(parameters, SUB_GROUP)
-    return parameters * (dtype.itemsize + (4 if dtype.itemsize < 4 else 0))
+    if offload or not zero:
+        return sizes, 0
+    group = min(trained / world_size, SUB_GROUP if zero == 3 else math.inf)
+    return sizes, group * (dtype.itemsize + 4 * is_half)
 
 
 def precision(args: TrainingArguments) -> torch.dtype:
@@ -238,15 +228,12 @@ def zero_of(args: TrainingArguments) -> tuple[int | None, bool]:
 
 
 def state_bytes(model: nn.Module, args: TrainingArguments, bits: int | None = None) -> tuple[dict[str, float], float]:
-    """The `model_state_bytes` and `optimizer_step_bytes` of a run.
-
-    ZeRO-2 keeps the gradients of a step's earlier batches beside those of the current one.
-    """
-    run = precision(args), args.world_size, *zero_of(args)
-    sizes = model_state_bytes(model, *run, bits)
-    if run[2:] == (2, False) and args.gradient_accumulation_steps > 1:
+    """The `model_state_bytes` of a run. ZeRO-2 keeps a step's earlier gradients beside those of the current batch."""
+    zero, offload = zero_of(args)
+    sizes, optimizer_step = model_state_bytes(model, precision(args), args.world_size, zero, offload, bits)
+    if zero == 2 and not offload and args.gradient_accumulation_steps > 1:
         sizes["accumulated gradients"] = sizes["gradients"]
-    return sizes, optimizer_step_bytes(model, *run)
+    return sizes, optimizer_step
 
 
 def estimate_memory(

@@ -41,13 +41,9 @@ def longest_samples(trainer: LlavaTrainer) -> list[Sample]:
         return dataset[int(dataset.tokens.argmax())]
     if not isinstance(dataset, CheckedDataset):
         return list(islice(dataset, size))
-    samples: list[Sample] = []
-    for i in np.argsort(-count_tokens(dataset.records, dataset.chat)[:, 0], kind="stable"):
-        if (sample := dataset.good_sample(int(i))) is not None:
-            samples.append(sample)
-        if len(samples) == size:
-            break
-    return samples or [dataset[0]]  # if no record is good, [0] says so
+    order = np.argsort(-count_tokens(dataset.records, dataset.chat)[:, 0], kind="stable").tolist()
+    good_samples = filter(None, map(dataset.good_sample, order))
+    return list(islice(good_samples, size)) or [dataset[0]]  # if no record is good, [0] says so
 
 
 def preflight(trainer: LlavaTrainer) -> None:
@@ -62,13 +58,14 @@ def preflight(trainer: LlavaTrainer) -> None:
     mine = range(args.process_index, len(held_out or ()), args.world_size)
     for i in tqdm(mine, "held-out records", disable=len(mine) < 1000 or args.process_index > 0):
         held_out.good_sample(i)
+    if is_deepspeed_zero3_enabled():
+        if trainer.is_world_process_zero():
+            print("preflight left out: under ZeRO-3 no rank holds the whole model")
+        return
     # The trial on the first rank, and on all ranks its result
     untrained: set[str] | None = None
     while untrained is None:
-        if trainer.is_world_process_zero() and is_deepspeed_zero3_enabled():
-            print("preflight left out: under ZeRO-3 no rank holds the whole model")
-            untrained = set()
-        elif trainer.is_world_process_zero():
+        if trainer.is_world_process_zero():
             try:
                 with torch.random.fork_rng(), in_one_call(trainer.packed_model):
                     untrained = _try_once(trainer)
@@ -197,7 +194,6 @@ def parameters_without_gradient(
         return changed
 
     # Parameters that have to get a gradient
-    training = model.training
     model.eval()  # without dropout
     for name, parameter in without.items():
         outside = part_of(name) != "language model" or "lm_head" in name
@@ -207,7 +203,7 @@ def parameters_without_gradient(
     many = text_alone(min(1024, context_length(language_model.config))).float().square().mean()
     gradients = torch.autograd.grad(many, list(without.values()), allow_unused=True)
     untrained = {name for name, gradient in zip(without, gradients, strict=True) if gradient is None}
-    model.train(training)
+    model.train()
     if untrained:
         print(
             f"not trained, since the language model by its design gives them no gradient: {len(untrained)} tensors, "

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +14,29 @@ from train_llava.common.files import replacing
 from train_llava.data import LlavaDataset
 from train_llava.dataset.sources import find_records
 from train_llava.modeling.weights import first_values
-from train_llava.training.checkpointing import requested_checkpoint
+from train_llava.training.checkpointing import SETTINGS, requested_checkpoint
 from train_llava.training.memory import zero_of
 from train_llava.training.stopping import stopped_early
 
-SETTINGS = "resume.json"  # in a run's folder and in each checkpoint: the settings that a resume compares
 # A resume may change these. `LlavaTrainer` sets them after the optimizer's state; each change is printed and stored
 RATES = {"learning_rate", "projector_learning_rate", "vision_learning_rate"}
 SCHEDULE = {"lr_scheduler_type", "lr_scheduler_kwargs"}
 LENGTH = {"max_steps", "num_train_epochs"}
 HONOURED = RATES | SCHEDULE | LENGTH | {"warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
 HONOURED |= {"max_grad_norm", "lora_dropout"}
-# A resume may change these silently: the order of records, the optimizer's state and the loss do not depend on
-# them. All other arguments have to stay
-LOGGING = """logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
-    log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
-    trackio_static_space_id include_num_input_tokens_seen debug skip_memory_metrics"""
-SAVING = """output_dir save_only_model save_strategy save_steps save_on_each_node save_total_limit
-    enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push save_dtype
-    hub_revision"""
-EVALUATION = """eval_data_path eval_image_dir eval_answers eval_strategy eval_steps eval_delay eval_on_start
-    per_device_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object
-    eval_accumulation_steps include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval
-    load_best_model_at_end early_stopping_patience do_train do_eval do_predict"""
-COMPUTING = """attn_implementation activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing
-    gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode use_liger_kernel
-    liger_kernel_config use_cache torch_empty_cache_steps use_cpu local_rank preflight dataloader_num_workers
-    dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
-    dataloader_multiprocessing_context ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
-    ddp_static_graph ddp_backend ddp_timeout"""
+# A resume may change what these names and patterns match silently: the order of records, the optimizer's state and the
+# loss do not depend on them. All other arguments have to stay
+LOGGING = """logging_* log_* disable_tqdm report_to run_name project trackio_* include_num_input_tokens_seen debug
+    skip_memory_metrics"""
+SAVING = "output_dir save_* enable_jit_checkpoint push_to_hub hub_*"
+EVALUATION = """eval_[!f]* per_device_eval_batch_size prediction_loss_only include_for_metrics batch_eval_metrics
+    *_full_eval load_best_model_at_end early_stopping_patience do_*"""  # not eval_fraction
+COMPUTING = """attn_implementation activation_checkpointing* gradient_checkpointing* torch_* use_liger_kernel
+    liger_kernel_config use_cache use_cpu local_rank preflight dataloader_num_workers dataloader_p*
+    dataloader_multiprocessing_context ddp_*"""
 DATA = "image_dir bad_samples max_bad_fraction"  # the records themselves are compared by their fingerprint
 RESUMING = "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint"
-FREE = {*" ".join([LOGGING, SAVING, EVALUATION, COMPUTING, DATA, RESUMING]).split()}
+FREE = " ".join([LOGGING, SAVING, EVALUATION, COMPUTING, DATA, RESUMING]).split()
 BATCH = "per_device_train_batch_size"
 SCORE = {"metric_for_best_model", "greater_is_better"}  # may be added and dropped, and not exchanged
 STATEFUL = {"reduce_lr_on_plateau", "greedy"}  # schedules that compute the rate from the scores so far
@@ -58,7 +50,7 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     """
     args = arguments[-1]
     values = {field.name: getattr(part, field.name) for part in arguments for field in fields(part)}
-    settings = {name: value for name, value in values.items() if name not in FREE}
+    settings = {name: value for name, value in values.items() if not any(fnmatch(name, free) for free in FREE)}
     for name in ("model_name_or_path", "data_path", "global_batch_size", BATCH):
         del settings[name]
     # A step takes the same records, in however many batches
@@ -75,13 +67,15 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
-def fingerprints(
-    dataset: LlavaDataset | None, data_arguments: Any, model_name: str, model: nn.Module
+def compare_sources(
+    checkpoint: str | None, args: TrainingArguments, model_name: str, model: nn.Module, *sources: Any
 ) -> dict[str, Any]:
-    """Two settings more, of the data (see `data_fingerprint`) and of the model that a run starts from, just opened."""
-    data = data_fingerprint(dataset, data_arguments.data_path, data_arguments.image_dir)
+    """Compares the data (see `data_fingerprint`) and the model that a run starts from, just opened; returns both."""
     numbers = hashlib.sha256(json.dumps(first_values(model)).encode()).hexdigest()[:12]
-    return {"data_path": data, "model_name_or_path": {"text": f"{model_name}, fingerprint {numbers}", "same": numbers}}
+    settings = {"data_path": data_fingerprint(*sources)}
+    settings["model_name_or_path"] = {"text": f"{model_name}, fingerprint {numbers}", "same": numbers}
+    compare(checkpoint, settings, args)
+    return settings
 
 
 def data_fingerprint(dataset: LlavaDataset | None, data_path: list[str], image_dir: str | None) -> str:
@@ -98,9 +92,8 @@ def data_fingerprint(dataset: LlavaDataset | None, data_path: list[str], image_d
             for file in files:  # the path of one on the hub has its commit
                 name = f"{file.name} {file.stat().st_size}" if isinstance(file, Path) else str(file)
                 fingerprint.update(name.encode())
-        return f"{' + '.join(counts)}, fingerprint {fingerprint.hexdigest()}"
     # The tables' own memory, without a copy
-    for table in dataset.tables:
+    for table in () if dataset is None else dataset.tables:
         counts.append(f"{len(table):,} records")
         for name in ("id", "messages"):
             for chunk in table.data.column(name).chunks:
