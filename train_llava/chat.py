@@ -69,10 +69,6 @@ class Chat:
         """See the function `seen_part`."""
         return seen_part(self.processor.image_processor, self.side, size)
 
-    def count_image_tokens(self, sizes: Iterable[tuple[int, int]], images: int) -> list[int]:
-        """The `image_tokens` of each image. Without tiles, the `sizes` are not needed."""
-        return [self.image_tokens(size) for size in sizes] if self.anyres else [self.image_tokens()] * images
-
     def segments(self, structure: templates.TurnStructure, answer_next: bool = False) -> list[str]:
         """See `template_segments`."""
         return self._segments(structure, answer_next, date.today())  # some templates write the date
@@ -149,7 +145,7 @@ class Chat:
         """
         token_ids, supervised = self.tokenize(messages)
         is_image, repeats = token_ids == self.processor.image_token_id, np.ones_like(token_ids)
-        repeats[is_image] = self.count_image_tokens(sizes, is_image.sum())
+        repeats[is_image] = [self.image_tokens(size) for size in sizes] if self.anyres else self.image_tokens()
         input_ids, supervised = np.repeat(token_ids, repeats), np.repeat(supervised, repeats)
         if len(input_ids) > self.longest:
             limit = "--max_length is" if self.longest == self.max_length else "the model reads"
@@ -178,9 +174,7 @@ class Chat:
         """Conversations that end with a question, prepared as in training: one batch, padded on the left."""
         # Each <image> is repeated for its features
         texts = [templates.render(self.tokenizer, messages, answer_next=True) for messages in conversations]
-        count = sum(text.count(IMAGE_TOKEN) for text in texts)
-        counts = iter(self.count_image_tokens([image.size for image in images], count))
-        token = self.processor.image_token
+        token, counts = self.processor.image_token, (self.image_tokens(image.size) for image in images)
         texts = [re.sub(IMAGE_TOKEN, lambda _: token * next(counts), text) for text in texts]
         options = {"padding": True, "padding_side": "left", "return_token_type_ids": False}
         batch = self.tokenizer(texts, add_special_tokens=False, return_tensors="pt", **options)

@@ -9,6 +9,7 @@ from argparse import SUPPRESS
 from collections.abc import Callable, Iterable
 from functools import partial
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -107,12 +108,10 @@ def given_arguments(dataclasses: Iterable[type], words: list[str] | None = None)
     parser.error = _refuse  # argparse's own prints the usage, which has hundreds of lines
 
     # A recipe overrides a launcher's words in front of it; words behind it override both
-    arguments, first = {}, 0
-    while first < len(words) and words[first].startswith(LAUNCHER_OPTIONS):
-        first += 1
-    if first < len(words) and words[first].lower().endswith(RECIPES):
-        arguments = vars(parser.parse_args(words[:first])) | read_recipe(words[first], parser, known)
-        words = words[first + 1 :]
+    arguments, launched = {}, list(takewhile(lambda word: word.startswith(LAUNCHER_OPTIONS), words))
+    own = words[len(launched) :]
+    if own and own[0].lower().endswith(RECIPES):
+        arguments, words = vars(parser.parse_args(launched)) | read_recipe(own[0], parser, known), own[1:]
     parsed, rest = parser.parse_known_args(words)
     for word in rest:
         if word.startswith("--"):

@@ -27,7 +27,6 @@ class Sample:
     id: str
     messages: list[dict[str, Any]]
     images: list[Image.Image]
-    image_sizes: list[tuple[int, int]]  # (width, height)
     input_ids: np.ndarray
     labels: np.ndarray
     is_replacement: bool = False  # it takes the place of a bad record
@@ -42,7 +41,7 @@ def to_sample(item: dict[str, Any], chat: Chat) -> Sample:
         input_ids, labels = chat.encode(item["messages"], sizes)
     except ValueError as error:
         raise BadRecordError(item["id"], str(error)) from error
-    return Sample(item["id"], item["messages"], item["images"], sizes, input_ids, labels)
+    return Sample(item["id"], item["messages"], item["images"], input_ids, labels)
 
 
 class LlavaDataset(torch.utils.data.Dataset):

@@ -97,20 +97,11 @@ def chat(model: Llava | PeftModel, processor: Processor, images: list[Image.Imag
     """
     messages, new, min_side = [], len(images), chat_of(processor).min_side  # `new`: images of the next question
     while True:
-        # One line of the terminal
         try:
+            # One line of the terminal: a command, or a question
             text = input("> ").strip()
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:  # deleting a character in a terminal may leave half of it
-            print(f"error: {error}", file=sys.stderr)
-            if not sys.stdin.isatty():  # a file would give the same line again
+            if not text:
                 return
-            continue
-        if not text:
-            return
-        # A command, or a question
-        try:
             if text == "/image":
                 images, new = images[: len(images) - new], 0
             elif text.startswith("/image "):
@@ -121,8 +112,13 @@ def chat(model: Llava | PeftModel, processor: Processor, images: list[Image.Imag
                 streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
                 (answer,) = generate(model, processor, [conversation], images, streamer=streamer, **options)
                 messages, new = [*conversation, assistant_message(answer)], 0
+        except EOFError:
+            return
         except Exception as error:  # of any kind: the conversation stays as it was
             print(f"error: {error}", file=sys.stderr)
+            # Deleting a character in a terminal may leave half of it; a file would give the same line again
+            if isinstance(error, UnicodeDecodeError) and not sys.stdin.isatty():
+                return
 
 
 def answer_file(

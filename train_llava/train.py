@@ -49,10 +49,11 @@ def load_data(
     """The data to train on and the held-out data, if there is any. Bad records are replaced or left out."""
     folder, settings = Path(args.output_dir), (data_arguments.bad_samples, data_arguments.max_bad_fraction)
     sources = (data_arguments.data_path, data_arguments.image_dir, data_arguments.data_weights)
-    records, held_out, eval_dataset = None if data_arguments.streaming else LlavaDataset(*sources), None, None
+    held_out = eval_dataset = None
     if data_arguments.eval_data_path is not None:
         held_out = LlavaDataset(data_arguments.eval_data_path, data_arguments.eval_image_dir)
-    elif (fraction := data_arguments.eval_fraction) is not None:
+    records = None if data_arguments.streaming else LlavaDataset(*sources)
+    if (fraction := data_arguments.eval_fraction) is not None:
         apart = on_first_rank(args, lambda: keep_apart(records, fraction, order_seed(args), folder))
         records, held_out = divided(records, apart)
     # Each data set logs its bad records in a file of its own

@@ -36,9 +36,8 @@ def check_number(name: str, value: Any) -> None:
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue
-        above = number > low or (number == low and interval.startswith("["))
-        below = number < high or (number == high and interval.endswith("]"))
-        if not (above and below):
+        at_a_bound = (number == low and interval.startswith("[")) or (number == high and interval.endswith("]"))
+        if not (low < number < high or at_a_bound):
             raise ValueError(f"--{name} {number}: it has to lie in {interval}")
 
 
@@ -75,8 +74,10 @@ def check_picture(name: str) -> None:
         return
     if os.path.isdir(name):
         raise ValueError(f"--image {name} is a folder: name a picture in it")
-    if not os.path.exists(name):
-        raise ValueError(f"--image {name} does not exist")
+    try:
+        os.stat(name)
+    except FileNotFoundError:
+        raise ValueError(f"--image {name} does not exist") from None
 
 
 def hub_answers() -> bool:

@@ -3,11 +3,9 @@
 A check that fails raises a ValueError that names what is wrong.
 """
 
-import json
 import shutil
 import subprocess
 import sys
-from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +23,7 @@ from train_llava.model import Llava, load_checkpoint
 from train_llava.modeling.attention import in_one_call, packed_arguments
 from train_llava.modeling.parts import decoder_of, running_as_one
 from train_llava.modeling.weights import base_tensors, differing_tensor, save_weights
-from train_llava.records import IMAGE_TOKEN
+from train_llava.records import IMAGE_TOKEN, to_messages
 
 Rows = list[tuple[str, str]]  # of the table that `build_model` prints: (what was checked, the outcome)
 MILLION = 1_000_000  # tokens; no longer context is tried
@@ -49,15 +47,15 @@ def reference_outputs(
 
 def verify_in_fresh_process(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> Rows:
     """Calls `verify_checkpoint` in a fresh process, which sees the model as every later command does."""
-    # The two models' outputs go to the process in one file, its result comes back in another
     with TemporaryDirectory() as scratch:
-        references, outcome = Path(scratch, "references.pt"), Path(scratch, "outcome.json")
-        torch.save((logits, features), references)
-        command = [sys.executable, "-m", __name__, folder.absolute(), references, outcome]
+        # The two models' outputs go to the process in a file, where it puts its result
+        exchange = Path(scratch, "exchange.pt")
+        torch.save((logits, features), exchange)
+        command = [sys.executable, "-m", __name__, folder.absolute(), exchange]
         exit_code = subprocess.run(command, cwd=ROOT, check=False).returncode
-        if not outcome.exists():
-            raise ValueError(f"the checks of {folder} did not end: exit code {exit_code}")
-        rows = json.loads(outcome.read_text())
+        rows = torch.load(exchange)
+    if isinstance(rows, tuple):  # the outputs still
+        raise ValueError(f"the checks of {folder} did not end: exit code {exit_code}")
     if isinstance(rows, str):  # an error
         raise ValueError(rows)
     return rows
@@ -65,34 +63,35 @@ def verify_in_fresh_process(folder: Path, logits: torch.Tensor, features: torch.
 
 def main() -> None:
     """The fresh process of `verify_in_fresh_process`."""
-    folder, references, outcome = map(Path, sys.argv[1:])
+    folder, exchange = map(Path, sys.argv[1:])
     try:
-        rows: Rows | str = verify_checkpoint(folder, *torch.load(references))
+        rows: Rows | str = verify_checkpoint(folder, *torch.load(exchange))
     except (OSError, ValueError) as error:
         rows = str(error)
-    outcome.write_text(json.dumps(rows))
+    torch.save(rows, exchange)
 
 
 @running_as_one()
 @torch.inference_mode()
 def verify_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> Rows:
     """Opens a saved LLaVA and verifies it against the two models' `reference_outputs`: a function for each row."""
-    # The LLaVA's own outputs on the inputs of `reference_outputs`
+    # The LLaVA's own outputs on the same inputs
     model, processor = load_checkpoint(str(folder))
-    input_ids, pixel_values = example_inputs(processor)
-    our_logits = model(input_ids=input_ids).logits[..., : logits.shape[-1]]
-    outputs = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True)
-    our_features = outputs.hidden_states[model.config.vision_feature_layer]
+    tower, layer, input_ids = model.model.vision_tower, model.config.vision_feature_layer, example_inputs(processor)[0]
+    our_logits, our_features = reference_outputs(tower, model, processor, layer)
+    our_logits = our_logits[..., : logits.shape[-1]]
 
-    # The table, in the order in which the checks run
+    # The table, in the order in which the checks run; packing is only reported
     chat, length = chat_of(processor), min(processor.tokenizer.model_max_length, MILLION)
     cached, longer = f"with a cache, in {length:,} tokens,", f"beside a text of {length:,} tokens"
+    packed, keeps_apart = packing_difference(model, chat)
+    packs = "equal" if keeps_apart else "not equal: training refuses --packing"
     return [
         ("tokenizer and embedding", verify_embedding(model, processor)),
         ("text-only logits", verify_part("text-only logits", our_logits, logits)),
         ("vision features", verify_part("vision features", our_features, features)),
         *verify_conversations(chat, model.generation_config),
-        ("packed against alone", verify_packing(model, chat)),
+        ("packed against alone", f"{packs} (difference {packed:.0e})"),
         ("batched against single", verify_noise("in a batch", batching_difference(model, processor), model)),
         ("cached against uncached", verify_noise(cached, cached_difference(model, input_ids, length), model)),
         ("short beside long", verify_noise(longer, longest_difference(model, input_ids, length), model)),
@@ -219,12 +218,6 @@ def verify_conversations(chat: Chat, generation_config: GenerationConfig) -> Row
     ]
 
 
-def verify_packing(model: Llava, chat: Chat) -> str:
-    """Reports whether the model keeps packed conversations apart."""
-    packed, equal = packing_difference(model, chat)
-    return f"{'equal' if equal else 'not equal: training refuses --packing'} (difference {packed:.0e})"
-
-
 def verify_noise(where: str, apart: float, model: Llava) -> str:
     """Verifies that a text's logits differ by noise alone; `where` says what they were compared in."""
     if not apart <= tolerance(model.dtype):
@@ -289,9 +282,8 @@ def packing_difference(
     # Two conversations without pictures, their tokens (1, T) each
     rows = []
     for texts in PACKED:
-        messages = conversation(*texts)
-        messages[0]["content"].pop(0)  # the picture
-        rows.append(torch.from_numpy(chat.encode(messages)[0])[None].to(model.device))
+        input_ids, _ = chat.encode(conversation(*texts, pictures=0))
+        rows.append(torch.from_numpy(input_ids)[None].to(model.device))
     first, second = rows
     arguments = packed_arguments([row.shape[1] for row in rows], model.device)
     if packed_model is None:  # a CPU's loop would keep apart what the model's own mask does not
@@ -399,18 +391,15 @@ def example_inputs(processor: Processor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def picture_and_question(model: Llava, processor: Processor) -> Any:
     """A wide picture and a question about it, as the processor's batch."""
-    prompt = processor.apply_chat_template(conversation("What is this?"), add_generation_prompt=True)
+    prompt = processor.apply_chat_template(conversation(*CONVERSATION[:2])[:1], add_generation_prompt=True)
     picture = Image.new("RGB", (160, 48), "red")
     return processor(images=picture, text=prompt, return_tensors="pt").to(model.dtype)
 
 
-def conversation(*texts: str) -> list[dict[str, Any]]:
+def conversation(*texts: str, pictures: int = 1) -> list[dict[str, Any]]:
     """Messages of alternating questions and answers, a picture in front of the first."""
-    messages = []
-    for text, role in zip(texts, cycle(("user", "assistant")), strict=False):
-        messages.append({"role": role, "content": [{"type": "text", "text": text}]})
-    messages[0]["content"].insert(0, {"type": "image"})
-    return messages
+    turns = [{"user": question, "assistant": answer} for question, answer in zip(texts[::2], texts[1::2], strict=True)]
+    return to_messages({"texts": turns, "images": ["?"] * pictures})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from train_llava.modeling.templates import context_length
 from train_llava.modeling.verification import packing_difference, refuse_mixing
 from train_llava.trainer import LlavaTrainer
 from train_llava.training.batch_size import next_batch
+from train_llava.training.checkpointing import on_first_rank
 from train_llava.training.memory import precision, state_bytes
 from train_llava.training.throughput import peak_memory
 from train_llava.training.waits import check_losses
@@ -62,20 +62,20 @@ def preflight(trainer: LlavaTrainer) -> None:
         if trainer.is_world_process_zero():
             print("preflight left out: under ZeRO-3 no rank holds the whole model")
         return
-    # The trial on the first rank, and on all ranks its result
-    untrained: set[str] | None = None
-    while untrained is None:
-        if trainer.is_world_process_zero():
-            try:
-                with torch.random.fork_rng(), in_one_call(trainer.packed_model):
-                    untrained = _try_once(trainer)
-            except RuntimeError as error:
-                if not (should_reduce_batch_size(error) and args.batches and args.batches[1:]):
-                    raise
-        (untrained,) = broadcast_object_list([untrained])
-        if untrained is None:
-            next_batch(args, trainer.model)
-            trainer._train_batch_size = args.train_batch_size
+
+    def trial() -> set[str] | None:
+        """The names of `parameters_without_gradient`; None: memory ran out, and there is a smaller batch."""
+        try:
+            with torch.random.fork_rng(), in_one_call(trainer.packed_model):
+                return _try_once(trainer)
+        except RuntimeError as error:
+            if not (should_reduce_batch_size(error) and args.batches and args.batches[1:]):
+                raise
+            return None
+
+    while (untrained := on_first_rank(args, trial)) is None:
+        next_batch(args, trainer.model)
+        trainer._train_batch_size = args.train_batch_size
     for name in untrained:
         trainer.model.get_parameter(name).requires_grad_(False)
 
