@@ -8,9 +8,9 @@ from itertools import combinations
 import numpy as np
 from PIL import Image
 
-from examples.scenes import make_data
-from examples.scenes.scenes import GROUNDS, PICTURE_SIZE, draw_scene, held_out_pairs, names, paint
-from examples.scenes.wordings import LANGUAGES, TRAINING, WORDINGS
+from examples.openmoji import make_data
+from examples.openmoji.scenes import GROUNDS, PICTURE_SIZE, draw_scene, held_out_pairs, names, paint
+from examples.openmoji.wordings import LANGUAGES, TRAINING, WORDINGS
 from train_llava.data import LlavaDataset
 
 

