@@ -152,9 +152,9 @@ def train_clip(output_dir: Path) -> None:
     )
     tower = CLIPVisionModel(config)
     print(f"CLIP: {tower.num_parameters() / 1e6:.2f} M parameters, {CLIP_STEPS} steps")
-    # Linear layers of training alone read each patch of the layer that a LLaVA reads: what stands in its quarter, which
-    # quarter that is, the colour, and all three as a code of ones and zeros. From patches with such a code, a projector
-    # finds the chat model's words soon
+    # Linear layers of training alone read each patch of the layer that a LLaVA reads: what stands in its quarter,
+    # which quarter that is, the colour, and all three as a code of ones and zeros. From patches with such a code, a
+    # projector soon finds the chat model's words
     sizes = [NOTHING + 1, 4, len(GROUNDS)]
     heads = torch.nn.ModuleList([torch.nn.Linear(128, size) for size in [*sizes, sum(sizes)]])
     quarters = torch.tensor(patch_quarters())
@@ -267,8 +267,8 @@ class Written:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits `(tokens, vocabulary)` and ids `(tokens,)` of all answers.
 
-        A patch is the sum of its words' embeddings, with one that all patches share and, where all patches are written,
-        with noise.
+        A patch is the sum of its words' embeddings and of one that all patches share. Where all patches are written,
+        training adds noise.
         """
         samples = [self.sample(scene, turns, full) for scene, turns in scenes]
         embedding, width = model.get_input_embeddings(), max(len(ids) for patches, *_ in samples for ids in patches)

@@ -28,14 +28,14 @@ projector=$example/eyes/projector.safetensors
 if [ ! $out/eyes -nt $projector ]; then # missing, or assembled with an older projector
   rm -rf $out/eyes
   python3 -m train_llava.build_model --output_dir $out/eyes --dtype float32 --projector $projector \
-    --vision_model_name_or_path examples/openmoji/parts/clip --language_model_name_or_path $out/lm
+    --vision_model_name_or_path $example/clip --language_model_name_or_path $out/lm
 fi
 if [ $# -eq 0 ]; then
   set -- "$repo/$example/pictures/1F937-1F3FE.png"
   python3 - "$1" <<'PYTHON'
 import sys
 from pathlib import Path
-from examples.openmoji.make_data import caption, emoji_of
+from examples.smollm2.draw_emoji import caption, emoji_of
 print(f"{sys.argv[1]}, a held-out picture; its caption: {caption(emoji_of(Path(sys.argv[1]).name), 'en')}")
 PYTHON
 fi

@@ -43,7 +43,7 @@ SYSTEM = "Look."
 
 
 def english(folder: Path) -> list[dict]:
-    """The English records of examples/openmoji/make_data.py."""
+    """The English records of draw_emoji.py."""
     records = json.loads((folder / "chat.json").read_text(encoding="utf-8"))
     return [record for record in records if record["language"] == "en"]
 
@@ -96,7 +96,7 @@ def main() -> None:
     if args.talk is not None:
         write(talk_about(english(train), args.talk), TALK)
         return
-    drawing = HERE.parent / "openmoji" / "make_data.py"
+    drawing = HERE / "draw_emoji.py"
     if subprocess.run([sys.executable, str(drawing), "--output_dir", str(args.output_dir)]).returncode != 0:
         sys.exit(1)  # it has printed the reason
     captions = [(r["image"], *(turn["value"] for turn in r["conversations"])) for r in english(train)]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real language model gets eyes: SmolLM2-135M-Instruct with the toy example's CLIP. Trains on two ranks, evaluates on
+# A real language model gets eyes: SmolLM2-135M-Instruct with a small CLIP of emoji. Trains on two ranks, evaluates on
 # held-out pictures and holds a conversation. A new start skips finished stages and continues a stopped one.
 #   bash examples/smollm2/run.sh
 set -euo pipefail
@@ -29,7 +29,7 @@ fi
 stage "3/8 assemble CLIP and SmolLM2 into a LLaVA" "3/8 把 CLIP 和 SmolLM2 组装成 LLaVA"
 if missing $out/llava; then
   python3 -m train_llava.build_model --output_dir $out/llava --dtype float32 \
-    --vision_model_name_or_path examples/openmoji/parts/clip --language_model_name_or_path $out/lm
+    --vision_model_name_or_path $example/clip --language_model_name_or_path $out/lm
 fi
 stage "4/8 stage 1: train the projector alone" "4/8 第一阶段：只训练投影层"
 train $out/stage1 recipes/smollm2-stage1.yaml ${precision[@]+"${precision[@]}"}
