@@ -2,8 +2,8 @@
 
     python docs/figures/draw_answers.py docs/answers.png
 
-It reads output/openmoji, where `bash run_zero2.sh` leaves them. The pictures are those of every sixth English question
-that was asked while the model trained.
+It reads output/openmoji, where `bash run_zero2.sh` leaves them. The questions are every
+sixth one in English of those that were asked while the model trained.
 """
 
 import argparse
@@ -35,15 +35,17 @@ def main() -> None:
     first_step = steps[min(steps)]
     english = [i for i, line in enumerate(first_step) if line["id"].endswith("-en")][::EVERY][:ROWS]
 
-    # A row for each picture: the picture, an answer for each step, the caption
-    figure = Figure(figsize=(1.3 + 1.7 * (len(steps) + 1), 1.05 * ROWS + 0.3), layout="constrained")
-    for row, i in zip(figure.subplots(ROWS, len(steps) + 2, squeeze=False), english, strict=True):
-        reference = first_step[i]["reference"]
+    # A row for each question: the picture, the question, an answer for each step, the right answer
+    figure = Figure(figsize=(1.3 + 1.7 * (len(steps) + 2), 1.05 * ROWS + 0.3), layout="constrained", facecolor="white")
+    for row, i in zip(figure.subplots(ROWS, len(steps) + 3, squeeze=False), english, strict=True):
+        question, reference = first_step[i]["prompt"].removeprefix("<image>").strip(), first_step[i]["reference"]
         row[0].imshow(Image.open(EXAMPLE / "data/heldout/images_dl" / names[first_step[i]["id"]]))
         answers = [(f"step {step}", lines[i]["prediction"]) for step, lines in steps.items()]
-        for axes, (title, text) in zip(row[1:], [*answers, ("the caption", reference)], strict=True):
-            color = "black" if title == "the caption" else "green" if text == reference else "firebrick"
-            wrapped = "\n".join(textwrap.wrap(text, 20, max_lines=4, placeholder=" …"))
+        texts = [("question", question), *answers, ("right answer", reference)]
+        for axes, (title, text) in zip(row[1:], texts, strict=True):
+            color = "green" if text == reference else "firebrick"
+            color = color if title.startswith("step") else "black"
+            wrapped = "\n".join(textwrap.wrap(text, 20, max_lines=5, placeholder=" …"))
             axes.text(0.5, 0.5, wrapped, ha="center", va="center", fontsize=9, color=color, parse_math=False)
             axes.set_title(title if i == english[0] else "", fontsize=9, color="gray")
         for axes in row:

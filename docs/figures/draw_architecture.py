@@ -25,7 +25,7 @@ from train_llava.model import LoraArguments, count_parameters
 from train_llava.training.memory import empty_model
 
 EXAMPLE = Path("output/openmoji")
-PICTURE, GRID = "1F469-1F3FD-200D-1F680", 4  # an astronaut, held out; its tower has 4 x 4 patches
+GRID = 4  # the picture is drawn as 4 x 4 patches
 WIDTH, HEIGHT = 10.0, 5.92  # inches
 FROZEN, TRAINED, LATER, WORD, ANSWER = "#cfe0f1", "#fbd0ad", "#fdeadb", "#eeeeee", "#cbe8c8"
 SIDE = 1.84  # of the picture
@@ -74,13 +74,16 @@ def sizes() -> dict[str, float]:
     }
 
 
-def question_and_answer(language: str) -> tuple[str, str]:
-    """The question about the picture in this language, and the toy example's answer."""
+def example(language: str) -> tuple[Image.Image, str, str]:
+    """The first held-out question about a place, with its picture and the toy example's answer."""
+    records = json.loads((EXAMPLE / "data/heldout/chat.json").read_text(encoding="utf-8"))
+    record = next(record for record in records if record["kinds"] == ["where"] and record["language"] == language)
     for line in (EXAMPLE / "evaluation" / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if record["id"] == f"{PICTURE}-{language}":
-            return record["prompt"].removeprefix("<image>").strip(), record["prediction"]
-    raise SystemExit(f"draw_architecture: {EXAMPLE}/evaluation has no {PICTURE}: run `bash run_zero2.sh` first")
+        answered = json.loads(line)
+        if answered["id"] == record["id"]:
+            picture = Image.open(EXAMPLE / "data/heldout/images_dl" / record["image"]).convert("RGB")
+            return picture, answered["prompt"].removeprefix("<image>").strip(), answered["prediction"]
+    raise SystemExit(f"draw_architecture: {EXAMPLE}/evaluation has no {record['id']}: run `bash run_zero2.sh` first")
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, color: str, text: str, size: float) -> None:
@@ -133,8 +136,7 @@ def draw_row(axes: Axes, picture: Image.Image, question: str, language: str, y: 
 
 def draw(language: str, counted: dict[str, float], path: Path) -> None:
     words = {name: text.format(**counted) for name, text in WORDS[language].items()}
-    question, answer = question_and_answer(language)
-    picture = Image.open(EXAMPLE / "data/heldout/images_dl" / f"{PICTURE}.png").convert("RGB")
+    picture, question, answer = example(language)
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.add_axes((0, 0, 1, 1))
     # The lower edges of the upper row, of the tokens, and of the language model

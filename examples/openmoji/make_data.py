@@ -130,7 +130,7 @@ def conversation(
 
 
 def held_out_questions(rng: random.Random) -> list[tuple[Scene, str, object]]:
-    """HELDOUT scenes of each kind, each with what is asked; no answer is given more often than by its share."""
+    """HELDOUT scenes of each kind with what is asked, shuffled; no answer is given more often than by its share."""
     # the most questions with one answer; answers that name motifs are rare, and "nothing" counts as one of five
     shares = {"where": 4, "count": 5, "things": 4, "is there": 2, "ground": 8, "at": 5, "beside": 5}
     result = []
@@ -149,6 +149,7 @@ def held_out_questions(rng: random.Random) -> list[tuple[Scene, str, object]]:
             if given[text] < HELDOUT / share:
                 given[text] += 1
                 result.append((scene, kind, subject))
+    rng.shuffle(result)
     return result
 
 

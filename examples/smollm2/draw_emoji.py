@@ -103,13 +103,13 @@ def check_split(train: dict[str, Image.Image], heldout: dict[str, Image.Image]) 
     for text, picture in heldout.items():
         name = caption(text, "en")
         if base(text) not in train_bases:
-            raise SystemExit(f"make_data: held-out '{name}': training never shows it in another skin tone")
+            raise SystemExit(f"draw_emoji: held-out '{name}': training never shows it in another skin tone")
         if not tones(text) <= train_tones:
-            raise SystemExit(f"make_data: held-out '{name}': training never shows its skin tone")
+            raise SystemExit(f"draw_emoji: held-out '{name}': training never shows its skin tone")
         if (base(text), frozenset(tones(text))) in train_pairs or picture.tobytes() in train_pictures:
-            raise SystemExit(f"make_data: held-out '{name}': training shows the same picture")
+            raise SystemExit(f"draw_emoji: held-out '{name}': training shows the same picture")
         if any(caption(text, language) in train_captions for language in QUESTIONS):
-            raise SystemExit(f"make_data: held-out '{name}': training has the same caption")
+            raise SystemExit(f"draw_emoji: held-out '{name}': training has the same caption")
 
 
 def conversation(text: str, index: int, language: str) -> list[dict[str, str]]:
