@@ -1,6 +1,6 @@
 """Draws scenes of everyday things and writes conversations about them: LLaVA chat data with a held-out split.
 
-    PYTHONPATH=. python examples/scenes/make_data.py --output_dir output/scenes/data
+    python -m examples.openmoji.make_data --output_dir output/openmoji/data
 
 A scene has one to four things, each in a quarter of the picture, on a ground of one colour. Things are drawings of
 OpenMoji. Their names are the English and Chinese short names of the Unicode CLDR. Written are

@@ -1,6 +1,6 @@
 """Trains the two small models of the toy example, a CLIP vision tower and a Qwen2 chat model, from random weights.
 
-    PYTHONPATH=. python examples/scenes/make_parts.py --output_dir output/parts
+    python -m examples.openmoji.make_parts --output_dir output/parts
 
 The tower learns what stands in the quarter of each of its patches, which quarter that is, and the ground's colour. The
 chat model never sees a picture. It learns to talk about scenes that are written out in words, in the place of each
