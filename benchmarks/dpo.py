@@ -1,11 +1,12 @@
-"""Trains a checkpoint of this repo by TRL's DPOTrainer, as it is, to prefer the right caption to another picture's.
+"""Trains a checkpoint of this repo by TRL's DPOTrainer, as it is, to prefer the right answer to another picture's.
 
     pip install -r benchmarks/requirements.txt
     PYTHONPATH=. python benchmarks/dpo.py --model_name_or_path output/openmoji/stage2 \
         --data_path output/openmoji/data/train --output_dir output/dpo --learning_rate 3e-4
 
-The last answer of a record is the chosen one, that of the next record in the same language the rejected one. Prints
-how far the two lie apart as training goes on, and writes a checkpoint that every command here opens.
+The last answer of a record is the chosen one. The rejected one is the last answer of another record in the same
+language, to a question of the same kind. Prints how far the two lie apart as training goes on, and writes a checkpoint
+that every command here opens.
 """
 
 import argparse
@@ -27,8 +28,11 @@ def preferences(items: list[dict[str, Any]]) -> Dataset:
     rows = []
     for i, item in enumerate(items):
         *prompt, chosen = item["messages"]
-        others = (other for other in items[i + 1 :] + items[:i] if other["language"] == item["language"])
-        rejected = next((other["messages"][-1] for other in others if other["messages"][-1] != chosen), None)
+        rejected = None
+        for other in items[i + 1 :] + items[:i]:
+            alike = other["language"] == item["language"] and other["kinds"][-1:] == item["kinds"][-1:]
+            if rejected is None and alike and other["messages"][-1] != chosen:
+                rejected = other["messages"][-1]
         if rejected is not None:
             rows.append({"images": item["images"], "prompt": prompt, "chosen": [chosen], "rejected": [rejected]})
     return Dataset.from_list(rows)

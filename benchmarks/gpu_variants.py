@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RATES = ["s a step (range)", "tokens/s", "records/s", "mfu", "hfu"]
 COLUMNS = [*RATES, "peak GB", "kernels", "idle", "data wait", "loss, first → last", "note"]
 # a token each for the tokenizer of examples/openmoji/parts: 16 to 47 of them make records of 600 to 631 tokens
-WORDS = ["a", "small", "red", "square", "on", "white", "with", "blue"]
+WORDS = ["a", "dog", "red", "bird", "on", "the", "two", "blue"]
 Row = dict[str, str]  # a cell by its column
 
 

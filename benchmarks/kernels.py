@@ -61,7 +61,7 @@ WAITS = {
     "unique_consecutive", "unique_dim", "equal", "item",
     "masked_scatter_backward",  # it calls masked_select
 }  # fmt: skip
-WORDS = ["a", "small", "red", "square", "on", "white", "with", "blue"]
+WORDS = ["a", "dog", "red", "bird", "on", "the", "two", "blue"]
 
 
 def tensors_of(values: Any) -> list[torch.Tensor]:

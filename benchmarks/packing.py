@@ -38,7 +38,7 @@ from train_llava.train import TrainArguments
 from train_llava.trainer import LlavaTrainer
 
 SIDE, RECORDS, BATCH = 224, 1024, 4
-WORDS = ["a", "small", "red", "square", "on", "white", "with", "blue"]  # a token each
+WORDS = ["a", "dog", "red", "bird", "on", "the", "two", "blue"]  # a token each
 WAYS = {  # settings of the trainer
     "padding": {},
     "`--train_sampling_strategy group_by_length`": {"train_sampling_strategy": "group_by_length"},

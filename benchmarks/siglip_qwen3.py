@@ -1,10 +1,10 @@
-"""Trains a small SigLIP with a small Qwen3, both from random weights, until they know 200 of the toy example's
-pictures by heart.
+"""Trains a small SigLIP with a small Qwen3, both from random weights, until they know descriptions of 200 of the
+toy example's pictures by heart.
 
     PYTHONPATH=. python benchmarks/siglip_qwen3.py
 
-`llamacpp.py` asks the outcome, output/siglip_qwen3/run, about the held-out pictures. Its answers to these are seldom
-right, but two hundred different ones. The pictures are those that `bash run_zero2.sh` left in output/openmoji, the
+`llamacpp.py` asks the outcome, output/siglip_qwen3/run, about the held-out pictures. It answers each with one of two
+hundred descriptions, which are seldom right. The pictures are those that `bash run_zero2.sh` left in output/openmoji, the
 tokenizer is the example's.
 """
 
@@ -29,7 +29,7 @@ from train_llava.build_model import BuildArguments, build_model
 DATA = Path("output/openmoji/data/train")
 OUTPUT = Path("output/siglip_qwen3")
 TOKENIZER = Path("examples/openmoji/parts/qwen2")
-SIDE, PATCH = 72, 18  # pixels, as the example's CLIP
+SIDE, PATCH = 96, 16  # pixels, as the example's CLIP
 PICTURES = 200
 
 
@@ -60,11 +60,14 @@ def make_parts(folder: Path) -> None:
 
 
 def take_records(folder: Path) -> None:
-    """Writes `chat.json` of records that lie evenly in the example's data, English and Chinese in turn."""
+    """Writes `chat.json` of 200 questions and answers that lie evenly among those that describe a picture."""
     records = json.loads((DATA / "chat.json").read_text(encoding="utf-8"))
-    every = len(records) // PICTURES // 2 * 2 + 1
+    described = []
+    for record in records:
+        if record["kinds"][0] == "describe":  # other answers are the same for many pictures
+            described.append(record | {"conversations": record["conversations"][:2]})
+    taken = described[:: len(described) // PICTURES][:PICTURES]
     folder.mkdir(parents=True)
-    taken = records[: PICTURES * every : every]
     (folder / "chat.json").write_text(json.dumps(taken, ensure_ascii=False), encoding="utf-8")
 
 

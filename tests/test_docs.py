@@ -13,7 +13,6 @@ from transformers import HfArgumentParser
 
 import train_llava
 from examples.openmoji import compare_modes as openmoji_modes
-from examples.openmoji import four_pictures
 from examples.smollm2 import compare_modes as smollm2_modes
 from examples.smollm2 import follow_ups
 from train_llava.build_model import BuildArguments
@@ -169,11 +168,7 @@ def test_figures_come_from_files(names):
     page = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in names)
     for example, run in (("openmoji", "docs/run.txt"), ("smollm2", "examples/smollm2/run.txt")):
         assert (ROOT / run).read_text() in (ROOT / f"examples/{example}/README.md").read_text()
-    measured = {
-        "openmoji/modes": openmoji_modes,
-        "openmoji/four_pictures": four_pictures,
-        "smollm2/modes": smollm2_modes,
-    }
+    measured = {"openmoji/modes": openmoji_modes, "smollm2/modes": smollm2_modes}
     tables = [
         script.table(json.loads((ROOT / f"examples/{name}.json").read_text())) for name, script in measured.items()
     ]

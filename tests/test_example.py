@@ -14,6 +14,7 @@ from conftest import free_port
 from nbclient import NotebookClient
 
 from examples.openmoji.compare_modes import Comparison, by_mode, compare
+from examples.openmoji.wordings import LANGUAGES, WORDINGS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.name for path in ROOT.glob("code*.ipynb"))
@@ -21,13 +22,15 @@ CHINESE = "[\u4e00-\u9fff]"
 
 
 @pytest.mark.slow
-def test_the_default_run_names_held_out_pictures(default_run):
+def test_the_default_run_answers_questions_about_held_out_scenes(default_run):
     metrics = json.loads((default_run / "evaluation" / "metrics.json").read_text())
-    english = {name: scores["by_language"]["en"]["exact_match"] for name, scores in metrics["controls"].items()}
-    assert metrics["by_language"]["en"]["exact_match"] >= 0.5  # 0.605 when it was last measured
-    assert english["blank_pictures"] < 0.05
-    assert english["most_frequent_answer"] < 0.05
-    assert metrics["by_language"]["en"]["n"] == metrics["by_language"]["zh"]["n"] == 329
+    assert metrics["by_kind"].keys() == WORDINGS.keys()
+    assert metrics["by_language"].keys() == LANGUAGES.keys()
+    for language, scores in metrics["by_language"].items():
+        assert scores["n"] == 440
+        assert scores["exact_match"] >= 0.8
+        for control in metrics["controls"].values():
+            assert control["by_language"][language]["exact_match"] < 0.4
     assert (default_run / "evaluation" / "captions.png").stat().st_size > 100_000
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.openmoji.make_data import base, emoji_of, is_held_out
 from examples.smollm2 import follow_ups, get_model, make_data
+from examples.smollm2.draw_emoji import base, emoji_of, is_held_out
 from train_llava import evaluate
 from train_llava.build_model import main as build
 from train_llava.evaluation.generation import generate
@@ -80,7 +80,7 @@ def eyes(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("smollm2")
     get_model.write_model(get_model.fetch(folder), folder / "lm")
     arguments = {
-        "--vision_model_name_or_path": ROOT / "examples/openmoji/parts/clip",
+        "--vision_model_name_or_path": EXAMPLE / "clip",
         "--language_model_name_or_path": folder / "lm",
         "--projector": EXAMPLE / "eyes/projector.safetensors",
         "--output_dir": folder / "llava",
