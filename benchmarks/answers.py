@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python benchmarks/answers.py > benchmarks/results/answers.md
 
-The first row asks some of the model's own held-out questions, of all kinds, after `bash run_zero2.sh`: answers of a few
-words. In the second row, answers have the lengths of a mixed set: most a word, some a paragraph. Their questions are
-numbered, each number gets a length, and its answer ends there and not before; padding has to be token 0. Times are
+The first row asks some of the model's own held-out questions, of all kinds, after `bash run_zero2.sh`: answers of a
+few words. In the second row, answers have the lengths of a mixed set: most a word, some a paragraph. Their questions
+are numbered, each number gets a length, and its answer ends there and not before; padding has to be token 0. Times are
 processor time of one thread, in alternating rounds of one run.
 """
 

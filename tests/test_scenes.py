@@ -1,17 +1,26 @@
-"""The data of examples/scenes: what is held out, answers that are true of their scenes, boxes that hold the things."""
+"""The toy example's data and lessons: what is held out, answers that are true of their scenes, boxes that hold the
+things, and what its chat model learns from."""
 
 import json
 import random
+import re
 from collections import Counter
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
 from examples.openmoji import make_data
-from examples.openmoji.scenes import GROUNDS, PICTURE_SIZE, draw_scene, held_out_pairs, names, paint
-from examples.openmoji.wordings import LANGUAGES, TRAINING, WORDINGS
+from examples.openmoji.make_parts import BEGIN, SHORT, Written, garbled, patch_quarters, patch_words
+from examples.openmoji.scenes import GROUNDS, MOTIFS, PICTURE_SIZE, Scene, draw_scene, held_out_pairs, names, paint
+from examples.openmoji.wordings import LANGUAGES, TRAINING, TRAINING_WORDINGS, WORDINGS
 from train_llava.data import LlavaDataset
+
+PARTS = Path(__file__).parents[1] / "examples/openmoji/parts"
+SLOT = r"\{\w+\}"
 
 
 def test_held_out_pairs_never_stand_together_in_training():
@@ -82,4 +91,65 @@ def test_the_written_data_is_read_and_balanced(tmp_path, monkeypatch):
     assert answers["is there"] == {"yes": 20, "no": 20}
     assert max(answers["ground"].values()) == 5
     assert Image.open(tmp_path / "talk/images_dl/00000.png").mode == "RGB"
-    assert len(WORDINGS["what"]["en"]) > TRAINING
+
+
+def test_no_held_out_wording_is_taught():
+    for kind, languages in WORDINGS.items():
+        for code, wordings in languages.items():
+            assert TRAINING_WORDINGS[kind][code] == wordings[:TRAINING]
+            assert len(set(wordings)) == len(wordings) > TRAINING
+            taught = garbled(random.Random(5))[kind][code] + SHORT.get(kind, {}).get(code, [])
+            assert not set(wordings[TRAINING:]) & set(taught)
+
+
+def test_a_garbled_wording_keeps_its_slots():
+    wordings = garbled(random.Random(4))
+    for kind, languages in TRAINING_WORDINGS.items():
+        for code, texts in languages.items():
+            plain, changed = wordings[kind][code][: 10 * TRAINING], wordings[kind][code][10 * TRAINING :]
+            assert plain == texts * 10
+            assert len(changed) == len(plain)
+            assert 0.2 < np.mean([a != b for a, b in zip(plain, changed, strict=True)]) < 1
+            assert list(map(slots, changed)) == list(map(slots, plain))
+
+
+def slots(wording: str) -> list[str]:
+    return re.findall(SLOT, wording)
+
+
+def test_a_patch_is_written_in_the_words_of_both_languages():
+    cat, names_zh = names("en").index("cat"), names("zh")
+    scene = Scene(ground=4, quarters=(None, cat, None, None))
+    assert patch_words(scene, 1) == [" cat", " top right", " blue", names_zh[cat], "右上", "蓝色"]
+    assert patch_words(scene, 2) == [" nothing", " bottom left", " blue", "什么都没有", "左下", "蓝色"]
+    quarters = np.array(patch_quarters()).reshape(6, 6)
+    assert quarters.tolist() == [[0] * 3 + [1] * 3] * 3 + [[2] * 3 + [3] * 3] * 3
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["short lessons", "whole conversations"])
+def test_the_labels_of_a_lesson_are_its_answers_and_their_ends(full):
+    tokenizer = AutoTokenizer.from_pretrained(PARTS / "qwen2")
+    written, rng = Written(tokenizer), random.Random(6)
+    for code in LANGUAGES:
+        scene = draw_scene(rng, held_out=False)
+        turns = make_data.conversation(scene, code, 4, rng)
+        patches, tokens, labels = written.sample(scene, turns, full)
+        assert len(patches) == (36 if full else 4)
+        assert tokenizer.decode(patches[0]) == "".join(patch_words(scene, 0))
+        assert all(label in (-100, token) for label, token in zip(labels, tokens, strict=True))
+        answered = tokenizer.decode([label for label in labels if label != -100])
+        assert answered == "".join(f"{told}<|im_end|>" for _, _, told in turns)
+        if full:  # behind BEGIN and the patches, the chat template's own text
+            messages = []
+            for _, asked, told in turns:
+                messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+            template = tokenizer.apply_chat_template(messages, tokenize=False)
+            assert f"{BEGIN}{tokenizer.decode(tokens).removeprefix(chr(10))}" == template.removesuffix("\n")
+
+
+def test_every_name_is_a_word_of_the_tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(PARTS / "qwen2")
+    lengths = [len(tokenizer(f" {name}").input_ids) for name in names("en")]
+    lengths += [len(tokenizer(name).input_ids) for name in names("zh")]
+    assert len(lengths) == 2 * len(MOTIFS)
+    assert max(lengths) <= 2

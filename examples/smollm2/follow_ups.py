@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from examples.openmoji.make_data import emoji_of, tones
+from examples.smollm2.draw_emoji import emoji_of, tones
 from examples.smollm2.make_data import SYSTEM
 from train_llava.cli import run_command
 from train_llava.common.files import replacing, written_whole
