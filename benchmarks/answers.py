@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python benchmarks/answers.py > benchmarks/results/answers.md
 
-The first row asks some of the model's own held-out questions, of all kinds, after `bash run_zero2.sh`: answers of a
-few words. In the second row, answers have the lengths of a mixed set: most a word, some a paragraph. Their questions
-are numbered, each number gets a length, and its answer ends there and not before; padding has to be token 0. Times are
-processor time of one thread, in alternating rounds of one run.
+The first row asks the model's own held-out questions, after `bash run_zero2.sh`: answers of a few words. In the second
+row, answers have the lengths of a mixed set: most a word, some a paragraph. Their questions are numbered, each number
+gets a length, and its answer ends there and not before; padding has to be token 0. Times are processor time of one
+thread, in alternating rounds of one run.
 """
 
 import argparse
@@ -68,9 +68,8 @@ def main() -> None:
     model, processor = load_model(arguments.model_name_or_path)
     chat, dataset = Chat(processor), LlavaDataset(arguments.data_path)
     asked = []
-    number = WINDOW * BATCH
-    for i in range(number):
-        asked += questions(dataset[i * len(dataset) // number])
+    for i in range(WINDOW * BATCH):
+        asked += questions(dataset[i])
     images = [question["images"] for question in asked]
 
     def in_order(conversations: list[Messages], **options: Any) -> list[str]:

@@ -33,7 +33,7 @@ DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 ENGLISH = ["README.md", *(name for name in DOCS if not name.endswith("_zh.md"))]
 CHINESE = [name.replace(".md", "_zh.md") for name in ENGLISH]
 PAGES = [*ENGLISH, *CHINESE, "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/openmoji/README.md"]
-PAGES += ["examples/smollm2/README.md"]
+PAGES += ["examples/openmoji/README_zh.md", "examples/smollm2/README.md"]
 RESULTS = ("answers.md", "data.md", "llamacpp.md", "memory.md", "packing.md", "speed.md")
 ARGUMENTS = {
     "build_model": (BuildArguments,),

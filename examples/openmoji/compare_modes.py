@@ -1,14 +1,14 @@
 """Trains the toy example in every mode, with the same data and number of steps, and scores it on held-out pictures.
 
     python examples/openmoji/compare_modes.py                                  prints the table of modes.json
-    python examples/openmoji/compare_modes.py --results output/modes.json      measures anew: an hour on two cores
+    python examples/openmoji/compare_modes.py --results output/modes.json      measures on the scenes
     python examples/openmoji/compare_modes.py --results output/modes.json --modes "projector alone" --seeds 0
 
 It starts from the assembled model and the data that `bash run_zero2.sh` left in output/openmoji. Each run is
 a process of one thread; two run at a time. A mode has one stage or two. With two, the first trains the
 projector alone and takes a quarter of the steps. After each run the file gets its result: the exact match
 with its interval, the minutes, the memory and the loss curve. Runs that the file has already are skipped.
-docs/speed.md shows the table.
+docs/speed.md shows the table. The runs in modes.json were made on the example's former data, captions of emoji.
 """
 
 import argparse
