@@ -32,6 +32,6 @@ train "$out/stage2" recipes/openmoji-stage2.yaml
 stage "5/5 ask about held-out scenes, in $out/evaluation" "5/5 用留出的场景提问，写到 $out/evaluation"
 if missing "$out/evaluation"; then
   python3 -m train_llava.evaluate --model_name_or_path "$out/stage2" --data_path "$data/heldout" \
-    --output_dir "$out/evaluation" --blank_control true --other_control true --batch_size 64 --max_new_tokens 32
+    --output_dir "$out/evaluation" --blank_control true --other_control true --batch_size 64 --max_new_tokens 48
 fi
 stage "done" "完成"
