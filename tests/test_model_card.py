@@ -189,8 +189,7 @@ def test_the_curves_show_the_logged_values(drawn, tmp_path):
     assert [axes.get_ylabel() for axes in drawn[1].axes] == ["loss per answer token"]
 
 
-@pytest.mark.parametrize("with_question", [True, False])
-def test_the_sample_grid_spreads_the_questions_evenly_and_marks_correct_answers(drawn, tmp_path, with_question):
+def test_the_sample_grid_spreads_the_questions_evenly_and_marks_correct_answers(drawn, tmp_path):
     pictures = [{"images": [Image.new("RGB", (9, 9), (i, 0, 0))]} for i in range(6)]
     predictions = [
         {"prompt": f"<image>\nQ{i}", "reference": f"r{i}", "prediction": f"r{i}" if i < 3 else "no",
@@ -198,12 +197,12 @@ def test_the_sample_grid_spreads_the_questions_evenly_and_marks_correct_answers(
         for i in range(6)
     ]  # fmt: skip
     predictions.insert(0, predictions[0] | {"pictures": 0})  # there is none to draw
-    draw_sample_grid(pictures, predictions, tmp_path / "sheet.png", (1, 3), with_question)
+    draw_sample_grid(pictures, predictions, tmp_path / "sheet.png", (1, 3))
     cells = []
     for axes in drawn[0].axes:
         (text,), (image,) = axes.texts, axes.images
         cells.append((axes.get_title(), text.get_text(), text.get_color(), int(image.get_array()[0, 0, 0])))
-    titles = [f"Q{i}\nr{i}" if with_question else f"r{i}" for i in (0, 2, 4)]
+    titles = [f"Q{i}\nr{i}" for i in (0, 2, 4)]
     answers = [("r0", "green", 0), ("r2", "green", 2), ("no", "firebrick", 4)]
     assert cells == [(title, *answer) for title, answer in zip(titles, answers, strict=True)]
 

@@ -142,7 +142,7 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_predictions(predictions, path)
         grid = path.with_suffix(".png")
-        draw(lambda path: draw_sample_grid(dataset, predictions, path, (2, 4), with_question=True), grid)
+        draw(lambda path: draw_sample_grid(dataset, predictions, path, (2, 4)), grid)
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer and grid.exists():
                 callback.tb_writer.add_image("answers", np.asarray(open_image(grid)), step, dataformats="HWC")

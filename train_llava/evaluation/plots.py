@@ -67,10 +67,8 @@ def draw(drawing: Callable[[Path], None], path: Path) -> None:
         print(f"{path.name} could not be drawn: {error}", file=sys.stderr)
 
 
-def draw_sample_grid(
-    dataset: Any, predictions: list[dict], path: Path, shape: tuple[int, int], with_question: bool = False
-) -> None:
-    """Draws a grid of `shape` (rows, columns): pictures, the references above and the answers below them.
+def draw_sample_grid(dataset: Any, predictions: list[dict], path: Path, shape: tuple[int, int]) -> None:
+    """Draws a grid of `shape` (rows, columns): pictures, question and reference above, the answer below each.
 
     Correct answers are green. The samples are spread evenly over the predictions. A sample is left out if the
     machine's fonts cannot write its texts, and long texts are cut; the metrics count them all.
@@ -91,7 +89,7 @@ def draw_sample_grid(
     for sample in samples:
         question = _cut(sample["prompt"].replace(IMAGE_TOKEN, "").strip())
         reference = _cut(sample["reference"])
-        titles.append(f"{question}\n{reference}" if with_question else reference)
+        titles.append(f"{question}\n{reference}")
         answers.append(_cut(_written(sample["prediction"], writable)))
 
     # In inches: the longest texts above and below a picture, a row, the figure
@@ -117,8 +115,8 @@ def draw_sample_grid(
             axes.set_title(title, fontsize=11)
             color = "green" if is_exact(sample) else "firebrick"
             axes.text(0.5, -0.05, answer, transform=axes.transAxes, color=color, ha="center", va="top")
-        texts = "the question and the reference" if with_question else "the reference"
-        figure.suptitle(f"above each picture {texts}, below it the model's answer", y=1 - 0.1 / height, fontsize=12)
+        title = "above each picture the question and the reference, below it the model's answer"
+        figure.suptitle(title, y=1 - 0.1 / height, fontsize=12)
         figure.savefig(path, dpi=110)
 
 
