@@ -3,9 +3,9 @@ toy example's pictures by heart.
 
     PYTHONPATH=. python benchmarks/siglip_qwen3.py
 
-`llamacpp.py` asks the outcome, output/siglip_qwen3/run, about the held-out pictures. It answers each with one of two
-hundred descriptions, which are seldom right. The pictures are those that `bash run_zero2.sh` left in output/openmoji,
-the tokenizer is the example's.
+`llamacpp.py` asks the outcome, output/siglip_qwen3/run, about the held-out pictures. It answers every question with a
+description, seldom a right one, and most of them different. The pictures are those that `bash run_zero2.sh` left in
+output/openmoji, the tokenizer is the example's.
 """
 
 import json
