@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 
 import train_llava
 from examples.openmoji import compare_modes as openmoji_modes
+from examples.openmoji.wordings import WORDINGS
 from examples.smollm2 import compare_modes as smollm2_modes
 from examples.smollm2 import follow_ups
 from train_llava.build_model import BuildArguments
@@ -195,6 +196,16 @@ def test_the_first_sentence_is_true_of_the_run(name):
     wanted = {minutes, seconds, f"{float(share):.0f}", run.split("questions")[1].split()[2]}
     first = (ROOT / name).read_text(encoding="utf-8").split("**")[1]
     assert wanted <= set(re.findall(r"[\d,.]*\d", first))
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_the_scores_by_kind_are_those_of_the_run(name):
+    run = (ROOT / "docs/run.txt").read_text().partition("by kind")[2]
+    page = (ROOT / name).read_text(encoding="utf-8")
+    for kind in WORDINGS:
+        model, _, _, *controls = re.search(rf"^  {kind} .*", run, re.MULTILINE)[0].replace("%-", "% ").split()[-6:]
+        (row,) = re.findall(rf"^\| {kind} \| (.*%) \|$", page, re.MULTILINE)
+        assert row.replace(" %", "%").split(" | ") == [model, *controls]
 
 
 def test_one_version_everywhere_and_every_file_in_the_package():

@@ -75,9 +75,12 @@ def sizes() -> dict[str, float]:
 
 
 def example(language: str) -> tuple[Image.Image, str, str]:
-    """The first held-out question about a place, with its picture and the toy example's answer."""
+    """The shortest held-out question about a scene of four things, with its picture and the toy example's answer."""
     records = json.loads((EXAMPLE / "data/heldout/chat.json").read_text(encoding="utf-8"))
-    record = next(record for record in records if record["kinds"] == ["where"] and record["language"] == language)
+    full = [record for record in records if len(record["objects"]) == 4]
+    english = [record for record in full if record["language"] == "en"]
+    picture = min(english, key=lambda record: len(record["conversations"][0]["value"]))["image"]
+    record = next(record for record in full if (record["image"], record["language"]) == (picture, language))
     for line in (EXAMPLE / "evaluation" / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
         answered = json.loads(line)
         if answered["id"] == record["id"]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from train_llava.modeling.adapter import load_model
 ROOT = Path(__file__).parent.parent.parent
 TALK = Path("output/openmoji/data/talk")
 MODEL = "output/openmoji/stage2"
+LINE = 0.31  # inches
 
 
 class Conversation(NamedTuple):
@@ -49,23 +50,35 @@ def converse(model, processor, record: dict) -> Conversation:
     return Conversation(picture, turns)
 
 
-def draw(figure: Figure | SubFigure, conversation: Conversation, width: int) -> None:
-    """A scene, and beside it the questions in grey and the answers in green or red; `width` in letters a line."""
-    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.9], "wspace": 0.03})
-    left.imshow(conversation.picture)
+def lines_of(conversation: Conversation, width: int) -> list[tuple[str, str]]:
+    """The lines of a conversation, at most `width` letters long, each with its colour."""
     lines = []
     for question, answer, wanted in conversation.turns:
         lines += [(text, "#444444") for text in textwrap.wrap(question, width)]
         mark, color = ("✓", "#1a7f37") if answer == wanted else ("✗", "#cf222e")
         lines += [(text, color) for text in textwrap.wrap(f"{mark} {answer}", width)]
         if answer != wanted:
-            lines += [(text, "#777777") for text in textwrap.wrap(f"   ({wanted})", width)]
-    for number, (text, color) in enumerate(lines):
-        weight = "normal" if color == "#444444" else "bold"
-        y = 1 - (number + 0.5) / max(len(lines), 8)
-        right.text(0, y, text, fontsize=15, color=color, weight=weight, va="center", parse_math=False)
-    for axes in (left, right):
-        axes.axis("off")
+            lines += [(text, "#777777") for text in textwrap.wrap(f"({wanted})", width)]
+    return lines
+
+
+def draw(conversations: list[Conversation], columns: int, width: int, path: Path) -> None:
+    """Scenes, beside each its questions in grey and the answers in green or red, in a row or more."""
+    texts = [lines_of(conversation, width) for conversation in conversations]
+    longest, rows = max(10, *map(len, texts)), len(conversations) // columns
+    figure = Figure(figsize=(10 * columns, (LINE * longest + 0.3) * rows), facecolor="white")
+    parts = figure.subfigures(rows, columns, squeeze=False).flat
+    for part, conversation, lines in zip(parts, conversations, texts, strict=True):
+        left, right = part.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.9], "wspace": 0.03})
+        left.imshow(conversation.picture)
+        left.set_anchor("N")
+        for number, (text, color) in enumerate(lines):
+            weight = "normal" if color == "#444444" else "bold"
+            y = 1 - (number + 0.5) / longest
+            right.text(0, y, text, fontsize=15, color=color, weight=weight, va="center", parse_math=False)
+        for axes in (left, right):
+            axes.axis("off")
+    figure.savefig(path, dpi=110 // columns, bbox_inches="tight", pad_inches=0.15)
 
 
 def main() -> None:
@@ -75,16 +88,11 @@ def main() -> None:
     for record in tqdm(json.loads((TALK / "chat.json").read_text(encoding="utf-8")), desc="asking"):
         talk[record["language"]].append(converse(model, processor, record))
     for code, name, width in (("en", "conversation.png", 44), ("zh", "conversation_zh.png", 22)):
-        figure = Figure(figsize=(10, 3.4), facecolor="white")
-        draw(figure, talk[code][0], width)
-        figure.savefig(ROOT / "docs" / name, dpi=110, bbox_inches="tight", pad_inches=0.15)
+        draw(talk[code][:1], 1, width, ROOT / "docs" / name)
         right = sum(conversation.right for conversation in talk[code])
         print(f"{code}: every answer right in {right} of {len(talk[code])} conversations")
     shown = [c for c in talk["en"] if c.right][:2] + [c for c in talk["en"] if not c.right][:2]
-    figure = Figure(figsize=(20, 7), facecolor="white")
-    for part, conversation in zip(figure.subfigures(2, 2).flat, shown, strict=False):
-        draw(part, conversation, 44)
-    figure.savefig(ROOT / "examples/openmoji/conversations.png", dpi=60, bbox_inches="tight", pad_inches=0.15)
+    draw(shown, 2, 44, ROOT / "examples/openmoji/conversations.png")
 
 
 if __name__ == "__main__":
