@@ -2,11 +2,10 @@
 
     PYTHONPATH=.:tests python docs/figures/web_demo.py
 
-Needs gradio, selenium, Chromium with its driver, and a Chinese font. The page shows the first held-out picture, with
-its first question in each language.
+Needs gradio, selenium, Chromium with its driver, and a Chinese font. The page shows the first held-out picture and
+three questions about it, the same in each language.
 """
 
-import json
 from pathlib import Path
 from time import sleep
 
@@ -14,27 +13,21 @@ from test_web_demo import browser, find, idle, served, type_in, until
 
 DOCS = Path(__file__).parent.parent
 MODEL = "output/openmoji/stage2"
-HELD_OUT = Path("output/openmoji/data/heldout")
+ENGLISH = ["Describe the picture.", "How many things are there?", "What colour is the background?"]
+CHINESE = ["描述这张图片。", "有几个东西？", "背景是什么颜色？"]
 
 
 def main() -> None:
-    # The first picture's first question in each language
-    picture = min(path.name for path in (HELD_OUT / "images_dl").iterdir())
-    questions: dict[str, str] = {}
-    for record in json.loads((HELD_OUT / "chat.json").read_text(encoding="utf-8")):
-        if record["image"] == picture:
-            question = record["conversations"][0]["value"].replace("<image>", "").strip()
-            questions.setdefault(record["language"], question)
-
     # The page in both languages
     with served("--model_name_or_path", MODEL) as address:
-        for language, name in (("en-US", "web_demo.png"), ("zh-CN", "web_demo_zh.png")):
+        pages = (("en-US", "web_demo.png", ENGLISH), ("zh-CN", "web_demo_zh.png", CHINESE))
+        for language, name, questions in pages:
             with browser(address, language) as driver:
                 size = {"width": 1100, "height": 900, "deviceScaleFactor": 1, "mobile": False}
                 driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
                 until(lambda: find(driver, "#examples button"))[0].click()
                 until(lambda: find(driver, ".thumbnail-item"))
-                for answers, question in enumerate(questions.values(), start=1):
+                for answers, question in enumerate(questions, start=1):
                     type_in(driver, question)
                     until(lambda answers=answers: idle(driver, answers))
                 sleep(1)  # the page scrolls
