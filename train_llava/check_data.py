@@ -191,10 +191,10 @@ def main() -> None:
     batch, epochs = arguments.global_batch_size, arguments.num_train_epochs
     in_epoch = max(ceil(trained / batch), 1)  # the last one may be smaller
     report["steps"] = ceil(epochs * in_epoch)
-    remedy = f", too few to learn much: set --num_train_epochs {ceil(ENOUGH / in_epoch)}"
-    print(
-        f"steps      {report['steps']:,} of {batch} records in {epochs:g} epochs{remedy * (report['steps'] < ENOUGH)}"
-    )
+    steps = f"steps      {report['steps']:,} of {batch} records in {epochs:g} epochs"
+    if report["steps"] < ENOUGH:
+        steps += f", too few to learn much: set --num_train_epochs {ceil(ENOUGH / in_epoch)}"
+    print(steps)
     if chat is not None:
         print(show_sample(dataset, chat))
     if arguments.report is not None:
