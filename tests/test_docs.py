@@ -161,6 +161,17 @@ def test_a_chinese_reader_is_told_what_is_in_english(name):
     assert not [link for link, behind in links if not link.endswith("_zh.md") and not behind.startswith("（英文")]
 
 
+@pytest.mark.parametrize("name", [*CHINESE, "examples/openmoji/README_zh.md"])
+def test_a_chinese_sentence_stands_on_one_line(name):
+    """A line break inside a sentence is shown as a gap."""
+    text = re.sub(r"^```.*?^```", "```", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    other = r"\s*([-*#|!`<>]|\d+\. |$)"  # headings, tables, lists, pictures, code, empty lines
+    lines = text.splitlines()
+    for line, following in zip(lines, lines[1:], strict=False):
+        ends = line.rstrip()[-1:] in "。！？*" or re.match(other, line)
+        assert ends or re.match(r"\s*([-#|!<>]|```|\d+\. |$)", following), f"{line}\n{following}"
+
+
 def rows(text: str) -> list[list[str]]:
     """The numbers of each table row behind its first cell, where it has any."""
     found = [re.findall(r"\d[\d.,]*", line.split("|", 2)[2]) for line in text.splitlines() if line.startswith("| ")]
