@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,7 @@ def test_a_chinese_sentence_stands_on_one_line(name):
     """A line break inside a sentence is shown as a gap."""
     text = re.sub(r"^```.*?^```", "```", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     other = r"\s*([-*#|!`<>]|\d+\. |$)"  # headings, tables, lists, pictures, code, empty lines
-    lines = text.splitlines()
-    for line, following in zip(lines, lines[1:], strict=False):
+    for line, following in pairwise(text.splitlines()):
         ends = line.rstrip()[-1:] in "。！？*" or re.match(other, line)
         assert ends or re.match(r"\s*([-#|!<>]|```|\d+\. |$)", following), f"{line}\n{following}"
 
