@@ -11,6 +11,7 @@ import urllib.parse
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
+from copy import copy
 from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -133,7 +134,9 @@ def tar_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
                     files, all_read = {normal_path(other.name): other for other in archive.getmembers()}, True
                 target = files.get(target_name)
             if target is not None and target.isfile() and not is_hidden(name):
-                yield target.replace(name=name, deep=False)
+                found = copy(target)  # `replace` is missing in Debian 12's Python, 3.11.2
+                found.name = name
+                yield found
         # `tarfile` stops without an error at a block that is no header: a whole archive has zeros there
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
