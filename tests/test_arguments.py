@@ -33,6 +33,7 @@ from train_llava import (
     build_model,
     check_data,
     evaluate,
+    explain,
     export_gguf,
     infer,
     merge_lora,
@@ -42,6 +43,7 @@ from train_llava import (
     trainer,
     web_demo,
 )
+from train_llava.dataset import replay
 from train_llava.dataset.lengths import GroupedByLength
 from train_llava.dataset.readers import BadRecordError
 from train_llava.model import LoraArguments, load_processor
@@ -151,6 +153,10 @@ def patch_edges(monkeypatch, seen: SimpleNamespace) -> None:
             raise HandedError
         return DataLoader(*args, **options)
 
+    def replaying(model, chat, questions, *_):
+        seen.replayed = [question["prompt"] for question in questions]
+        return [{"prompt": prompt, "answer": "red", "cut": False} for prompt in seen.replayed], []
+
     def typing(_):
         seen.typed += 1
         raise EOFError
@@ -163,6 +169,7 @@ def patch_edges(monkeypatch, seen: SimpleNamespace) -> None:
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", opening_tokenizer)
     monkeypatch.setattr(check_data, "DataLoader", loading_data)
     monkeypatch.setattr("builtins.input", typing)
+    monkeypatch.setattr(replay, "answer_questions", replaying)
     if web_demo.find_spec("gradio"):
         monkeypatch.setattr(
             web_demo.gr.Blocks, "launch", lambda page, **given: seen.__dict__.update(page=page, **given)
@@ -274,9 +281,10 @@ CASES = {
         infer,
         f"{MODEL} --prompt Hello",
         f"{MODEL} --prompt Paris? --image {{images}}/1.png --adapter_name_or_path {{adapter}} --max_new_tokens 3 "
-        "--temperature 0.5 --top_p 0.25",
+        "--temperature 0.5 --top_p 0.25 --choices yes,no",
         {
             infer.InferArguments: {
+                "choices": lambda s: "%  yes" in s.printed and "%  no" in s.printed,
                 "model_name_or_path": lambda s: s.loaded[str(s.llava)],
                 "prompt": lambda s: "Paris?" in s.asked[0],
                 "image": lambda s: s.opened[-1].endswith("1.png") and "pixel_values" in s.generated[0],
@@ -304,6 +312,24 @@ CASES = {
             }
         },
     ),
+    "explain": Case(
+        explain,
+        f"{MODEL} --image {{images}}/0.png --prompt Why? --answer blue --output_dir {{out}}/e",
+        f"{MODEL} --image {{images}}/1.png --prompt What? --answer red --output_dir {{out}}/e --data_path {{corpus}} "
+        "--adapter_name_or_path {adapter} --bits 4",
+        {
+            explain.ExplainArguments: {
+                "model_name_or_path": lambda s: s.loaded[str(s.llava)],
+                "image": lambda s: s.opened[0].endswith("1.png"),
+                "prompt": lambda s: metrics(s)["prompt"] == "What?",
+                "answer": lambda s: metrics(s)["answer"] == "red",
+                "output_dir": lambda s: (s.out / "e" / "explanation.png").exists(),
+                "data_path": lambda s: "other pictures" in metrics(s)["log_probability"],
+                "adapter_name_or_path": lambda s: s.loaded[str(s.adapter)] and "base_log_probability" in metrics(s),
+                "bits": bits,
+            }
+        },
+    ),
     "infer, a chat": Case(
         infer,
         f"{MODEL} --prompt Hello",
@@ -315,9 +341,10 @@ CASES = {
         f"{MODEL} --data_path {{corpus}} --output_dir {{out}}/e",
         f"{MODEL} --data_path {{root}}/data --image_dir {{images}} --output_dir {{out}}/e --batch_size 3 "
         "--adapter_name_or_path {adapter} --max_new_tokens 3 --blank_control true --other_control true "
-        "--text_path {root}/text.txt --base {qwen2}",
+        "--text_path {root}/text.txt --base {qwen2} --choices red,blue",
         {
             evaluate.EvaluateArguments: {
+                "choices": lambda s: metrics(s)["choices"]["n"] == 8,
                 "model_name_or_path": lambda s: s.loaded[str(s.llava)],
                 "data_path": lambda s: metrics(s)["n"] == 8,
                 "image_dir": shown,
@@ -507,6 +534,7 @@ CASES = {
         TRAIN,
         f"{MODEL} --data_path {{root}}/broken.json {{root}}/data --data_weights 1 2 --image_dir {{images}} "
         "--output_dir {out}/t --max_steps 2 --max_length 100 --max_bad_fraction 0.5 --attn_implementation eager "
+        "--price_per_hour 2.5 "
         "--lora_r 3 --lora_alpha 6 --lora_dropout 0.25 --use_dora true --use_rslora true --learning_rate 1e-3 "
         "--projector_learning_rate 3e-3 --warmup_steps 5 --lr_scheduler_type linear --logging_steps 7 "
         "--report_to none --bf16 true --bits 4 --seed 5 --data_seed 7 --train_sampling_strategy group_by_length",
@@ -538,6 +566,7 @@ CASES = {
                 "report_to": lambda s: not callbacks(s, TensorBoardCallback),
                 "bf16": lambda s: s.loaded["dtype"] == torch.bfloat16,
                 "preflight": lambda s: "saved, read back" in s.printed,
+                "price_per_hour": lambda s: " at --price_per_hour 2.5" in s.printed,
                 "data_seed": lambda s: sampler(s).seed == 7,
                 "train_sampling_strategy": lambda s: isinstance(sampler(s), GroupedByLength),
             },
@@ -582,6 +611,17 @@ CASES = {
             train.TrainArguments: {
                 "per_device_train_batch_size": lambda s: "6 x 1 accumulation steps" in s.printed,
                 "global_batch_size": lambda s: s.trainer.args.per_device_train_batch_size == 6,
+            },
+        },
+    ),
+    "train, with replay": Case(
+        train,
+        TRAIN,
+        f"{TRAIN} --replay 0.5 --replay_questions {{root}}/questions.jsonl",
+        {
+            train.DataArguments: {
+                "replay": lambda s: len(s.trainer.train_dataset) == 32,
+                "replay_questions": lambda s: s.replayed == ["Which 0?", "Which 1?", "Which 2?"],
             },
         },
     ),

@@ -166,7 +166,7 @@ def test_the_preflight_goes_down_to_a_batch_that_fits(llava, corpus, tmp_path, m
         f"since {before} do not fit"
         for (before, _), (size, how) in pairwise(tried)
     ]
-    assert rows == [size for size, _ in tried] + [2] * 4 * 3  # then three steps
+    assert rows == [size for size, _ in tried] + [2] * 3 + [2] * 4 * 3  # three to tell the time, then three steps
     assert losses == pytest.approx(by_hand, abs=1e-4)
     recipe = yaml.safe_load((tmp_path / "auto" / "recipe.yaml").read_text())
     assert (recipe["per_device_train_batch_size"], recipe["activation_checkpointing"]) == (2, True)

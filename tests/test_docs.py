@@ -21,6 +21,7 @@ from train_llava.build_model import BuildArguments
 from train_llava.check_data import CheckArguments
 from train_llava.cli import given_arguments
 from train_llava.evaluate import EvaluateArguments
+from train_llava.explain import ExplainArguments
 from train_llava.export_gguf import ExportArguments
 from train_llava.infer import InferArguments
 from train_llava.merge_lora import MergeArguments
@@ -41,6 +42,7 @@ ARGUMENTS = {
     "build_model": (BuildArguments,),
     "check_data": (CheckArguments,),
     "evaluate": (EvaluateArguments,),
+    "explain": (ExplainArguments,),
     "export_gguf": (ExportArguments,),
     "prepare_picture": (PictureArguments,),
     "infer": (InferArguments,),

@@ -86,7 +86,7 @@ def parse_arguments(*dataclasses: type) -> tuple[Any, ...]:
                 if not all(os.path.exists(path.removeprefix("folder:").partition("::")[0]) for path in paths):
                     hub_answers()
             elif name == "image":
-                for picture in value:
+                for picture in [value] if isinstance(value, str) else value:
                     check_picture(picture)
     return parsed
 

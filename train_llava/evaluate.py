@@ -22,7 +22,7 @@ from typing import Any, Literal
 from transformers.hf_argparser import HfArg
 
 from train_llava.cli import BATCH, BITS_HELP, CUT_BOXES_HELP, NEW_TOKENS, parse_arguments, parse_first, run_command
-from train_llava.common.checks import check_name, check_number
+from train_llava.common.checks import CHOICES_HELP, check_name, check_number, split_choices
 from train_llava.common.files import opening, written_whole
 
 
@@ -38,6 +38,7 @@ class EvaluateArguments:
     base: str | None = HfArg(default=None, help="With --text_path, the base; default: the model without its adapter.")
     blank_control: bool = HfArg(default=False, help="Ask again with blank pictures, to see what the pictures add.")
     other_control: bool = HfArg(default=False, help="Ask again with the pictures of other records.")
+    choices: str | None = HfArg(default=None, help=f"{CHOICES_HELP} Default: each record's own `choices`.")
     keep_cut_boxes: bool = HfArg(default=False, help=CUT_BOXES_HELP)
     bits: Literal[4, 8] | None = HfArg(default=None, help=BITS_HELP)
     batch_size: int = HfArg(default=BATCH, help="Questions answered at once.")
@@ -46,6 +47,7 @@ class EvaluateArguments:
     def __post_init__(self) -> None:
         if bool(self.compare) == bool(self.model_name_or_path and self.data_path):
             raise ValueError("pass --model_name_or_path with --data_path, or --compare with evaluations")
+        self.choices = split_choices(self.choices)
         if self.base is not None and self.text_path is None:
             raise ValueError("--base goes with --text_path")
         for name in ("batch_size", "max_new_tokens"):
@@ -66,11 +68,18 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 import train_llava
 from train_llava.chat import chat_of
 from train_llava.data import LlavaDataset
-from train_llava.evaluation.answers import predict, write_predictions
+from train_llava.evaluation.answers import add_choices, predict, write_predictions
 from train_llava.evaluation.comparison import compare
 from train_llava.evaluation.generation import this_process
-from train_llava.evaluation.metrics import METRICS, by_group, most_frequent_answer, score_exact, score_group
-from train_llava.evaluation.plots import draw, draw_sample_grid
+from train_llava.evaluation.metrics import (
+    METRICS,
+    by_group,
+    most_frequent_answer,
+    score_choices,
+    score_exact,
+    score_group,
+)
+from train_llava.evaluation.plots import draw, draw_calibration, draw_sample_grid
 from train_llava.evaluation.questions import settings_of
 from train_llava.model import load_checkpoint
 from train_llava.modeling.adapter import load_model
@@ -119,6 +128,11 @@ def table(metrics: dict[str, Any]) -> str:
     if "cut_answers" in metrics:
         limit = metrics["settings"]["max_new_tokens"]
         lines.append(f"cut at --max_new_tokens {limit}: {metrics['cut_answers']:.1%}")
+    if "choices" in metrics:
+        scores = metrics["choices"]
+        lines.append(f"likeliest choice right: {scores['accuracy']:.1%} of {scores['n']:,}; ")
+        lines[-1] += f"AUROC {scores['auroc']:.3f}; " if "auroc" in scores else ""
+        lines[-1] += f"expected calibration error {scores['calibration_error']:.3f}"
     if "text" in metrics:
         lines.append(f"loss per token of the text: {metrics['text']['loss']:.4f}")
         if "base_loss" in metrics["text"]:
@@ -208,6 +222,9 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
         if is_asked:
             asked_again = model, processor, dataset, files[pictures], settings, arguments.batch_size, pictures
             controls[f"{pictures}_pictures"], _ = predict(*asked_again)
+    chosen = add_choices(model, processor, dataset, predictions, arguments.choices)
+    if arguments.choices and not chosen:
+        raise ValueError(f"--choices {','.join(arguments.choices)}: no right answer is among them")
     # The scores
     versions = {module.__name__: module.__version__ for module in (train_llava, transformers, torch)}
     metrics = by_group(predictions, score_group) | {"cut_answers": mean(p["cut"] for p in predictions)}
@@ -215,6 +232,8 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
     if text_scores:
         metrics["text"] = text_scores
     metrics["controls"] = {name: by_group(control, score_exact) for name, control in controls.items()}
+    if chosen:
+        metrics["choices"] = score_choices(chosen)
     if folder is None:
         return metrics
     # The report and the files
@@ -225,6 +244,8 @@ def evaluate(arguments: EvaluateArguments, folder: Path | None) -> dict[str, Any
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_predictions(predictions, folder / "predictions.jsonl")
     draw(lambda path: draw_sample_grid(dataset, predictions, path, SAMPLE_GRID), folder / "captions.png")
+    if chosen:
+        draw(lambda path: draw_calibration(metrics["choices"]["bins"], path), folder / "calibration.png")
     return metrics
 
 

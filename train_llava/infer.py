@@ -20,7 +20,7 @@ from typing import Any, Literal
 from transformers.hf_argparser import HfArg
 
 from train_llava.cli import BATCH, BITS_HELP, NEW_TOKENS, parse_arguments, parse_first, run_command
-from train_llava.common.checks import ADDRESSES, check_number
+from train_llava.common.checks import ADDRESSES, CHOICES_HELP, check_number, split_choices
 
 
 @dataclass
@@ -29,6 +29,7 @@ class InferArguments:
     prompt: str | None = HfArg(default=None, help="The question.")
     image: list[str] = HfArg(default_factory=list, help="Its pictures: files, http(s) addresses, or - for stdin.")
     interactive: bool = HfArg(default=False, help="Chat; /image FILE adds a picture, /image alone takes it back.")
+    choices: str | None = HfArg(default=None, help=f"With --prompt. {CHOICES_HELP}")
     questions: str | None = HfArg(default=None, help="A .jsonl file of questions; its pictures are relative to it.")
     answers: str | None = HfArg(default=None, help="The .jsonl file to write their answers to.")
     batch_size: int = HfArg(default=BATCH, help="Questions answered at once.")
@@ -41,6 +42,9 @@ class InferArguments:
     def __post_init__(self) -> None:
         if [self.prompt is not None, self.interactive, self.questions is not None].count(True) != 1:
             raise ValueError("give one of --prompt, --interactive true and --questions")
+        self.choices = split_choices(self.choices)
+        if self.choices and self.prompt is None:
+            raise ValueError("--choices goes with --prompt")
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("--prompt is empty")
         if (self.questions is None) != (self.answers is None):
@@ -60,7 +64,7 @@ from transformers import TextStreamer
 
 from train_llava.chat import Processor, chat_of
 from train_llava.dataset.images import open_image
-from train_llava.evaluation.generation import assistant_message, generate, sampling, this_process, user_message
+from train_llava.evaluation.generation import assistant_message, choose, generate, sampling, this_process, user_message
 from train_llava.evaluation.questions import answer_questions, read_questions, settings_of
 from train_llava.model import Llava
 from train_llava.modeling.adapter import load_model
@@ -169,6 +173,9 @@ def main() -> None:
     else:
         conversation = [user_message(arguments.prompt, len(images))]
         print(generate(model, processor, [conversation], images, **options)[0])
+        if arguments.choices:
+            for choice, share in choose(model, chat_of(processor), conversation, images, arguments.choices).items():
+                print(f"{share:.1%}  {choice}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ A record holds its conversation under the first of these keys that it has; null 
 Its images are under `images`, `image`, `image_bytes` or `file_name`, in the order of their tags, or inside the
 messages: file names, bytes or data URIs. Without tags, images come before the first question, except in
 `conversations`. A record may have a `language` and, for evaluation, `answers` (of several people to the last
-question), `references` (correct texts) and `kinds` (a text for each question: those of a kind are scored together).
+question), `references` (correct texts), `choices` (of the last question), and `kinds` (a text for each
+question: those of a kind are scored together).
 Its id is the first of `id`, `question_id`, `questionId`, `image_id`.
 An answer with `"weight": 0` (OpenAI), `"loss": false` (ms-swift) or `"train": false` (axolotl) is not learnt.
 """

@@ -23,6 +23,7 @@ from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset
 from train_llava.dataset.apart import divided, keep_apart
 from train_llava.dataset.lengths import order_seed
 from train_llava.dataset.packing import PackedDataset
+from train_llava.dataset.replay import add_replay
 from train_llava.dataset.streaming import stream_items
 from train_llava.model import LoraArguments, count_parameters, load_checkpoint, set_trainable
 from train_llava.modeling.adapter import continue_adapter, continued
@@ -122,6 +123,8 @@ def run(
     collator = LlavaCollator(processor, data_arguments.max_length, packing, padding_mask, 64 if on_gpu else 1)
     chat = chat_of(processor, data_arguments.max_length, data_arguments.keep_cut_boxes)
     dataset, eval_dataset = load_data(data_arguments, args, chat)
+    if data_arguments.replay:
+        add_replay(dataset.records, data_arguments.replay, data_arguments.replay_questions, model, chat, args)
     sources = (None if streaming else dataset.records, data_arguments.data_path, data_arguments.image_dir)
     settings |= on_first_rank(args, lambda: resume.compare_sources(checkpoint, args, model_name, model, *sources))
     if args.batches is not None:

@@ -9,6 +9,7 @@ from huggingface_hub import constants, get_session, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+CHOICES_HELP = "The answers to choose from, such as yes,no: how likely is each?"
 ADDRESSES = ("http://", "https://", "data:")  # a picture that is no file
 # The numbers that an argument takes, in every command. An argument that is not listed takes [0, inf)
 INTERVALS = {
@@ -20,7 +21,7 @@ INTERVALS = {
     "torch_empty_cache_steps",
     "[1, 2147483648)": "ddp_bucket_cap_mb ddp_timeout",
     "(0, 1]": "adam_epsilon learning_rate top_p",
-    "(0, 1)": "eval_fraction",
+    "(0, 1)": "eval_fraction replay",
     "[0, 1]": "max_bad_fraction projector_learning_rate vision_learning_rate",
     "[0, 1)": "adam_beta1 adam_beta2 lora_dropout",
     "[0, 4294967296)": "data_seed seed",
@@ -39,6 +40,14 @@ def check_number(name: str, value: Any) -> None:
         at_a_bound = (number == low and interval.startswith("[")) or (number == high and interval.endswith("]"))
         if not (low < number < high or at_a_bound):
             raise ValueError(f"--{name} {number}: it has to lie in {interval}")
+
+
+def split_choices(choices: str | None) -> list[str] | None:
+    """The texts of `--choices`, if it is given; a ValueError if there are not two, or one is empty."""
+    texts = choices and list(dict.fromkeys(text.strip() for text in choices.split(",")))
+    if texts is not None and (len(texts) < 2 or not all(texts)):
+        raise ValueError(f"--choices {choices}: name two answers or more, with a comma between them, such as yes,no")
+    return texts
 
 
 def check_json(name: str, value: str) -> None:

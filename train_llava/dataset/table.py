@@ -22,7 +22,7 @@ from train_llava.dataset.readers import BadRecordError, answers_of, id_of, image
 from train_llava.dataset.sources import find_records, raw_records
 from train_llava.records import to_messages
 
-CACHE_VERSION = 13  # of the rules in records.py and here: raise it to have every data set read again
+CACHE_VERSION = 14  # of the rules in records.py and here: raise it to have every data set read again
 TEXT, TEXTS = datasets.Value("string"), datasets.List(datasets.Value("string"))
 FEATURES = datasets.Features(
     id=TEXT,
@@ -33,6 +33,7 @@ FEATURES = datasets.Features(
     answers=TEXTS,
     references=TEXTS,
     kinds=TEXTS,  # of its questions
+    choices=TEXTS,  # of its last question
     objects=TEXT,  # JSON: those of the `<box>` and `<point>` tags, or without tags all of them
     error=TEXT,  # why the record cannot be used
 )
@@ -95,18 +96,18 @@ def table_row(record: Any, number: int, image_dir: Path | None = None, members: 
         language = record["language"] if isinstance(record.get("language"), str) else None
         captions = record["caption"] if isinstance(record.get("caption"), list) else None
         answers, references = answers_of(record), texts_of(record.get("references")) or texts_of(captions)
-        kinds = texts_of(record.get("kinds"))
+        kinds, choices = (texts_of(record.get(key)) for key in ("kinds", "choices"))
         # If one image has a name, all get one, which keeps their order: bytes become data URIs
         names = [image for image in images if isinstance(image, str)]
         if names and len(names) < len(images):
             names = [image if isinstance(image, str) else data_uri(image) for image in images]
         # Half a surrogate pair in any text is an error, as which a text file's bytes outside UTF-8 come
-        "".join([*names, *answers, *references, *kinds, language or ""]).encode()
+        "".join([*names, *answers, *references, *kinds, *choices, language or ""]).encode()
         row["messages"] = msgspec.json.encode(messages).decode()
         row["objects"] = msgspec.json.encode(objects).decode() if objects else None
         row["images"], row["image_bytes"] = names, [] if names else images
         row["language"], row["answers"], row["references"] = language, answers, references
-        row["kinds"] = kinds
+        row["kinds"], row["choices"] = kinds, choices
     except UnicodeEncodeError:
         row["error"] = "it is not in UTF-8 (save it anew with this encoding), or holds half of a surrogate pair"
     except ValueError as error:
@@ -160,5 +161,5 @@ def to_item(row: Row, image_dir: Path | None, chat: Chat | None = None, decode: 
                 objects = []
     except (OSError, ValueError) as error:
         raise BadRecordError(row["id"], str(error)) from error
-    fields = {key: row[key] for key in ("id", "language", "answers", "references", "kinds")}
+    fields = {key: row[key] for key in ("id", "language", "answers", "references", "kinds", "choices")}
     return fields | {"messages": messages, "objects": objects, "images": images, "image_sizes": sizes}

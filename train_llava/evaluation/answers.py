@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from accelerate.utils import gather_object
 from PIL import Image
+from tqdm import tqdm
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 
@@ -18,8 +19,8 @@ from train_llava.cli import BATCH
 from train_llava.data import LlavaDataset
 from train_llava.dataset.images import open_image
 from train_llava.dataset.readers import BadRecordError
-from train_llava.evaluation.generation import Messages, generate_all, prepare, text_and_images, this_process
-from train_llava.evaluation.metrics import score_group
+from train_llava.evaluation.generation import Messages, choose, generate_all, prepare, text_and_images, this_process
+from train_llava.evaluation.metrics import is_exact, score_group
 from train_llava.evaluation.plots import draw, draw_sample_grid
 from train_llava.evaluation.questions import answer_questions
 from train_llava.modeling.weights import in_saved_dtype
@@ -43,7 +44,7 @@ def questions(item: dict[str, Any]) -> list[dict[str, Any]]:
         question |= {"prompt": text_of(before[-1]), "reference": reference}
         question["references"] = right if reference.strip() in right else [reference, *right]
         question["places"] = message.get("places", [])
-        question["answers"] = item["answers"] if is_last else []
+        question["answers"], question["choices"] = (item[key] if is_last else [] for key in ("answers", "choices"))
         number = sum(earlier["role"] == "assistant" for earlier in before)
         question["kind"] = item["kinds"][number] if number < len(item["kinds"]) else None
         result.append(item | question)
@@ -111,6 +112,29 @@ def predict(
     return predictions, bad
 
 
+def add_choices(
+    model: Any,
+    processor: Processor,
+    dataset: LlavaDataset,
+    predictions: list[dict[str, Any]],
+    choices: list[str] | None,
+) -> list[dict[str, Any]]:
+    """The predictions with a right answer among `choices`, or among those of their record.
+
+    They get `likely`: how likely each choice is, see `choose`.
+    """
+    chat, state, asked = chat_of(processor), this_process(), []
+    for p in predictions:
+        p["choices"] = choices or p["choices"]
+        asked += [p] if any(is_exact(p | {"prediction": choice}) for choice in p["choices"]) else []
+    with state.split_between_processes(asked) as share:
+        bar = tqdm(share, "choices", disable=not asked or not state.is_main_process)
+        found = gather_object([choose(model, chat, *open_question(dataset, p), p["choices"]) for p in bar])
+    for p, likely in zip(asked, found, strict=True):
+        p["likely"] = likely
+    return asked
+
+
 def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
     """Asks the model in training the first questions of the held-out data, and scores its answers.
 
@@ -152,10 +176,11 @@ def score_answers(trainer: Trainer, number: int) -> dict[str, float]:
 
 
 def write_predictions(predictions: list[dict[str, Any]], path: Path) -> None:
-    """Writes `id`, `prompt`, `reference` and `prediction`, and `references` if there are several."""
+    """Writes `id`, `prompt`, `reference`, `prediction`, several `references`, and how likely each of `choices` is."""
     with open(path, "w", encoding="utf-8") as file:
         for prediction in predictions:
             line = {key: prediction[key] for key in ("id", "prompt", "reference", "prediction")}
             if len(prediction["references"]) > 1:
                 line["references"] = prediction["references"]
+            line |= {"choices": prediction["likely"]} if "likely" in prediction else {}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,17 +1,19 @@
-"""Generates answers, one at a time or in batches."""
+"""Generates answers, one at a time or in batches, and tells how likely given answers are."""
 
+from copy import deepcopy
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel
 from PIL import Image
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from train_llava.chat import Chat, Processor, chat_of
-from train_llava.cli import NEW_TOKENS, device
+from train_llava.chat import IGNORE, Chat, Processor, chat_of
+from train_llava.cli import BATCH, NEW_TOKENS, device
 from train_llava.model import Llava
 from train_llava.modeling.templates import special_tokens
 from train_llava.records import IMAGE_TOKEN
@@ -129,6 +131,39 @@ def generate_all(
             if not len(ends) and limit < prompts[i][1]:
                 order.append(i)
     return answers
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: Any, chat: Chat, messages: Messages, pictures: list[list[Image.Image]], answers: list[str]
+) -> torch.Tensor:
+    """The log-probability of C answers to a conversation with each of P lists of pictures of one size, `(P, C)`.
+
+    Prompts are computed once, and `BATCH` answers at once behind them. A ValueError is one of `Chat.encode`.
+    """
+    earlier, tokens_of, results = [message | {"train": False} for message in messages], [], []
+    for answer in answers:  # its tokens with its end, as training learns them
+        token_ids, labels = chat.encode([*earlier, assistant_message(answer)], [image.size for image in pictures[0]])
+        tokens_of.append(torch.from_numpy(token_ids[labels != IGNORE]))
+    inputs = chat.prompts([messages] * len(pictures), list(chain.from_iterable(pictures)))
+    prompts = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=True)
+    for start in range(0, len(answers), BATCH):
+        tokens = pad_sequence(tokens_of[start : start + BATCH], True, IGNORE).to(model.device)
+        count, tokens, cache = len(tokens), tokens.repeat(len(pictures), 1), deepcopy(prompts.past_key_values)
+        cache.batch_repeat_interleave(count)
+        mask = torch.cat([inputs["attention_mask"].repeat_interleave(count, 0).to(tokens), tokens != IGNORE], dim=1)
+        behind = model(input_ids=tokens.clamp(min=0), attention_mask=mask, past_key_values=cache).logits[:, :-1]
+        logits = torch.cat([prompts.logits[:, -1:].repeat_interleave(count, 0), behind], dim=1).float()
+        results.append(-cross_entropy(logits.transpose(1, 2), tokens, reduction="none").sum(1).view(-1, count).cpu())
+    return torch.cat(results, dim=1)
+
+
+def choose(
+    model: Llava | PeftModel, chat: Chat, messages: Messages, images: list[Image.Image], choices: list[str]
+) -> dict[str, float]:
+    """How likely each choice is as the answer to a conversation, if it is one of them; the likeliest first."""
+    shares = log_probabilities(model, chat, messages, [images], choices)[0].softmax(0).tolist()
+    return dict(sorted(zip(choices, shares, strict=True), key=lambda pair: -pair[1]))
 
 
 def pad_left(inputs: list[Inputs], pad_token_id: int) -> Inputs:

@@ -274,6 +274,28 @@ def score_group(predictions: list[Prediction]) -> dict[str, Any]:
     return scores | ({"undefined": reasons} if reasons else {})
 
 
+def score_choices(predictions: list[Prediction]) -> dict[str, Any]:
+    """The accuracy of the likeliest choice, and whether its share tells how often it is right; see `add_choices`.
+
+    `calibration_error` is the expected one (Guo et al., 2017) over ten `bins`: mean share, accuracy, number. `auroc`,
+    where all have the same two choices: how often one has the larger share where it is right than where it is not.
+    """
+    hits = np.array([is_exact(p | {"prediction": next(iter(p["likely"]))}) for p in predictions])
+    shares, bins = np.array([max(p["likely"].values()) for p in predictions]), []
+    for number in range(10):
+        inside = np.minimum(shares * 10, 9).astype(int) == number
+        bins += [[shares[inside].mean(), hits[inside].mean(), int(inside.sum())]] if inside.any() else []
+    error = sum(n * abs(share - right) for share, right, n in bins) / len(hits)
+    scores = {"n": len(hits), "accuracy": hits.mean(), "interval": wilson(hits.tolist()), "calibration_error": error}
+    one, *others = sorted(predictions[0]["likely"])
+    if len(others) == 1 and all(sorted(p["likely"]) == [one, *others] for p in predictions):
+        is_right = np.array([is_exact(p | {"prediction": one}) for p in predictions])
+        of_one = np.array([p["likely"][one] for p in predictions])
+        steps = np.sign(np.subtract.outer(of_one[is_right], of_one[~is_right]))
+        scores |= {"auroc": (steps.mean() + 1) / 2} if steps.size else {}
+    return scores | {"bins": bins}
+
+
 def by_group(predictions: Iterable[Prediction], score: Callable[[list[Prediction]], dict[str, Any]]) -> dict[str, Any]:
     """The scores of all predictions and, under `by_language` and `by_kind`, those of each language and kind.
 

@@ -1,4 +1,4 @@
-"""Draws the loss curve, grids of samples, and a data set."""
+"""Draws the loss curve, grids of samples, an explained answer, and a data set."""
 
 import json
 import logging
@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager, get_font
+from PIL import Image
 
 from train_llava.data import LlavaDataset
 from train_llava.dataset.boxes import upright_shares
@@ -118,6 +119,50 @@ def draw_sample_grid(dataset: Any, predictions: list[dict], path: Path, shape: t
         title = "above each picture the question and the reference, below it the model's answer"
         figure.suptitle(title, y=1 - 0.1 / height, fontsize=12)
         figure.savefig(path, dpi=110)
+
+
+def draw_explanation(image: Image.Image, metrics: dict[str, Any], path: Path) -> None:
+    """Draws what `explain` found: where an answer comes from, how likely it is, and at which layer it appears."""
+    (fonts, writable), count = _fonts(), len(metrics["probabilities"])
+    title, tokens = "{prompt}  →  {answer}".format(**metrics), [_written(one, writable) for one in metrics["tokens"]]
+    with matplotlib.rc_context({"font.family": fonts, "text.parse_math": False}):
+        figure = Figure((14, 4), layout="constrained")
+        figure.suptitle(_cut(_written(title, writable), 110, 2))
+        where, much, when, looks = figure.subplots(1, 4, width_ratios=[4, 3, 4, 1.5])
+        # The map over the picture in gray
+        limit, frame = np.abs(metrics["map"]).max() or 1, (0, image.width, image.height, 0)
+        where.imshow(image.convert("L"), "gray", extent=frame)
+        shown = where.imshow(metrics["map"], "coolwarm", vmin=-limit, vmax=limit, alpha=0.6, extent=frame)
+        figure.colorbar(shown, ax=where, shrink=0.8)
+        where.set(title="where: log-probability lost if covered", xticks=[], yticks=[])
+        # A bar for each kind of picture, of the base in gray
+        names = [kind.replace(" ", "\n") for kind in metrics["log_probability"]]
+        for key, color, shift in (("base_log_probability", "gray", 0.4), ("log_probability", "C0", 0)):
+            for i, value in enumerate(metrics.get(key, {}).values()):
+                much.bar(i + shift, np.exp(value), 0.4, color=color)
+        much.set(title="how much: probability", ylim=(0, 1), xticks=range(len(names)), xticklabels=names)
+        # The tokens' probabilities by layer, a line where each becomes the most likely; attention beside them
+        frame = (-0.5, len(tokens) - 0.5, count + 0.5, 0.5)
+        when.imshow(metrics["probabilities"], "Greens", vmin=0, vmax=1, aspect="auto", extent=frame)
+        when.plot([layer or np.nan for layer in metrics["layers"]], "k_", markersize=20)
+        when.set(title="when: the most likely from the line on", ylabel="layer")
+        when.set_xticks(range(len(tokens)), tokens, rotation=90 if len(tokens) > 8 else 0)
+        looks.barh(range(1, count + 1), metrics["attention"], color="C1")
+        looks.set(title="attention on\nthe picture", ylim=(count + 0.5, 0.5))
+        figure.savefig(path, dpi=110)
+
+
+def draw_calibration(bins: list[tuple[float, float, int]], path: Path) -> None:
+    """Draws the accuracy over the share of the likeliest choice: a dot for each of `bins`, as large as its number."""
+    shares, right, numbers = np.array(bins).T
+    figure = Figure((4, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], "--", color="gray")
+    axes.scatter(shares, right, s=20 + 400 * numbers / numbers.sum(), alpha=0.7)
+    axes.set(
+        xlabel="share of the likeliest choice", ylabel="share of these that are right", xlim=(0, 1.05), ylim=(0, 1.05)
+    )
+    figure.savefig(path, dpi=110)
 
 
 def draw_data(dataset: LlavaDataset, facts: dict[str, list], scripts: dict[str, int], path: Path) -> None:

@@ -55,6 +55,10 @@ def check_argument_pairs(model_arguments: Any, data_arguments: Any, args: Traini
     ):
         if is_given and order not in orders:
             raise ValueError(f"{option} not with --train_sampling_strategy {order}")
+    if data_arguments.replay_questions and not data_arguments.replay:
+        raise ValueError("--replay_questions goes with --replay")
+    if data_arguments.replay and (streaming or is_deepspeed_zero3_enabled()):
+        raise ValueError("--replay not with --streaming, whose records are not counted, or with ZeRO-3")
 
     # Held-out data
     held_out = data_arguments.eval_data_path or data_arguments.eval_image_dir

@@ -43,6 +43,8 @@ class DataArguments:
     eval_image_dir: str | None = HfArg(default=None, help="Its pictures' folder, found as image_dir is.")
     eval_fraction: float | None = HfArg(default=None, help="Keep this part of the records apart, by their pictures.")
     eval_answers: int | None = HfArg(default=None, help="Held-out questions of each evaluation; default: 64.")
+    replay: float | None = HfArg(default=None, help="This share of a pass are texts that the model answered before.")
+    replay_questions: str | None = HfArg(default=None, help="Their questions, a .jsonl file; default: the data's.")
     keep_cut_boxes: bool = HfArg(default=False, help=CUT_BOXES_HELP)
     max_length: int = HfArg(default=2048, help="Longest conversation in tokens, pictures included.")
     packing: bool = HfArg(default=False, help="Each batch is one row without padding; conversations stay apart.")
@@ -76,6 +78,7 @@ class TrainArguments(TrainingArguments):
     vision_learning_rate: float | None = HfArg(default=None, help="Default: a tenth of learning_rate; 0: frozen.")
     early_stopping_patience: int | None = HfArg(default=None, help="Evaluations without a better score to stop after.")
     preflight: bool = HfArg(default=True, help="First try a step, saving and reading back on the longest records.")
+    price_per_hour: float | None = HfArg(default=None, help="Of the machine; the preflight prints the run's price.")
     global_batch_size: int | None = HfArg(default=None, help="Records (or packed rows) a step; accumulation follows.")
     per_device_train_batch_size: NumberOrAuto = HfArg(
         default=8, help="auto: the most that fit, if they do without --activation_checkpointing, of that total."

@@ -3,8 +3,9 @@
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -111,7 +113,46 @@ def _try_once(trainer: LlavaTrainer) -> set[str]:
         f"preflight: {what} forward and backward, saved, read back alike (loss {loss:.4f}); "
         f"{peak / 1e9:.1f} GB, and {more / 1e9:.1f} GB more a rank for gradients and optimizer"
     )
+    print_cost(trainer)
     return untrained
+
+
+def print_cost(trainer: LlavaTrainer) -> None:
+    """Prints what the run will take, by two batches behind a warm-up: its other tokens are to take as long as theirs.
+
+    The batches are opened here; workers open theirs during the steps. Updates of the weights, the exchange between
+    ranks, evaluations and saves are left out.
+    """
+    args, dataset, throughput = trainer.args, trainer.train_dataset, trainer.throughput
+    size, workers, is_stream = args.train_batch_size, args.dataloader_num_workers, not hasattr(dataset, "__len__")
+    loader = DataLoader(dataset, size, not is_stream, collate_fn=trainer.data_collator, generator=torch.Generator())
+    batches = cycle(loader)
+    for number in range(3):
+        if number == 1:
+            throughput.read()  # the warm-up's
+        with throughput.waiting():
+            batch = next(batches)
+        _try_step(trainer, batch)
+    tokens, speed, throughput.started = throughput.tokens / 2, throughput.read(), None
+    # The tokens of all steps: of as many samples, or rows, as a step takes, in the mean
+    if isinstance(dataset, PackedDataset):
+        tokens = size * dataset.tokens.mean()
+    elif not is_stream:
+        tokens = size * count_tokens(dataset.records, dataset.chat)[:, 0].mean()
+    ranks, of_step = args.world_size, args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(dataset) / (size * of_step)
+    total, wait = steps * of_step * tokens, speed["data_wait"]
+    hours = total / speed["tokens_per_second"] / 3600 * (max(1 - wait, wait / workers) if workers else 1)
+    # In words
+    text = f"time: about {f'{hours:.1f} h' if hours >= 1 else f'{60 * hours:.1f} min'} ({total / 1e6:,.3g} M tokens"
+    if "mfu" in speed:
+        text += f", {throughput.model_flops / 1e9:.3g} GFLOP each, at the {speed['mfu']:.0%} that two steps reached"
+    text += ")"
+    with suppress(Exception):  # without a GPU, or NVIDIA's library
+        text += f", {torch.cuda.power_draw(args.device) / 1e6 * ranks * hours:.2g} kWh"
+    if args.price_per_hour is not None:
+        text += f", {args.price_per_hour * hours:,.2f} at --price_per_hour {args.price_per_hour:g}"
+    print(text)
 
 
 def _try_step(trainer: LlavaTrainer, batch: dict[str, Any]) -> tuple[float, set[str]]:

@@ -33,7 +33,7 @@ EVALUATION = """eval_[!f]* per_device_eval_batch_size prediction_loss_only inclu
     *_full_eval load_best_model_at_end early_stopping_patience do_*"""  # not eval_fraction
 COMPUTING = """attn_implementation activation_checkpointing* gradient_checkpointing* torch_* use_liger_kernel
     liger_kernel_config use_cache use_cpu local_rank preflight dataloader_num_workers dataloader_p*
-    dataloader_multiprocessing_context ddp_*"""
+    dataloader_multiprocessing_context ddp_* price_per_hour"""
 DATA = "image_dir bad_samples max_bad_fraction"  # the records themselves are compared by their fingerprint
 RESUMING = "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint"
 FREE = " ".join([LOGGING, SAVING, EVALUATION, COMPUTING, DATA, RESUMING]).split()
