@@ -11,6 +11,7 @@ import torch
 from conftest import IMAGES, turns
 from PIL import Image
 
+from examples.openmoji import check_map
 from train_llava import explain
 from train_llava.chat import chat_of
 from train_llava.data import LlavaCollator, LlavaDataset
@@ -21,6 +22,7 @@ from train_llava.evaluation.generation import (
     log_probabilities,
     user_message,
 )
+from train_llava.modeling.adapter import load_model
 
 PROMPT = "What is this?"
 ANSWERS = ["a red square", "a", "红色的方块"]
@@ -171,3 +173,34 @@ def test_data_without_another_picture_is_refused(monkeypatch, tmp_path, merged, 
     with pytest.raises(ValueError, match="begins with no other picture: leave it out"):
         explained(monkeypatch, tmp_path / "out", *words, "--answer", "a", "--data_path", tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "language", "question", "answer", "quarter"),
+    [
+        ("where", "en", "Where is the bus?", "at the bottom left", 2),
+        ("at", "en", "What is at the top right?", "a bus", 1),
+        ("at", "zh", "右下是什么？", "公共汽车", 3),
+        ("at", "en", "What is at the top right?", "nothing", None),
+    ],
+)
+def test_the_quarter_that_a_question_is_about(kind, language, question, answer, quarter):
+    record = {"kinds": [kind], "language": language, "conversations": turns(question, answer)}
+    assert check_map.asked_quarter(record) == quarter
+    highest = torch.zeros(8, 8)
+    highest[5, 3] = 1
+    assert check_map.quarter_of(highest) == 2
+
+
+@pytest.mark.slow
+def test_the_map_is_highest_where_the_thing_is(default_run):
+    """In nine of ten scenes of four things that the toy example answers right; with random weights, by chance."""
+    folder = default_run / "data" / "heldout"
+    records = [record for record in check_map.asked(folder) if len(record["objects"]) == 4]
+    model, processor = load_model(str(default_run / "stage2"))
+    hits = check_map.check(model, processor, records, folder, only_right=True)
+    assert len(hits) > 25
+    assert sum(hits.values()) / len(hits) >= 0.9
+    torch.manual_seed(0)
+    hits = check_map.check(type(model)(model.config).eval(), processor, records, folder, only_right=False)
+    assert sum(hits.values()) / len(hits) < 0.5

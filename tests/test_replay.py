@@ -80,7 +80,7 @@ def test_a_run_trains_on_them(short, corpus, tmp_path, question_file, monkeypatc
 
 def test_cut_answers_are_left_out(llava, corpus, tmp_path, question_file):
     """The tiny model does not end an answer."""
-    with pytest.raises(ValueError, match="none of 3 questions has an answer of less than 128 tokens"):
+    with pytest.raises(ValueError, match="none of 3 questions gets an answer below 128 tokens"):
         added(llava, corpus, tmp_path / "run", 0.5, question_file)
 
 

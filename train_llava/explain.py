@@ -55,13 +55,13 @@ def occlusion_map(score: Callable[[list[Image.Image]], torch.Tensor], image: Ima
     padded or cut into tiles. `score` gives a number for each of several pictures.
     """
     pixels, rows = np.asarray(image), []
+    colour = np.median(pixels, axis=(0, 1))
     ends = np.rint(np.outer(image.size, np.arange(-1, 2 * BLOCKS + 2)) / (2 * BLOCKS)).clip(0).astype(int)
     for row in range(0, 2 * BLOCKS, 2):
         covered = []
         for column in range(0, 2 * BLOCKS, 2):
             covered.append(pixels.copy())
-            place = slice(ends[1, row], ends[1, row + 4]), slice(ends[0, column], ends[0, column + 4])
-            covered[-1][place] = np.median(pixels, axis=(0, 1))
+            covered[-1][ends[1, row] : ends[1, row + 4], ends[0, column] : ends[0, column + 4]] = colour
         rows.append(score(list(map(Image.fromarray, covered))))
     return score([image]) - torch.stack(rows)
 

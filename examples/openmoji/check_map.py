@@ -1,4 +1,4 @@
-"""Counts in how many held-out scenes the occlusion map of `explain` is highest in the quarter that is asked about.
+"""Counts in how many held-out scenes the map of `explain` is highest in the quarter that is asked about.
 
     python -m examples.openmoji.check_map                  the model of `bash run_zero2.sh`, and random weights
 
@@ -36,10 +36,21 @@ def asked_quarter(record: dict) -> int | None:
     return None if answer == language.nothing else place
 
 
-def check(model: Any, processor: Processor, records: list[dict], folder: Path, only_right: bool) -> list[bool]:
-    """Whether each map is highest in the right quarter."""
-    chat, hits = chat_of(processor), []
-    for record in tqdm(records, disable=None):
+def asked(folder: Path) -> list[dict]:
+    """The records of the two kinds where something stands in the quarter that is asked about."""
+    records = json.loads((folder / "chat.json").read_text(encoding="utf-8"))
+    records = [record for record in records if record["kinds"] in (["where"], ["at"])]
+    return [record for record in records if asked_quarter(record) is not None]
+
+
+def share(hits: dict[int, bool]) -> str:
+    return f"{sum(hits.values())} of {len(hits)}"
+
+
+def check(model: Any, processor: Processor, records: list[dict], folder: Path, only_right: bool) -> dict[int, bool]:
+    """Whether the map is highest in the right quarter, by the number of the record."""
+    chat, hits = chat_of(processor), {}
+    for number, record in enumerate(tqdm(records, disable=None)):
         image = open_image(folder / "images_dl" / record["image"])
         question, answer = (turn["value"] for turn in record["conversations"])
         messages = [user_message(question.removeprefix("<image>\n"), 1)]
@@ -49,7 +60,7 @@ def check(model: Any, processor: Processor, records: list[dict], folder: Path, o
         def score(images: list, messages: list = messages, answer: str = answer) -> torch.Tensor:
             return log_probabilities(model, chat, messages, [[one] for one in images], [answer])[:, 0]
 
-        hits.append(quarter_of(occlusion_map(score, image)) == asked_quarter(record))
+        hits[number] = quarter_of(occlusion_map(score, image)) == asked_quarter(record)
     return hits
 
 
@@ -59,18 +70,20 @@ def main() -> None:
     parser.add_argument("--data_path", type=Path, default=Path("output/openmoji/data/heldout"))
     parser.add_argument("--scenes", type=int, help="The first ones alone.")
     args = parser.parse_args()
-    records = json.loads((args.data_path / "chat.json").read_text(encoding="utf-8"))
-    records = [record for record in records if record["kinds"] in (["where"], ["at"])]
-    records = [record for record in records if asked_quarter(record) is not None][: args.scenes]
+    records = asked(args.data_path)[: args.scenes]
     model, processor = load_model(args.model_name_or_path)
-    hits = check(model, processor, records, args.data_path, only_right=True)
-    print(f"{len(hits)} of {len(records)} answered right; in the right quarter: {sum(hits)} of {len(hits)}")
-    torch.manual_seed(0)
-    for module in model.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    hits = check(model, processor, records, args.data_path, only_right=False)
-    print(f"random weights; in the right quarter: {sum(hits)} of {len(hits)}")
+    right = check(model, processor, records, args.data_path, only_right=True)
+    print(f"answered right: {len(right)} of {len(records)}; the map is highest in the right quarter: {share(right)}")
+    # Where a quarter is empty, its cover has the colour of the ground and changes nothing
+    full, hits = {number for number, record in enumerate(records) if len(record["objects"]) == 4}, []
+    print(f"  in scenes of four things: {share({number: right[number] for number in full & right.keys()})}")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        random_model = type(model)(model.config).eval()
+        hits += check(
+            random_model, processor, [records[number] for number in full], args.data_path, only_right=False
+        ).values()
+    print(f"random weights, three times, in scenes of four things: {share(dict(enumerate(hits)))}")
 
 
 if __name__ == "__main__":

@@ -146,14 +146,15 @@ def log_probabilities(
         token_ids, labels = chat.encode([*earlier, assistant_message(answer)], [image.size for image in pictures[0]])
         tokens_of.append(torch.from_numpy(token_ids[labels != IGNORE]))
     inputs = chat.prompts([messages] * len(pictures), list(chain.from_iterable(pictures)))
-    prompts = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=True)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    prompts = model(**inputs, use_cache=True, logits_to_keep=1)
     for start in range(0, len(answers), BATCH):
         tokens = pad_sequence(tokens_of[start : start + BATCH], True, IGNORE).to(model.device)
         count, tokens, cache = len(tokens), tokens.repeat(len(pictures), 1), deepcopy(prompts.past_key_values)
         cache.batch_repeat_interleave(count)
-        mask = torch.cat([inputs["attention_mask"].repeat_interleave(count, 0).to(tokens), tokens != IGNORE], dim=1)
+        mask = torch.cat([inputs["attention_mask"].repeat_interleave(count, 0), tokens != IGNORE], dim=1)
         behind = model(input_ids=tokens.clamp(min=0), attention_mask=mask, past_key_values=cache).logits[:, :-1]
-        logits = torch.cat([prompts.logits[:, -1:].repeat_interleave(count, 0), behind], dim=1).float()
+        logits = torch.cat([prompts.logits.repeat_interleave(count, 0), behind], dim=1).float()
         results.append(-cross_entropy(logits.transpose(1, 2), tokens, reduction="none").sum(1).view(-1, count).cpu())
     return torch.cat(results, dim=1)
 

@@ -135,21 +135,19 @@ def print_cost(trainer: LlavaTrainer) -> None:
         _try_step(trainer, batch)
     tokens, speed, throughput.started = throughput.tokens / 2, throughput.read(), None
     # The tokens of all steps: of as many samples, or rows, as a step takes, in the mean
-    if isinstance(dataset, PackedDataset):
-        tokens = size * dataset.tokens.mean()
-    elif not is_stream:
-        tokens = size * count_tokens(dataset.records, dataset.chat)[:, 0].mean()
-    ranks, of_step = args.world_size, args.gradient_accumulation_steps * args.world_size
+    if not is_stream:
+        packed = isinstance(dataset, PackedDataset)
+        tokens = size * (dataset.tokens if packed else count_tokens(dataset.records, dataset.chat)[:, 0]).mean()
+    of_step, wait = args.gradient_accumulation_steps * args.world_size, speed["data_wait"]
     steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(dataset) / (size * of_step)
-    total, wait = steps * of_step * tokens, speed["data_wait"]
+    total = steps * of_step * tokens
     hours = total / speed["tokens_per_second"] / 3600 * (max(1 - wait, wait / workers) if workers else 1)
-    # In words
     text = f"time: about {f'{hours:.1f} h' if hours >= 1 else f'{60 * hours:.1f} min'} ({total / 1e6:,.3g} M tokens"
     if "mfu" in speed:
         text += f", {throughput.model_flops / 1e9:.3g} GFLOP each, at the {speed['mfu']:.0%} that two steps reached"
     text += ")"
     with suppress(Exception):  # without a GPU, or NVIDIA's library
-        text += f", {torch.cuda.power_draw(args.device) / 1e6 * ranks * hours:.2g} kWh"
+        text += f", {torch.cuda.power_draw(args.device) / 1e6 * args.world_size * hours:.2g} kWh"
     if args.price_per_hour is not None:
         text += f", {args.price_per_hour * hours:,.2f} at --price_per_hour {args.price_per_hour:g}"
     print(text)
