@@ -124,7 +124,7 @@ def train_and_score(compared: Comparison, mode: str, seed: int, folder: Path) ->
     # the answers to held-out questions
     model = ["--model_name_or_path", str(base), *adapter]
     questions = ["--data_path", str(compared.folder / compared.heldout), "--output_dir", str(folder / "scores")]
-    run("evaluate", *model, *questions, "--batch_size", "64", "--max_new_tokens", "32", *compared.evaluation)
+    run("evaluate", *model, *questions, "--batch_size", "64", "--max_new_tokens", "48", *compared.evaluation)
     metrics = json.loads((folder / "scores/metrics.json").read_text())
     english = metrics["by_language"]["en"]
     scores = {

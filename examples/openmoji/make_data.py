@@ -31,6 +31,7 @@ from examples.openmoji.wordings import LANGUAGES, TRAINING, TRAINING_WORDINGS, W
 
 TRAIN, HELDOUT, TALK = 6000, 40, 24  # scenes; held-out ones of each kind
 Turns = list[tuple[str, str, str]]  # the kind, question and answer of each turn
+Conversations = list[tuple[Scene, dict[str, Turns]]]  # scenes, each with a conversation by language
 
 
 def neighbour(place: int, side: int) -> int | None:
@@ -153,12 +154,45 @@ def held_out_questions(rng: random.Random) -> list[tuple[Scene, str, object]]:
     return result
 
 
-def record(name: str, code: str, turns: Turns, scene: Scene, boxes: list[list[int]]) -> dict:
+def training_conversations(rng: random.Random) -> Conversations:
+    """TRAIN scenes with one to four questions in each language."""
+    train = []
+    for _ in range(TRAIN):
+        scene = draw_scene(rng, held_out=False)
+        train.append((scene, {code: conversation(scene, code, rng.randint(1, 4), rng) for code in LANGUAGES}))
+    return train
+
+
+def held_out_conversations(rng: random.Random) -> Conversations:
+    """The held-out scenes with a question in each language, in a wording that training has not."""
+    heldout = []
+    for scene, kind, subject in held_out_questions(rng):
+        number = rng.randrange(TRAINING, len(WORDINGS[kind]["en"]))
+        texts = {}
+        for code in LANGUAGES:
+            asked = question(kind, subject, code, WORDINGS[kind][code][number])
+            texts[code] = [(kind, asked, answer(kind, scene, subject, code))]
+        heldout.append((scene, texts))
+    return heldout
+
+
+def talk_conversations(rng: random.Random) -> Conversations:
+    """TALK held-out scenes with four questions in each language."""
+    talk = []
+    for _ in range(TALK):
+        scene = draw_scene(rng, held_out=True)
+        talk.append((scene, {code: conversation(scene, code, 4, rng) for code in LANGUAGES}))
+    return talk
+
+
+def record(name: str, code: str, turns: Turns, scene: Scene, boxes: list[list[int]], system: str | None) -> dict:
     """A record of the scene's conversation in one language."""
     messages = []
     for _, asked, told in turns:
         messages += [{"from": "human", "value": asked}, {"from": "gpt", "value": told}]
     messages[0]["value"] = f"<image>\n{messages[0]['value']}"
+    if system is not None:
+        messages.insert(0, {"from": "system", "value": system})
     labels = [names(code)[motif] for _, motif in scene.things]
     objects = [{"label": label, "box": box} for label, box in zip(labels, boxes, strict=True)]
     kinds = [kind for kind, _, _ in turns]
@@ -166,14 +200,17 @@ def record(name: str, code: str, turns: Turns, scene: Scene, boxes: list[list[in
             "conversations": messages, "objects": objects}  # fmt: skip
 
 
-def write(directory: Path, scenes: list[tuple[Scene, dict[str, Turns]]], rng: random.Random) -> None:
-    """Writes the scenes' pictures and chat.json, with a record for each of a scene's conversations."""
+def write(directory: Path, scenes: Conversations, rng: random.Random, system: str | None = None) -> None:
+    """Writes the scenes' pictures and chat.json, with a record for each of a scene's conversations.
+
+    `system` is the system turn of each record, if any.
+    """
     (directory / "images_dl").mkdir(parents=True, exist_ok=True)
     records = []
     for index, (scene, conversations) in enumerate(tqdm(scenes, desc=f"writing {directory}")):
         picture, boxes = paint(scene, rng)
         picture.save(directory / "images_dl" / f"{index:05}.png", compress_level=1)
-        records += [record(f"{index:05}", code, turns, scene, boxes) for code, turns in conversations.items()]
+        records += [record(f"{index:05}", code, turns, scene, boxes, system) for code, turns in conversations.items()]
     (directory / "chat.json").write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
@@ -183,22 +220,7 @@ def main() -> None:
     args = parser.parse_args()
 
     rng = random.Random(0)
-    train = []
-    for _ in range(TRAIN):
-        scene = draw_scene(rng, held_out=False)
-        train.append((scene, {code: conversation(scene, code, rng.randint(1, 4), rng) for code in LANGUAGES}))
-    heldout = []
-    for scene, kind, subject in held_out_questions(rng):
-        number = rng.randrange(TRAINING, len(WORDINGS[kind]["en"]))
-        texts = {}
-        for code in LANGUAGES:
-            asked = question(kind, subject, code, WORDINGS[kind][code][number])
-            texts[code] = [(kind, asked, answer(kind, scene, subject, code))]
-        heldout.append((scene, texts))
-    talk = []
-    for _ in range(TALK):
-        scene = draw_scene(rng, held_out=True)
-        talk.append((scene, {code: conversation(scene, code, 4, rng) for code in LANGUAGES}))
+    train, heldout, talk = training_conversations(rng), held_out_conversations(rng), talk_conversations(rng)
     for name, scenes in (("train", train), ("heldout", heldout), ("talk", talk)):
         write(args.output_dir / name, scenes, rng)
     print(f"{len(train)} scenes to train on, {len(heldout)} held out, {len(talk)} to talk about, in {args.output_dir}")
