@@ -6,8 +6,9 @@
         --output_dir output/llava-qwen1.5-4b
 
 Both models keep their weights; only the projector between them is new. The folder is a standard checkpoint:
-weights, processor, chat template and generation config. Its class is `LlavaForConditionalGeneration` or, with
-`--image_aspect_ratio anyres`, `LlavaNextForConditionalGeneration`.
+weights, processor, chat template and generation config. Its class is `LlavaForConditionalGeneration`; with
+`--image_aspect_ratio anyres`, `LlavaNextForConditionalGeneration`; with `--pixel_shuffle 2`, which makes four times
+fewer tokens of a picture, `Idefics3ForConditionalGeneration`.
 """
 
 import re
@@ -21,6 +22,7 @@ from transformers.hf_argparser import HfArg
 from train_llava.cli import Dtype, parse_arguments, parse_first, run_command
 from train_llava.common.files import opening, written_whole
 
+FOLDED = {"modality_projection.proj.weight"}  # the projector of an Idefics3
 PINPOINTS = ["1x2", "2x1", "2x2", "3x1", "1x3"]  # LLaVA-NeXT's
 
 
@@ -30,7 +32,7 @@ class BuildArguments:
     language_model_name_or_path: str = HfArg(help="A causal language model with a chat template.")
     output_dir: str = HfArg(help="The LLaVA checkpoint to write; it must not exist yet.")
     dtype: Dtype = HfArg(default="auto", help="What the weights are written in; auto: the language model's own.")
-    vision_feature_layer: int = HfArg(default=-2, help="The hidden state for the projector.")
+    vision_feature_layer: int | None = HfArg(default=None, help="The hidden state for the projector; default: -2.")
     vision_feature_select_strategy: Literal["auto", "default", "full"] = HfArg(
         default="auto", help="default drops the class token, full keeps all; auto: default if there is one."
     )
@@ -38,6 +40,9 @@ class BuildArguments:
         default="crop", help="crop: as the tower does; pad: to a square (LLaVA-1.5); anyres: tiles (LLaVA-NeXT)."
     )
     image_grid_pinpoints: list[str] | None = HfArg(default=None, help=f"Tile grids; default: {' '.join(PINPOINTS)}.")
+    pixel_shuffle: int | None = HfArg(
+        default=None, help="Fold N x N patches of a SigLIP into a token: N x N times fewer (Idefics3, as SmolVLM)."
+    )
     projector: str | None = HfArg(default=None, help="A trained projector.safetensors, or LLaVA's mm_projector.bin.")
     skip_checks: bool = HfArg(default=False, help="Do not run the assembled model.")
     verbose: bool = HfArg(default=False, help="List the checks of the assembled model, with what each measured.")
@@ -46,6 +51,13 @@ class BuildArguments:
     def __post_init__(self) -> None:
         if self.image_aspect_ratio != "anyres" and self.image_grid_pinpoints is not None:
             raise ValueError("--image_grid_pinpoints goes with --image_aspect_ratio anyres")
+        if self.pixel_shuffle is not None:
+            if self.pixel_shuffle < 2:
+                raise ValueError(f"--pixel_shuffle {self.pixel_shuffle}: 2 or more")
+            if self.image_aspect_ratio == "pad":
+                raise ValueError("--pixel_shuffle: an Idefics3 stretches pictures (crop) or cuts them (anyres)")
+            if self.vision_feature_layer is not None or self.vision_feature_select_strategy != "auto":
+                raise ValueError("--pixel_shuffle: an Idefics3 reads the tower's output, without --vision_feature_…")
         for grid in self.image_grid_pinpoints or []:
             if not re.fullmatch("[1-9]x[1-9]", grid):
                 raise ValueError(f"--image_grid_pinpoints {grid}: rows x columns of tiles, 1 to 9 each, as in 2x3")
@@ -57,24 +69,14 @@ if __name__ == "__main__":
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForImageTextToText,
-    LlavaConfig,
-    LlavaNextConfig,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    PreTrainedModel,
-)
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
 
-from train_llava.chat import Processor
-from train_llava.dataset.images import is_anyres
-from train_llava.model import Llava, count_parameters
-from train_llava.modeling import parts
+from train_llava.model import count_parameters, module_name
+from train_llava.modeling import kinds, parts
+from train_llava.modeling.kinds import Config, Llava
 from train_llava.modeling.templates import complete_generation_config
 from train_llava.modeling.verification import reference_outputs, verify_in_fresh_process, verify_text_path
 from train_llava.modeling.weights import PROJECTOR
-from train_llava.records import IMAGE_TOKEN
 from train_llava.training.cards import write_card
 
 
@@ -83,8 +85,9 @@ def build_model(arguments: BuildArguments) -> None:
     vision, language = arguments.vision_model_name_or_path, arguments.language_model_name_or_path
     output_dir, layer, projector = arguments.output_dir, arguments.vision_feature_layer, arguments.projector
     trained_projector = None if projector is None else load_projector(projector)
-    aspect_ratio, grids = arguments.image_aspect_ratio, arguments.image_grid_pinpoints or PINPOINTS
-    anyres = aspect_ratio == "anyres"
+    aspect_ratio, grids, fold = arguments.image_aspect_ratio, arguments.image_grid_pinpoints, arguments.pixel_shuffle
+    if fold is None:
+        layer, grids = -2 if layer is None else layer, grids or PINPOINTS
     with written_whole(output_dir) as folder:
         # The parts; a configuration is checked before code that comes with a tokenizer may run
         parts.part_config(language)
@@ -93,39 +96,32 @@ def build_model(arguments: BuildArguments) -> None:
         language_model = parts.load_language_model(language, arguments.dtype)
         print(f"vision tower    {vision}")
         vision_tower = parts.load_vision_tower(vision, language_model.dtype)
-        image_processor = parts.load_image_processor(vision_tower, vision, aspect_ratio, grids)
+        image_processor = parts.load_image_processor(vision_tower, vision, aspect_ratio, grids, fold)
 
         # The tower's tokens for a picture, and which of them the projector reads
         tokens, num_prefix_tokens, states = parts.probe_tower(vision_tower, image_processor, vision)
-        if not -states <= layer < states:
+        if layer is not None and not -states <= layer < states:
             raise ValueError(f"--vision_feature_layer {layer}: the tower has hidden states {-states} to {states - 1}")
         strategy = arguments.vision_feature_select_strategy
         if strategy == "auto":
             strategy = "default" if num_prefix_tokens else "full"
-        dropped = int(strategy == "default")
-        if anyres and num_prefix_tokens != dropped:
-            beside = f"of the {num_prefix_tokens} tokens beside the patches of {vision}"
-            raise ValueError(f"anyres: --vision_feature_select_strategy {strategy} drops {dropped} {beside}")
-        processor = (LlavaNextProcessor if anyres else LlavaProcessor)(
-            image_processor=image_processor,
-            tokenizer=tokenizer,
-            patch_size=vision_tower.config.patch_size,
-            vision_feature_select_strategy=strategy,
-            num_additional_image_tokens=num_prefix_tokens,
-            chat_template=tokenizer.chat_template,
-        )
+        part = vision_tower if fold is None else parts.as_idefics3(vision_tower, vision)
+        patches = (tokens - num_prefix_tokens, vision_tower.config.patch_size, num_prefix_tokens)
+        processor = kinds.make_processor(image_processor, tokenizer, *patches, strategy, fold)
 
         # The LLaVA
         with parts.running_as_one():
             if not arguments.skip_checks:
                 verify_text_path(language_model, processor)
                 references = reference_outputs(vision_tower, language_model, processor, layer)
-            model = assemble(vision_tower, language_model, processor, tokens - dropped, layer)
+            tokens -= int(strategy == "default")
+            config = kinds.make_config(part, language_model, processor, tokens, layer, fold)
+            model = assemble(part, language_model, processor.tokenizer, config)
         note = "Put together and not trained yet: the projector is random."  # in the model card
         if trained_projector is not None:
             put_projector(model, trained_projector, projector)
             note = "Put together with a trained projector."
-            if anyres and "image_newline" not in trained_projector:
+            if hasattr(model.model, "image_newline") and "image_newline" not in trained_projector:
                 untrained = "It has no image_newline, which ends a row of tiles: it is random and needs training."
                 note += f" {untrained}"
                 print(f"--projector {projector}: {untrained}", file=sys.stderr)
@@ -135,7 +131,7 @@ def build_model(arguments: BuildArguments) -> None:
         processor.save_pretrained(folder)
         write_card(folder, Path(output_dir).name, [vision, language], [], [note])
         rows = [(part, f"{total:,} parameters") for part, (_, total) in count_parameters(model).items()]
-        del model, vision_tower, language_model  # the checks load the saved model: never two in memory
+        del model, part, vision_tower, language_model  # the checks load the saved model: never two in memory
         if not arguments.skip_checks:
             try:
                 checks = verify_in_fresh_process(folder, *references)
@@ -149,16 +145,18 @@ def build_model(arguments: BuildArguments) -> None:
 
 
 def assemble(
-    vision_tower: PreTrainedModel, language_model: PreTrainedModel, processor: Processor, tokens: int, layer: int
+    vision_tower: PreTrainedModel,
+    language_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
 ) -> Llava:
     """Joins the two models by a new projector, without copying a weight.
 
-    The projector is LLaVA-1.5's (Liu et al., 2023): two linear layers with a GELU. The LLaVA is made on the
-    meta device, which takes no memory, and the two models' own modules are put into it. A picture becomes
-    `tokens` tokens, and the projector reads the tower's hidden state `layer`.
+    The projector is LLaVA-1.5's (Liu et al., 2023), two linear layers with a GELU, or Idefics3's, one linear layer
+    over the features of neighbouring patches (Laurençon et al., 2024). The model is made on the meta device, which
+    takes no memory, and the two models' own modules are put into it.
     """
     # The embedding gets rows for the tokenizer's new tokens
-    tokenizer, anyres = processor.tokenizer, is_anyres(processor.image_processor)
     decoder = parts.decoder_of(language_model)
     if language_model.config.tie_word_embeddings and not hasattr(decoder, "embed_tokens"):
         kind = f"the output layer of a {decoder.config.model_type} is its embedding"
@@ -167,19 +165,6 @@ def assemble(
         language_model.resize_token_embeddings(rows, pad_to_multiple_of=64)
 
     # An empty LLaVA; its configuration keeps no paths of this machine
-    settings = {"image_grid_pinpoints": processor.image_processor.image_grid_pinpoints} if anyres else {}
-    config = (LlavaNextConfig if anyres else LlavaConfig)(
-        vision_config=vision_tower.config,
-        text_config=language_model.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=tokens,
-        vision_feature_layer=layer,
-        vision_feature_select_strategy=processor.vision_feature_select_strategy,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype=language_model.dtype,
-        tie_word_embeddings=language_model.config.tie_word_embeddings,
-        **settings,
-    )
     for part in (config, config.vision_config, config.text_config):
         part.name_or_path = ""
     with torch.device("meta"):
@@ -187,8 +172,8 @@ def assemble(
 
     # The two models' modules, each tensor in a place of the empty LLaVA
     places = model.state_dict().keys()
-    model.model.vision_tower = vision_tower
-    model.model.language_model = decoder
+    model.set_encoder(vision_tower, "image")
+    model.set_decoder(decoder)
     model.lm_head = language_model.get_output_embeddings()
     filled = model.state_dict(keep_vars=True)
     taken = {id(tensor) for name, tensor in filled.items() if name in places}
@@ -202,8 +187,10 @@ def assemble(
     # The projector; with a seed, so that the same command writes the same folder
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(language_model.dtype)
-        if anyres:
+        name = module_name(model, "projector")
+        projector = type(getattr(model.model, name))(config).to(language_model.dtype)
+        setattr(model.model, name, projector)
+        if hasattr(model.model, "image_newline"):
             width = config.text_config.hidden_size
             newline = torch.randn(width, dtype=language_model.dtype) / width**0.5  # as transformers begins it
             model.model.image_newline = torch.nn.Parameter(newline)
@@ -229,11 +216,11 @@ def load_projector(path: str) -> dict[str, torch.Tensor]:
         # The names in a LLaVA
         projector = {}
         for name, tensor in saved.items():
-            name = re.sub(r"^(model\.)?((mm_projector|multi_modal_projector)\.)?", "", name)
+            name = re.sub(r"^(model\.)?((mm_projector|multi_modal_projector|connector)\.)?", "", name)
             # LLaVA's authors number the layers: 0, an activation, 2
             projector[re.sub(r"^0\.", "linear_1.", re.sub(r"^2\.", "linear_2.", name))] = tensor
         layers = {"linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"}
-        if projector.keys() - {"image_newline"} != layers:
+        if projector.keys() - {"image_newline"} not in (layers, FOLDED):
             raise ValueError(f"it holds {', '.join(sorted(saved)[:5])}, and no projector of two linear layers")
     return projector
 
@@ -252,7 +239,10 @@ def load_torch_tensors(path: str) -> dict[str, torch.Tensor]:
 
 def put_projector(model: Llava, projector: dict[str, torch.Tensor], path: str) -> None:
     """Puts a trained projector into a LLaVA."""
-    parameters = dict(model.model.multi_modal_projector.named_parameters())
+    parameters = dict(getattr(model.model, module_name(model, "projector")).named_parameters())
+    if lacking := parameters.keys() - projector.keys():
+        without = "without --pixel_shuffle" if lacking == FOLDED else "with --pixel_shuffle"
+        raise ValueError(f"--projector {path}: it was trained in a model made {without}")
     parameters |= dict(model.model.named_parameters(recurse=False))  # image_newline, with anyres
     for name in projector.keys() & parameters.keys():
         shape, needed = tuple(projector[name].shape), tuple(parameters[name].shape)

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LlavaNextProcessor, LlavaProcessor
 
 from train_llava.dataset.images import is_anyres, prepare_pictures, seen_part
 from train_llava.modeling import templates
+from train_llava.modeling.kinds import Processor, picture_text
 from train_llava.records import IMAGE_TOKEN, text_of
 
-Processor = LlavaProcessor | LlavaNextProcessor
 IGNORE = -100  # the label that cross entropy leaves out
 
 
@@ -32,12 +31,6 @@ def turn_structure(messages: list[dict[str, Any]]) -> templates.TurnStructure:
 def image_size(processor: Processor) -> int:
     """The side in pixels of a prepared image, or of one tile."""
     return prepare_pictures(processor.image_processor, [Image.new("RGB", (32, 32))])["pixel_values"].shape[-1]
-
-
-def image_tokens(processor: Processor, side: int, size: tuple[int, int]) -> int:
-    """The number of `<image>` tokens for an image of this width and height; `side`: see `image_size`."""
-    prepared = {"pixel_values": torch.empty(1, 3, side, side), "image_sizes": [size[::-1]]}
-    return processor.replace_image_token(prepared, 0).count(processor.image_token)
 
 
 class Chat:
@@ -60,9 +53,13 @@ class Chat:
         self.control_tokens = (control_tokens | templates.special_tokens(self.tokenizer)) - {processor.image_token}
 
     @lru_cache(maxsize=4096)  # noqa: B019 - one a process
+    def picture_ids(self, size: tuple[int, int] = (0, 0)) -> np.ndarray:
+        """The token ids of a picture of this width and height, `(T,)`. Without tiles, all sizes have the same."""
+        return self._tokens(picture_text(self.processor, self.side, size), [])[0]
+
     def image_tokens(self, size: tuple[int, int] = (0, 0)) -> int:
-        """See the function `image_tokens`. Without tiles, the number is the same for all sizes."""
-        return image_tokens(self.processor, self.side, size)
+        """The number of `<image>` among them: one for each of the picture's features."""
+        return int((self.picture_ids(size) == self.processor.image_token_id).sum())
 
     @lru_cache(maxsize=4096)  # noqa: B019 - one a process
     def seen_part(self, size: tuple[int, int]) -> list[float]:
@@ -138,15 +135,19 @@ class Chat:
     def encode(
         self, messages: list[dict[str, Any]], sizes: Iterable[tuple[int, int]] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A conversation's token ids and labels, `(T,)` each. Each `<image>` is repeated for its features.
+        """A conversation's token ids and labels, `(T,)` each. The tokens of a picture take the place of its `<image>`.
 
         `sizes` are the images' widths and heights, needed only with tiles. A ValueError is one of `tokenize`, or says
         that the conversation is too long, or has no supervised token.
         """
         token_ids, supervised = self.tokenize(messages)
+        # Each <image> becomes the tokens of its picture
         is_image, repeats = token_ids == self.processor.image_token_id, np.ones_like(token_ids)
-        repeats[is_image] = [self.image_tokens(size) for size in sizes] if self.anyres else self.image_tokens()
+        sizes = sizes if self.anyres else [(0, 0)] * is_image.sum()
+        pictures = [np.zeros(0, dtype=int), *(self.picture_ids(size) for size in sizes)]
+        repeats[is_image] = [len(picture) for picture in pictures[1:]]
         input_ids, supervised = np.repeat(token_ids, repeats), np.repeat(supervised, repeats)
+        input_ids[np.repeat(is_image, repeats)] = np.concatenate(pictures)
         if len(input_ids) > self.longest:
             limit = "--max_length is" if self.longest == self.max_length else "the model reads"
             raise ValueError(f"{len(input_ids)} tokens, {limit} {self.longest}")
@@ -172,10 +173,10 @@ class Chat:
         self, conversations: Iterable[list[dict[str, Any]]], images: list[Image.Image]
     ) -> dict[str, torch.Tensor]:
         """Conversations that end with a question, prepared as in training: one batch, padded on the left."""
-        # Each <image> is repeated for its features
+        # Each <image> becomes the tokens of its picture
         texts = [templates.render(self.tokenizer, messages, answer_next=True) for messages in conversations]
-        token, counts = self.processor.image_token, (self.image_tokens(image.size) for image in images)
-        texts = [re.sub(IMAGE_TOKEN, lambda _: token * next(counts), text) for text in texts]
+        pictures = (picture_text(self.processor, self.side, image.size) for image in images)
+        texts = [re.sub(IMAGE_TOKEN, lambda _: next(pictures), text) for text in texts]
         options = {"padding": True, "padding_side": "left", "return_token_type_ids": False}
         batch = self.tokenizer(texts, add_special_tokens=False, return_tensors="pt", **options)
         if images:

@@ -168,9 +168,9 @@ class LlavaCollator:
         # No token sees a blank image behind the first row's last token: its gradient is zero
         if not images:
             images = [Image.new("RGB", (self.chat.side, self.chat.side))]
-            tokens = self.chat.image_tokens(images[0].size)
-            rows[0] = torch.cat([rows[0], torch.full((tokens,), self.processor.image_token_id)])
-            labels[0] = torch.cat([labels[0], torch.full((tokens,), IGNORE)])
+            picture = torch.from_numpy(self.chat.picture_ids(images[0].size))
+            rows[0] = torch.cat([rows[0], picture])
+            labels[0] = torch.cat([labels[0], torch.full_like(picture, IGNORE)])
         # All rows become one, or each is padded to the longest
         lengths = [len(row) for row in rows]
         if self.packing:

@@ -83,6 +83,7 @@ from train_llava.evaluation.plots import draw, draw_calibration, draw_sample_gri
 from train_llava.evaluation.questions import settings_of
 from train_llava.model import load_checkpoint
 from train_llava.modeling.adapter import load_model
+from train_llava.modeling.kinds import Config
 from train_llava.modeling.parts import load_language_model
 from train_llava.records import IMAGE_TOKEN
 from train_llava.training.cards import cell
@@ -182,7 +183,7 @@ def compare_text_loss(
     # The model before training, which has to have the same tokens
     if base is not None:
         with opening(base):
-            is_llava = AutoConfig.from_pretrained(base).model_type.startswith("llava")
+            is_llava = isinstance(AutoConfig.from_pretrained(base), Config)
             base_tokenizer = AutoTokenizer.from_pretrained(base)
             base_ids = base_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if base_ids != input_ids:

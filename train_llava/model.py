@@ -20,25 +20,20 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
 )
 from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file
 
-from train_llava.chat import Processor, image_size, image_tokens
+from train_llava.chat import image_size
 from train_llava.cli import device
 from train_llava.common.files import opening
+from train_llava.modeling.kinds import PARTS, Config, Llava, Processor, complete_processor
 from train_llava.modeling.quantization import quantization
 from train_llava.modeling.templates import complete_generation_config, context_length, patch_chat_template
-from train_llava.modeling.towers import skip_unused_layers, tower_states
+from train_llava.modeling.towers import skip_unused_layers
 
 if device().type == "cpu":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed prints a complaint when imported
-
-Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
 # For each type: a learning rate that works, from the LLaVA-1.5 recipe (Liu et al., 2023), and the parts that
 # train in full
@@ -80,7 +75,7 @@ def refuse_adapter(name_or_path: str) -> None:
             raise ValueError(f"{name_or_path} is a LoRA adapter of {base}: {use}")
 
 
-def load_config(model_name_or_path: str) -> LlavaConfig | LlavaNextConfig:
+def load_config(model_name_or_path: str) -> Config:
     """Reads the configuration of a LLaVA checkpoint."""
     try:
         with opening(model_name_or_path):
@@ -90,12 +85,12 @@ def load_config(model_name_or_path: str) -> LlavaConfig | LlavaNextConfig:
         if Path(model_name_or_path).is_dir():
             raise
         raise ValueError(f"{model_name_or_path} is no model folder, and no model that the hub gives") from error
-    if config.model_type not in ("llava", "llava_next"):
+    if not isinstance(config, Config):
         raise ValueError(f"{model_name_or_path} is a {config.model_type} model, not a LLaVA: see build_model")
     return config
 
 
-def load_processor(model_name_or_path: str) -> tuple[LlavaConfig | LlavaNextConfig, Processor]:
+def load_processor(model_name_or_path: str) -> tuple[Config, Processor]:
     """Reads the configuration and the processor of a LLaVA checkpoint.
 
     Settings that older versions of transformers did not save are derived, with a line on standard error.
@@ -108,18 +103,8 @@ def load_processor(model_name_or_path: str) -> tuple[LlavaConfig | LlavaNextConf
             raise ValueError(f"its processor is a {kind} and no LLaVA's: see the README's FAQ")
     tokenizer, derived = processor.tokenizer, []
     tokenizer.model_max_length = context_length(config.text_config)
-
-    # The number of image tokens: measured on the tower, compared with the processor's own settings
-    side = image_size(processor)
-    saved_tokens = None if processor.patch_size is None else image_tokens(processor, side, (side, side))
-    processor.patch_size = config.vision_config.patch_size
-    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-    _, states = tower_states(config.vision_config, side, num_hidden_layers=1)
-    processor.num_additional_image_tokens = states[0].shape[1] - (side // processor.patch_size) ** 2
-    if saved_tokens != image_tokens(processor, side, (side, side)):
+    if complete_processor(processor, config, image_size(processor)):
         derived.append("the number of tokens a picture has")
-
-    # The chat template
     tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
     with opening(model_name_or_path):
         derived += patch_chat_template(tokenizer)
@@ -159,10 +144,13 @@ def part_of(parameter_name: str) -> str:
 
     `image_newline`, which ends each row of a picture's tiles, trains with the projector.
     """
-    if "vision_tower." in parameter_name:
-        return "vision tower"
-    projector = "multi_modal_projector." in parameter_name or parameter_name.endswith("image_newline")
-    return "projector" if projector else "language model"
+    names = set(parameter_name.split("."))
+    return next((part for part, modules in PARTS.items() if names & modules), "language model")
+
+
+def module_name(model: Llava, part: str) -> str:
+    """The name of a part's module in `model.model`, such as `vision_tower`."""
+    return next(name for name, _ in model.model.named_children() if part_of(name) == part)
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -193,13 +181,13 @@ def lora_config(
         unused: names of the tower's parameters that the projector never uses; their layers get no adapter.
     """
     # Anchored names: a bare one such as q_proj would match layers of the other parts, too
-    modules = model.model.language_model.named_modules()
+    modules = model.get_decoder().named_modules()
     linear = {name.rsplit(".", 1)[-1] for name, module in modules if isinstance(module, nn.Linear)}
-    target_modules = rf"model\.language_model\..*\.({'|'.join(sorted(linear))})"
+    target_modules = rf"model\.{module_name(model, 'language model')}\..*\.({'|'.join(sorted(linear))})"
     if "vision tower" in parts:
-        modules = model.model.vision_tower.named_modules()
+        modules = model.get_encoder("image").named_modules()
         layers = [name for name, module in modules if isinstance(module, nn.Linear) and f"{name}.weight" not in unused]
-        target_modules += rf"|model\.vision_tower\.({'|'.join(map(re.escape, layers))})"
+        target_modules += rf"|model\.{module_name(model, 'vision tower')}\.({'|'.join(map(re.escape, layers))})"
     return LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
@@ -207,7 +195,7 @@ def lora_config(
         use_dora=arguments.use_dora,
         use_rslora=arguments.use_rslora,
         target_modules=target_modules,
-        modules_to_save=["multi_modal_projector"] if "projector" in parts else None,
+        modules_to_save=[module_name(model, "projector")] if "projector" in parts else None,
         task_type="CAUSAL_LM",
     )
 
@@ -222,13 +210,13 @@ def set_trainable(
     """
     # What never trains
     unused = skip_unused_layers(model)
-    frozen = {f"model.vision_tower.{name}" for name in unused}
-    language_model = model.model.language_model
+    frozen = {f"model.{module_name(model, 'vision tower')}.{name}" for name in unused}
+    language_model = model.get_decoder()
     with torch.device("meta"):  # opening a checkpoint loses the exclusions; a fresh model shows them
         fresh = type(language_model)(language_model.config)
     for name, parameter in fresh.named_parameters():
         if not parameter.requires_grad:
-            frozen.add(f"model.language_model.{name}")
+            frozen.add(f"model.{module_name(model, 'language model')}.{name}")
 
     # All other parameters of the parts that train
     trained = set(TRAIN_TYPES[train_type][1]) - set(frozen_parts)

@@ -131,7 +131,7 @@ def run(
         choose_batch(args, model, lora_arguments, model_arguments.bits, dataset, collator)
 
     # 5. What trains
-    language_model = model.model.language_model
+    language_model = model.get_decoder()
     set_seed(args.seed)  # LoRA's random matrices are made now, before a Trainer sets the seed
     train_type, frozen_parts = args.train_type if adapter is None else "projector", args.frozen_parts
     model = set_trainable(model, train_type, lora_arguments, frozen_parts)

@@ -118,7 +118,12 @@ def stored_geometry(source: Path | str | bytes, name: str) -> tuple[int, int, in
 
 
 def is_anyres(image_processor: BaseImageProcessor) -> bool:
-    """Whether images are cut into tiles by their sizes, as in LLaVA-NeXT (`--image_aspect_ratio anyres`)."""
+    """Whether images are cut into tiles by their sizes (`--image_aspect_ratio anyres`)."""
+    return are_padded(image_processor) or getattr(image_processor, "do_image_splitting", False)
+
+
+def are_padded(image_processor: BaseImageProcessor) -> bool:
+    """Whether the tiles are LLaVA-NeXT's, with padding around the image. An Idefics3's are stretched."""
     return hasattr(image_processor, "image_grid_pinpoints")
 
 
@@ -127,8 +132,12 @@ def prepare_pictures(image_processor: BaseImageProcessor, images: list[Image.Ima
 
     Returns:
         `pixel_values` `(P, 3, H, W)`. With tiles (see `is_anyres`) `(P, N, 3, H, W)`: the whole image, its
-        tiles, and zeros where another image has more; and `image_sizes` `(P, 2)`, heights and widths.
+        tiles, and zeros where another image has more; and `image_sizes` `(P, 2)`, heights and widths. An Idefics3
+        takes `(P, N, 3, H, W)` alone: the tiles, the whole image, and zeros; without tiles, N is 1.
     """
+    if hasattr(image_processor, "max_image_size"):  # an Idefics3's
+        batch = image_processor([[image] for image in images], return_tensors="pt")
+        return {"pixel_values": batch["pixel_values"]}
     if is_anyres(image_processor):
         return dict(image_processor(images, return_tensors="pt"))
     images = [shortened_strip(image_processor, image) for image in images]
@@ -139,14 +148,28 @@ def prepare_pictures(image_processor: BaseImageProcessor, images: list[Image.Ima
 
 def levels(image_processor: BaseImageProcessor, image: Image.Image) -> np.ndarray:
     """An RGB image as the model sees it, cropped or padded, or its tiles: `(H, W, 3)`, levels from 0 to 255."""
-    pixels = prepare_pictures(image_processor, [image])["pixel_values"][0]
-    if is_anyres(image_processor):
-        side = pixels.shape[-1]
-        height, width = select_best_resolution(image.size[::-1], image_processor.image_grid_pinpoints)
-        tiles = pixels[1:].unflatten(0, (height // side, width // side))  # the whole image is left out
-        pixels = tiles.permute(2, 0, 3, 1, 4).reshape(3, height, width)
+    (pixels,) = prepare_pictures(image_processor, [image])["pixel_values"]
+    pixels, tiles = whole_and_tiles(image_processor, pixels, image.size)
+    if tiles is not None:
+        pixels = tiles.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
     pixels = pixels.permute(1, 2, 0).numpy()
     return (pixels * image_processor.image_std + image_processor.image_mean) / image_processor.rescale_factor
+
+
+def whole_and_tiles(
+    image_processor: BaseImageProcessor, pixels: torch.Tensor, size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An image's `pixel_values` as the whole image, `(3, H, W)`, and its tiles, `(rows, columns, 3, H, W)`, if any."""
+    if pixels.ndim == 3:
+        return pixels, None
+    if hasattr(image_processor, "max_image_size"):  # an Idefics3's
+        _, *grid = image_processor.get_number_of_image_patches(*size[::-1])
+        *tiles, whole = pixels
+    else:
+        best = select_best_resolution(size[::-1], image_processor.image_grid_pinpoints)
+        grid = [length // pixels.shape[-1] for length in best]
+        whole, *tiles = pixels
+    return whole, torch.stack(tiles).unflatten(0, grid) if tiles else None
 
 
 def seen_part(image_processor: BaseImageProcessor, side: int, size: tuple[int, int]) -> list[float]:
@@ -162,7 +185,7 @@ def seen_part(image_processor: BaseImageProcessor, side: int, size: tuple[int, i
     ramp[0, :, :, 1] = np.rint(255 * (np.arange(height) + 0.5) / height)[:, None]
     ramp[2] = 255
     pixels = prepare_pictures(image_processor, [Image.fromarray(one) for one in ramp])["pixel_values"]
-    places, black, white = pixels[:, 0] if is_anyres(image_processor) else pixels  # of tiles, the whole image
+    places, black, white = (whole_and_tiles(image_processor, one, (width, height))[0] for one in pixels)
     ends = []
     for channel in (0, 1):
         contrast = white[channel] - black[channel]  # little where padding is mixed in

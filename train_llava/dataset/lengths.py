@@ -60,10 +60,13 @@ def count_tokens(records: LlavaDataset, chat: Chat) -> np.ndarray:
         lists = [pc.list_value_length(table.data.column(name)) for name in ("images", "image_bytes")]
         counts.append(np.stack([_text_tokens(table, chat), pc.add(*lists).to_numpy()], axis=1)[rows])
     text_tokens, images = np.concatenate(counts).T
-    image_tokens = _image_tokens_by_size(records, chat) if chat.anyres else images * chat.image_tokens()
+    if chat.anyres:
+        picture_tokens, image_tokens = _picture_tokens_by_size(records, chat).T
+    else:
+        picture_tokens, image_tokens = images * len(chat.picture_ids()), images * chat.image_tokens()
     # The text has one token an image. Where no text or no image could be counted, the record is bad
     is_good = (text_tokens > 0) & ((images == 0) | (image_tokens > 0))
-    return np.stack([text_tokens - images + image_tokens, image_tokens], axis=1) * is_good[:, None]
+    return np.stack([text_tokens - images + picture_tokens, image_tokens], axis=1) * is_good[:, None]
 
 
 def _text_tokens(table: datasets.Dataset, chat: Chat) -> np.ndarray:
@@ -111,16 +114,20 @@ def _fingerprint(chat: Chat) -> str:
     return hashlib.sha256(json.dumps([COUNT_VERSION, rules, template]).encode()).hexdigest()[:24]
 
 
-def _image_tokens_by_size(records: LlavaDataset, chat: Chat) -> np.ndarray:
-    """How many image tokens each record has, by the sizes in its files' heads, `(records,)`; 0 if one is bad."""
+def _picture_tokens_by_size(records: LlavaDataset, chat: Chat) -> np.ndarray:
+    """The tokens of each record's pictures by the sizes in their heads, and its image tokens; 0 if one is bad.
 
-    def count(index: int) -> int:
+    `(records, 2)`: a kind of model may write other tokens around those of the image.
+    """
+
+    def count(index: int) -> tuple[int, int]:
         try:
             sizes = records.read(index, decode=False)["image_sizes"]
         except BadRecordError:
-            return 0
-        return sum(chat.image_tokens(size) for size in sizes)
+            return 0, 0
+        return sum(len(chat.picture_ids(size)) for size in sizes), sum(map(chat.image_tokens, sizes))
 
     with ThreadPoolExecutor() as pool:
         counts = pool.map(count, range(len(records)))
-        return np.array(list(tqdm(counts, "measuring images", len(records), disable=len(records) < MANY)))
+        counts = list(tqdm(counts, "measuring images", len(records), disable=len(records) < MANY))
+        return np.array(counts).reshape(-1, 2)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from train_llava.data import LlavaDataset
 from train_llava.dataset.boxes import upright_shares
-from train_llava.dataset.images import levels, picture_size, stored_geometry
+from train_llava.dataset.images import are_padded, levels, picture_size, stored_geometry
 from train_llava.dataset.table import image_sources
 from train_llava.evaluation.metrics import METRICS, is_exact, places_in
 from train_llava.records import IMAGE_TOKEN, text_of
@@ -221,10 +221,11 @@ def _draw_picture(axes: Axes, dataset: LlavaDataset, number: int) -> str:
     if chat is not None:
         pixels, (left, top, right, bottom) = levels(chat.processor.image_processor, image), chat.seen_part(image.size)
     height, width = pixels.shape[:2]
-    if chat is not None and chat.anyres:  # the picture lies in the middle of its tiles
-        scale = 2 * min(width / image.width, height / image.height)
-        right, bottom = 0.5 + width / scale / image.width, 0.5 + height / scale / image.height
-        left, top = 1 - right, 1 - bottom
+    if chat is not None and chat.anyres:
+        if are_padded(chat.processor.image_processor):  # the picture lies in the middle of its tiles
+            scale = 2 * min(width / image.width, height / image.height)
+            right, bottom = 0.5 + width / scale / image.width, 0.5 + height / scale / image.height
+            left, top = 1 - right, 1 - bottom
         axes.vlines(range(chat.side, width, chat.side), 0, height, color="white", linewidth=3)
         axes.hlines(range(chat.side, height, chat.side), 0, width, color="white", linewidth=3)
     axes.imshow(pixels.clip(0, 255).astype(np.uint8), interpolation="bicubic")

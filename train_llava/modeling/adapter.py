@@ -51,7 +51,7 @@ def continued(adapter_name_or_path: str, arguments: dict[str, Any]) -> LoraArgum
     a projector is to train that it lacks.
     """
     config = read_adapter_config(adapter_name_or_path)
-    has_projector = "multi_modal_projector" in (config.modules_to_save or [])
+    has_projector = any(part_of(name) == "projector" for name in config.modules_to_save or [])
     if not has_projector and arguments.get("projector_learning_rate") != 0:
         remedy = "take --projector_learning_rate 0, or merge it by merge_lora and train a new adapter"
         raise ValueError(f"{adapter_name_or_path} holds no projector: {remedy}")

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import is_gguf_available
 
 from train_llava.chat import Processor
-from train_llava.model import Llava, LlavaConfig, LlavaNextConfig
+from train_llava.modeling.kinds import Config, Llava
 from train_llava.modeling.templates import QUESTION, TWO_TURNS, template_segments
 
 if is_gguf_available():
@@ -32,11 +32,14 @@ ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")  # llama.cpp computes 
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
 
-def check_exportable(config: LlavaConfig | LlavaNextConfig) -> None:
+def check_exportable(config: Config) -> None:
     """Verifies that llama.cpp can compute what transformers computes; a ValueError names the feature that it lacks."""
     if config.model_type == "llava_next":
         other = "keeps the padding of tiles, puts the whole picture last, and puts no image_newline between rows"
         raise ValueError(f"anyres cannot be exported to GGUF: llama.cpp {other}")
+    if config.model_type == "idefics3":
+        other = "cuts every picture into tiles, and writes a line break before it"
+        raise ValueError(f"--pixel_shuffle cannot be exported to GGUF: llama.cpp {other}")
     text, vision, layer = config.text_config, config.vision_config, config.vision_feature_layer
     if text.model_type not in LANGUAGE_MODELS or vision.model_type not in TOWERS:
         models = "only CLIP or SigLIP with a Qwen2, Qwen3 or Llama language model"

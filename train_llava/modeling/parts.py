@@ -22,14 +22,17 @@ from transformers import (
     BaseImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Idefics3VisionConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 
 from train_llava.common.files import opening
 from train_llava.dataset.images import is_anyres
 from train_llava.model import refuse_adapter
+from train_llava.modeling.kinds import MOST_TILES
 from train_llava.modeling.templates import end_of_turn_tokens, patch_chat_template
 from train_llava.modeling.towers import unused_parameters
 from train_llava.records import IMAGE_TOKEN
@@ -126,6 +129,30 @@ def as_clip(tower: PreTrainedModel, name: str) -> PreTrainedModel:
     return clip
 
 
+@torch.no_grad()
+def as_idefics3(tower: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Makes an Idefics3's tower of a SigLIP, or of one that is a SigLIP but for its name, without copying a weight."""
+    no_siglip = f"--pixel_shuffle: {name} is a {tower.config.model_type}, and the tower of an Idefics3 is a SigLIP"
+    settings = tower.config.to_dict() | {"model_type": Idefics3VisionConfig.model_type}
+    with running_as_one():
+        unused, config = unused_parameters(tower.config, None), Idefics3VisionConfig.from_dict(settings)
+    with torch.device("meta"):
+        siglip = Idefics3VisionTransformer(config).eval()
+    tensors = {name: tensor for name, tensor in tower.state_dict().items() if name not in unused}
+    places = siglip.state_dict()
+    for name in sorted(tensors.keys() | places.keys()):
+        if name not in tensors or name not in places or tensors[name].shape != places[name].shape:
+            raise ValueError(f"{no_siglip}: {name} is in one of them alone")
+    siglip.load_state_dict(tensors, assign=True)
+
+    # Both on a picture. transformers places the patches of some grids, such as 19 x 19, wrongly in an Idefics3
+    picture = torch.linspace(-2, 2, 3 * config.image_size**2, dtype=tower.dtype).reshape(1, 3, config.image_size, -1)
+    if not siglip(picture).last_hidden_state.equal(tower(picture).last_hidden_state):
+        grid = config.image_size // config.patch_size
+        raise ValueError(f"{no_siglip} with other features, or places {grid} x {grid} patches otherwise")
+    return siglip
+
+
 def load_language_model(name_or_path: str, dtype: str) -> PreTrainedModel:
     """Opens a causal language model, or the text half of a model with its own vision tower, such as Gemma 3."""
     # All weights of the decoder and of the output layer have to be there
@@ -161,33 +188,34 @@ def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_image_processor(
-    vision_tower: PreTrainedModel, name_or_path: str, image_aspect_ratio: str, grids: list[str]
+    vision_tower: PreTrainedModel, name: str, image_aspect_ratio: str, grids: list[str] | None, fold: int | None
 ) -> BaseImageProcessor:
     """Opens the tower's image processor. For `pad` or `anyres`, LLaVA-1.5's or LLaVA-NeXT's takes its place.
 
-    `grids` are the grids of tiles of `anyres`, such as "2x3".
+    `grids` are the grids of tiles of `anyres`, such as "2x3". With `fold`, an Idefics3's takes its place. It has one
+    grid: the most tiles, 2 x 2 by default.
     """
     # Its output for a square and for a wide picture
-    with opening(name_or_path):
-        image_processor = AutoImageProcessor.from_pretrained(name_or_path)
+    with opening(name):
+        image_processor = AutoImageProcessor.from_pretrained(name)
         square = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")
         wide = image_processor(Image.new("RGB", (128, 64)), return_tensors="pt")
         pixel_values = square["pixel_values"]
         if pixel_values.ndim not in (4, 5) or pixel_values.shape[-1] != pixel_values.shape[-2]:
             raise ValueError("it cuts pictures of any size (as NaFlex): take a tower of one square picture size")
 
-    if image_aspect_ratio == "crop":
+    if image_aspect_ratio == "crop" and fold is None:
         take = "take --image_aspect_ratio pad"
         if pixel_values.ndim == 5:
-            raise ValueError(f"{name_or_path} cuts pictures into tiles: {take} or anyres")
+            raise ValueError(f"{name} cuts pictures into tiles: {take} or anyres")
         if pixel_values.shape != wide["pixel_values"].shape:
-            raise ValueError(f"{name_or_path} makes no square of a wide picture: {take}")
+            raise ValueError(f"{name} makes no square of a wide picture: {take}")
         if others := square.keys() - {"pixel_values"}:
-            raise ValueError(f"{name_or_path} gives {min(others)} with a picture, which no LLaVA takes: {take}")
+            raise ValueError(f"{name} gives {min(others)} with a picture, which no LLaVA takes: {take}")
         return image_processor
 
-    # LLaVA's own processors, with its numbers; imported here, since they warn of a missing torchvision
-    from transformers import LlavaImageProcessor, LlavaNextImageProcessor
+    # The models' own processors, with its numbers; imported here, since they warn of a missing torchvision
+    from transformers import Idefics3ImageProcessor, LlavaImageProcessor, LlavaNextImageProcessor
 
     taken_over = ("resample", "image_mean", "image_std", "rescale_factor")
     settings = {name: value for name, value in image_processor.to_dict().items() if name in taken_over}
@@ -196,7 +224,21 @@ def load_image_processor(
         return LlavaImageProcessor(do_pad=True, do_center_crop=False, size=size, crop_size=size, **settings)
     side = getattr(vision_tower.config, "image_size", None)
     if not isinstance(side, int):
-        raise ValueError(f"anyres: {name_or_path} takes pictures of {side} pixels, and tiles are squares of one size")
+        raise ValueError(f"anyres: {name} takes pictures of {side} pixels, and tiles are squares of one size")
+    if fold is not None:
+        anyres = image_aspect_ratio == "anyres"
+        tiles = max(int(n) for grid in grids or ["2x2"] for n in grid[::2]) if anyres else 1
+        if tiles > MOST_TILES:
+            raise ValueError(f"--image_grid_pinpoints: an Idefics3 has at most {MOST_TILES} tiles a side")
+        settings |= {"size": {"longest_edge": tiles * side}, "max_image_size": {"longest_edge": side}}
+        ours = Idefics3ImageProcessor(do_image_splitting=anyres, do_resize=anyres, **settings)
+        # It stretches a picture to a square. Without tiles, the tower's own has to do so, too
+        noise = Image.effect_noise((128, 64), 100).convert("RGB")
+        both = [one(noise, return_tensors="pt")["pixel_values"].flatten(0, -4)[0] for one in (ours, image_processor)]
+        if not anyres and (both[0] - both[1]).abs().max() > 2 * ours.rescale_factor / min(ours.image_std):
+            stretches = "an Idefics3 stretches them: take --image_aspect_ratio anyres"
+            raise ValueError(f"{name} crops or pads pictures, and {stretches}")
+        return ours
     pinpoints = []
     for grid in grids:
         rows, columns = grid.split("x")

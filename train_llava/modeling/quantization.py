@@ -7,6 +7,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from train_llava.cli import device
+from train_llava.modeling.kinds import PARTS
 
 
 def quantization(bits: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def quantization(bits: int, dtype: torch.dtype) -> dict[str, Any]:
     config = BitsAndBytesConfig(
         load_in_4bit=bits == 4,
         load_in_8bit=bits == 8,
-        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+        llm_int8_skip_modules=[*(f"model.{name}" for names in PARTS.values() for name in names), "lm_head"],
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,

@@ -6,16 +6,25 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import ModelOutput
 
 
-def tower_states(
-    config: PreTrainedConfig, side: int, **settings: int
-) -> tuple[PreTrainedModel, tuple[torch.Tensor, ...]]:
+def tower_features(output: ModelOutput, layer: int | None) -> torch.Tensor:
+    """What the projector reads of a tower's output: a hidden state; None: the last, behind its layer norm."""
+    return output.last_hidden_state if layer is None else output.hidden_states[layer]
+
+
+def feature_layer(config: PreTrainedConfig) -> int | list[int] | None:
+    """The `layer` of `tower_features`, or several, in the configuration of a model; an Idefics3 has none."""
+    return getattr(config, "vision_feature_layer", None)
+
+
+def tower_states(config: PreTrainedConfig, side: int, **settings: int) -> tuple[PreTrainedModel, ModelOutput]:
     """Makes a vision tower with unset weights, and runs it on a picture of `side` x `side` pixels.
 
     `settings` replace values of its configuration, to make it small. It runs on the CPU and outside inference
     mode, because some architectures cache tensors for the whole process: these have to be the usual ones. Returns
-    the tower and its hidden states, `(1, tokens, width)` each.
+    the tower and its output, with hidden states of `(1, tokens, width)`.
     """
     config = deepcopy(config)
     for name, value in (settings | {"_attn_implementation": "eager"}).items():
@@ -29,18 +38,18 @@ def tower_states(
     ):
         # Not by `from_config`, which would partition the weights under ZeRO-3
         tower = AutoModel._model_mapping[type(config)](config).eval()
-        return tower, tower(torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states
+        return tower, tower(torch.zeros(1, 3, side, side), output_hidden_states=True)
 
 
-def unused_parameters(config: PreTrainedConfig, layers: int | list[int]) -> set[str]:
-    """Names the parameters of a vision tower that none of these hidden states depends on.
+def unused_parameters(config: PreTrainedConfig, layers: int | list[int] | None) -> set[str]:
+    """Names the parameters of a vision tower on which its features do not depend: see `tower_features`.
 
     The autograd graph of a small picture tells. A backward pass would need memory for every gradient.
     """
     # The graph's nodes, from the hidden states back to the parameters
     side = 4 * config.patch_size
-    tower, states = tower_states(config, side, image_size=side)
-    nodes = [states[i].grad_fn for i in ([layers] if isinstance(layers, int) else layers)]
+    tower, output = tower_states(config, side, image_size=side)
+    nodes = [tower_features(output, layer).grad_fn for layer in (layers if isinstance(layers, list) else [layers])]
     seen, used = {None}, set()
     while nodes:
         node = nodes.pop()
@@ -58,8 +67,8 @@ def skip_unused_layers(model: nn.Module) -> set[str]:
 
     Returns the names of the tower's parameters that get no gradient.
     """
-    unused = unused_parameters(model.config.vision_config, model.config.vision_feature_layer)
-    for name, layers in model.model.vision_tower.named_modules():
+    unused = unused_parameters(model.config.vision_config, feature_layer(model.config))
+    for name, layers in model.get_encoder("image").named_modules():
         if not isinstance(layers, nn.ModuleList):
             continue
         for i, layer in enumerate(layers):

@@ -22,6 +22,7 @@ from train_llava.cli import ROOT
 from train_llava.model import Llava, load_checkpoint
 from train_llava.modeling.attention import in_one_call, packed_arguments
 from train_llava.modeling.parts import decoder_of, running_as_one
+from train_llava.modeling.towers import feature_layer, tower_features
 from train_llava.modeling.weights import base_tensors, differing_tensor, save_weights
 from train_llava.records import IMAGE_TOKEN, to_messages
 
@@ -36,13 +37,13 @@ PACKED = (("What is the capital of France?", "Paris."), ("Name a colour.", "Red,
 
 @torch.inference_mode()
 def reference_outputs(
-    vision_tower: PreTrainedModel, language_model: PreTrainedModel, processor: Processor, layer: int
+    vision_tower: PreTrainedModel, language_model: PreTrainedModel, processor: Processor, layer: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs the two models alone: logits `(1, T, vocabulary)` and hidden states `(N, tokens, width)`."""
+    """Runs the two models alone: logits `(1, T, vocabulary)` and the tower's features `(N, tokens, width)`."""
     input_ids, pixel_values = example_inputs(processor)
     logits = language_model(input_ids=input_ids).logits
-    hidden_states = vision_tower(pixel_values.to(vision_tower.dtype), output_hidden_states=True).hidden_states
-    return logits, hidden_states[layer]
+    output = vision_tower(pixel_values.to(vision_tower.dtype), output_hidden_states=True)
+    return logits, tower_features(output, layer)
 
 
 def verify_in_fresh_process(folder: Path, logits: torch.Tensor, features: torch.Tensor) -> Rows:
@@ -77,7 +78,7 @@ def verify_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor
     """Opens a saved LLaVA and verifies it against the two models' `reference_outputs`: a function for each row."""
     # The LLaVA's own outputs on the same inputs
     model, processor = load_checkpoint(str(folder))
-    tower, layer, input_ids = model.model.vision_tower, model.config.vision_feature_layer, example_inputs(processor)[0]
+    tower, layer, input_ids = model.get_encoder("image"), feature_layer(model.config), example_inputs(processor)[0]
     our_logits, our_features = reference_outputs(tower, model, processor, layer)
     our_logits = our_logits[..., : logits.shape[-1]]
 
@@ -251,7 +252,7 @@ def verify_generation(model: Llava, processor: Processor) -> str:
 
     The logits of all layers are verified already, and on a CPU a large picture would take minutes.
     """
-    for layers in model.model.language_model.modules():
+    for layers in model.get_decoder().modules():
         if isinstance(layers, nn.ModuleList) and len(layers) == model.config.text_config.num_hidden_layers:
             del layers[1:]
     inputs = picture_and_question(model, processor)

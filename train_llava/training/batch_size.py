@@ -94,7 +94,7 @@ def choose_batch(
             batches = [batch for batch in batches if batch[0] == 1 or batch[0] * args.world_size <= len(dataset)]
             counts = count_tokens(dataset.records, chat)
             tokens, image_tokens = counts[counts[:, 0] <= chat.longest].T
-            blank = chat.image_tokens((chat.side, chat.side)) * (image_tokens == 0)
+            blank = len(chat.picture_ids((chat.side, chat.side))) * (image_tokens == 0)
             columns = (tokens + blank, image_tokens, tokens - image_tokens)
             longest = [int(column.max(initial=1)) for column in columns]
         longest[0] += -longest[0] % collator.multiple

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaNextConfig, TrainingArguments
+from transformers import AutoModelForImageTextToText, TrainingArguments
 from transformers.modeling_utils import set_zero3_state
 
 from train_llava.cli import device
@@ -24,9 +24,11 @@ from train_llava.model import (
     LoraArguments,
     count_parameters,
     load_config,
+    part_of,
     set_trainable,
-    tower_states,
 )
+from train_llava.modeling.kinds import Config, picture_features
+from train_llava.modeling.towers import tower_states
 
 TEXT, ANSWER = 64, 32  # assumed of a sample: tokens beside its picture, and supervised ones among them
 DIVIDED = {"optimizer": 1, "gradients": 2, "weights": 3}  # the stage of ZeRO from which the ranks share it
@@ -73,7 +75,7 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
 
 
 def empty_model(
-    config: LlavaConfig | LlavaNextConfig,
+    config: Config,
     train_type: str,
     lora_arguments: LoraArguments,
     dtype: torch.dtype,
@@ -87,20 +89,8 @@ def empty_model(
     with torch.device("meta"), set_zero3_state():
         llava = AutoModelForImageTextToText.from_config(config).train()
         model = set_trainable(llava, train_type, lora_arguments, frozen_parts).to(dtype)
-    llava.model.language_model.config.use_cache = False
+    llava.get_decoder().config.use_cache = False
     return llava, model
-
-
-def picture_features(llava: Llava, pictures: int) -> torch.Tensor:
-    """The projector's output `(tokens, width)` for pictures of the size with the most tokens."""
-    side, options = llava.config.vision_config.image_size, {}
-    shape: tuple[int, ...] = (pictures, 3, side, side)
-    if isinstance(llava.config, LlavaNextConfig):
-        largest = max(llava.config.image_grid_pinpoints, key=math.prod)
-        options["image_sizes"] = [tuple(largest)] * pictures
-        shape = (pictures, 1 + math.prod(largest) // side**2, 3, side, side)
-    pixel_values = torch.empty(shape, dtype=llava.dtype, device="meta")
-    return torch.cat(list(llava.model.get_image_features(pixel_values, **options).pooler_output))
 
 
 def forward_bytes(llava: Llava, rows: int, tokens: int, pictures: int, answers: int) -> tuple[int, int, int]:
@@ -113,7 +103,7 @@ def forward_bytes(llava: Llava, rows: int, tokens: int, pictures: int, answers: 
     Returns:
         What autograd keeps; the largest language-model layer's part of it; the logits with their copy in fp32.
     """
-    language_model, saved = llava.model.language_model, SavedTensors(llava)
+    language_model, saved = llava.get_decoder(), SavedTensors(llava)
 
     # Each layer notes what is kept so far, before it and after it
     before, after, hooks = [], [], []
@@ -144,15 +134,15 @@ def activation_bytes(llava: Llava, *batch: int, recompute: bool) -> dict[str, in
     """A step's activations and logits in bytes, of a `batch` as in `forward_bytes`, with `recompute` checkpointed."""
     kept, largest_layer, logits = forward_bytes(llava, *batch)
     if recompute:
-        llava.model.language_model.activation_checkpointing_enable()
+        llava.get_decoder().activation_checkpointing_enable()
         kept, _, _ = forward_bytes(llava, *batch)
         kept += largest_layer  # recomputed as a whole in the backward pass
-        llava.model.language_model.activation_checkpointing_disable()
+        llava.get_decoder().activation_checkpointing_disable()
     return {"activations": kept, "logits": logits}
 
 
 def flops_per_token(
-    config: LlavaConfig | LlavaNextConfig,
+    config: Config,
     lora_arguments: LoraArguments,
     args: TrainingArguments,
     recompute: bool = False,
@@ -163,12 +153,12 @@ def flops_per_token(
     """
     llava, _ = empty_model(config, args.train_type, lora_arguments, torch.float32, args.frozen_parts)
     if recompute:
-        llava.model.language_model.activation_checkpointing_enable()
+        llava.get_decoder().activation_checkpointing_enable()
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         text = llava.get_input_embeddings()(torch.empty(1, TEXT, dtype=torch.long))
         embeds = torch.cat([picture_features(llava, 1)[None], text], dim=1)
         mask = {"full_attention": None, "sliding_attention": None}  # ready-made masks are taken as they are
-        hidden = llava.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+        hidden = llava.get_decoder()(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
         llava.lm_head(hidden.last_hidden_state[:, -ANSWER:]).sum().backward()
     return counter.get_total_flops() / embeds.shape[1]
 
@@ -204,7 +194,7 @@ def model_state_bytes(
     if bits:
         for name, module in model.named_modules():
             frozen = isinstance(module, nn.Linear) and not module.weight.requires_grad
-            if frozen and "language_model." in name:
+            if frozen and part_of(name) == "language model" and "lm_head" not in name:
                 sizes["weights"] -= module.weight.numel() * (dtype.itemsize - bits / 8)
     if offload:
         sizes |= dict.fromkeys(["gradients", "optimizer"] + ["weights"] * (zero == 3), 0)
@@ -237,7 +227,7 @@ def state_bytes(model: nn.Module, args: TrainingArguments, bits: int | None = No
 
 
 def estimate_memory(
-    config: LlavaConfig | LlavaNextConfig,
+    config: Config,
     lora_arguments: LoraArguments,
     args: TrainingArguments,
     bits: int | None = None,

@@ -28,7 +28,7 @@ def describe_trainable(model: nn.Module, learning_rates: dict[str, float]) -> st
         lines.append(f"{part:<16}{trainable:>16,}{total:>16,}{rate:>16}".rstrip())
     # With LoRA: parameters of the layers that get no adapter, such as a mixture's experts
     if isinstance(model, PeftModel):
-        parameters = model.base_model.model.model.language_model.layers.named_parameters()
+        parameters = model.get_decoder().layers.named_parameters()
         uncovered = {name.partition(".")[2] for name, p in parameters if p.ndim > 2 and "lora_" not in name}
         if uncovered:
             lines.append(f"no adapter on {', '.join(sorted(uncovered))}: no linear layers")

@@ -217,7 +217,7 @@ def parameters_without_gradient(
         without: the parameters that got no gradient, by name; one outside the language model is an error, too.
         compute_loss: gives the loss of the batch.
     """
-    language_model = next(m for name, m in model.named_modules() if name.endswith("model.language_model"))
+    language_model = model.get_decoder()
 
     def text_alone(tokens: int) -> torch.Tensor:
         ids = torch.arange(tokens, device=model.device) * 7919 % language_model.config.vocab_size
