@@ -115,10 +115,7 @@ def _fingerprint(chat: Chat) -> str:
 
 
 def _picture_tokens_by_size(records: LlavaDataset, chat: Chat) -> np.ndarray:
-    """The tokens of each record's pictures by the sizes in their heads, and its image tokens; 0 if one is bad.
-
-    `(records, 2)`: a kind of model may write other tokens around those of the image.
-    """
+    """How many tokens and image tokens the pictures of each record have, by the sizes in their files' heads."""
 
     def count(index: int) -> tuple[int, int]:
         try:

@@ -118,10 +118,7 @@ def picture_text(processor: Processor, side: int, size: tuple[int, int]) -> str:
 
 
 def complete_processor(processor: Processor, config: Config, side: int) -> bool:
-    """Sets the number of tokens a picture has, measured on the tower. Returns whether it was another, or none.
-
-    Older versions of transformers did not save what decides it in a LLaVA.
-    """
+    """Sets a LLaVA's number of tokens a picture, measured on the tower. Returns whether it was another, or unsaved."""
     if isinstance(processor, Idefics3Processor):
         return False
     saved = None if processor.patch_size is None else picture_text(processor, side, (side, side))

@@ -14,11 +14,6 @@ def tower_features(output: ModelOutput, layer: int | None) -> torch.Tensor:
     return output.last_hidden_state if layer is None else output.hidden_states[layer]
 
 
-def feature_layer(config: PreTrainedConfig) -> int | list[int] | None:
-    """The `layer` of `tower_features`, or several, in the configuration of a model; an Idefics3 has none."""
-    return getattr(config, "vision_feature_layer", None)
-
-
 def tower_states(config: PreTrainedConfig, side: int, **settings: int) -> tuple[PreTrainedModel, ModelOutput]:
     """Makes a vision tower with unset weights, and runs it on a picture of `side` x `side` pixels.
 
@@ -67,7 +62,7 @@ def skip_unused_layers(model: nn.Module) -> set[str]:
 
     Returns the names of the tower's parameters that get no gradient.
     """
-    unused = unused_parameters(model.config.vision_config, feature_layer(model.config))
+    unused = unused_parameters(model.config.vision_config, getattr(model.config, "vision_feature_layer", None))
     for name, layers in model.get_encoder("image").named_modules():
         if not isinstance(layers, nn.ModuleList):
             continue

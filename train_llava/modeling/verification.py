@@ -22,7 +22,7 @@ from train_llava.cli import ROOT
 from train_llava.model import Llava, load_checkpoint
 from train_llava.modeling.attention import in_one_call, packed_arguments
 from train_llava.modeling.parts import decoder_of, running_as_one
-from train_llava.modeling.towers import feature_layer, tower_features
+from train_llava.modeling.towers import tower_features
 from train_llava.modeling.weights import base_tensors, differing_tensor, save_weights
 from train_llava.records import IMAGE_TOKEN, to_messages
 
@@ -78,8 +78,8 @@ def verify_checkpoint(folder: Path, logits: torch.Tensor, features: torch.Tensor
     """Opens a saved LLaVA and verifies it against the two models' `reference_outputs`: a function for each row."""
     # The LLaVA's own outputs on the same inputs
     model, processor = load_checkpoint(str(folder))
-    tower, layer, input_ids = model.get_encoder("image"), feature_layer(model.config), example_inputs(processor)[0]
-    our_logits, our_features = reference_outputs(tower, model, processor, layer)
+    input_ids, layer = example_inputs(processor)[0], getattr(model.config, "vision_feature_layer", None)
+    our_logits, our_features = reference_outputs(model.get_encoder("image"), model, processor, layer)
     our_logits = our_logits[..., : logits.shape[-1]]
 
     # The table, in the order in which the checks run; packing is only reported
