@@ -22,13 +22,14 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from train_llava import check_data, evaluate
+from train_llava import check_data, evaluate, explain
 from train_llava.build_model import BuildArguments, build_model
 from train_llava.chat import Chat
-from train_llava.data import LlavaCollator, LlavaDataset, to_sample
+from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset, to_sample
 from train_llava.dataset.images import levels, prepare_pictures, seen_part
 from train_llava.dataset.lengths import count_tokens
-from train_llava.evaluation.generation import generate, user_message
+from train_llava.dataset.packing import PackedDataset
+from train_llava.evaluation.generation import assistant_message, generate, user_message
 from train_llava.merge_lora import merge_lora
 from train_llava.model import TRAIN_TYPES, LoraArguments, count_parameters, load_checkpoint, load_config, set_trainable
 from train_llava.modeling.adapter import load_model
@@ -267,6 +268,32 @@ def test_the_commands_take_it(folded, photos, tmp_path, monkeypatch):  # noqa: F
     model, processor = load_model(str(folded))
     alone = [generate(model, processor, [[user_message("What is this?", 1)]], [noise(*size)], 4)[0] for size in SIZES]
     assert [line["prediction"] for line in lines] == alone
+
+
+def test_rows_are_filled_by_all_tokens_of_pictures(folded, corpus, tmp_path):
+    """Also by those around an image, and those of the blank one in a row without."""
+    processor = load_checkpoint(str(folded))[1]
+    dataset, collator = LlavaDataset(str(corpus)), LlavaCollator(processor, packing=True)
+    checked = CheckedDataset(dataset, collator.chat, tmp_path / "bad.jsonl")
+    longest = max(collator([checked[i]])["input_ids"].shape[1] for i in range(16))
+    for budget in (longest, 2 * longest):
+        lengths = [collator(row)["input_ids"].shape[1] for row in PackedDataset(checked, budget)]
+        assert max(lengths) <= budget
+
+
+def test_an_answer_is_explained(folded, photos, tmp_path):  # noqa: F811
+    image = str(photos / "images" / "14.png")
+    metrics, _ = explain.explain(
+        explain.ExplainArguments(str(folded), image, "What is this?", str(tmp_path / "out"), answer="a red square")
+    )
+    model, processor = load_model(str(folded))
+    record = ITEMS[0] | {"messages": [user_message("What is this?", 1), assistant_message("a red square")]}
+    batch = LlavaCollator(processor)([record | {"images": [Image.open(image)]}])
+    with torch.inference_mode():
+        by_hand = -model(**batch).loss.item() * len(batch["shift_labels"])
+    assert metrics["log_probability"]["this picture"] == pytest.approx(by_hand, rel=1e-4)
+    assert len(metrics["tokens"]) == len(batch["shift_labels"])
+    assert 0 < min(metrics["attention"]) < max(metrics["attention"]) < 1
 
 
 @pytest.mark.parametrize("train_type", TRAIN_TYPES)

@@ -81,7 +81,7 @@ def read_layers(model: Any, chat: Chat, prompt: str, answer: str, image: Image.I
     inputs = {name: batch[name].to(llava.device) for name in batch.keys() - {"labels"}}
     output = llava(**inputs, output_hidden_states=True, output_attentions=True, logits_to_keep=1)
     # Each layer's output passes through the last norm, as the last one's has already, and the head
-    norm = [module for name, module in llava.model.language_model.named_children() if "norm" in name][-1]
+    norm = [module for name, module in llava.get_decoder().named_children() if "norm" in name][-1]
     probabilities, is_first = [], []
     for layer in [*map(norm, output.hidden_states[1:-1]), output.hidden_states[-1]]:
         logits = llava.lm_head(layer[0, before]).float().cpu()

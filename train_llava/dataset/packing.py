@@ -61,7 +61,7 @@ class PackedDataset(Dataset):
                 counts[i] = 0
         tokens, has_image = counts[:, 0], counts[:, 1] > 0
         # The collator puts a blank image into a row without one, and a broken image may make such a row
-        blank = chat.image_tokens((chat.side, chat.side))
+        blank = len(chat.picture_ids((chat.side, chat.side)))
         tokens[has_image] = np.maximum(tokens[has_image], blank)
         # A row of one record has to fit
         alone = tokens + blank * ((tokens > 0) & ~has_image)
