@@ -12,16 +12,18 @@ import torch
 from conftest import logged, run_train, run_zero2, turns
 from PIL import ExifTags, Image
 from safetensors.torch import load_file
+from test_explain import by_hand
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from train_llava import evaluate
 from train_llava.build_model import BuildArguments, build_model
-from train_llava.chat import Chat
+from train_llava.chat import Chat, chat_of
 from train_llava.data import CheckedDataset, LlavaCollator, LlavaDataset, to_sample
 from train_llava.dataset.images import open_image, picture_size
 from train_llava.dataset.lengths import count_tokens
 from train_llava.dataset.packing import PackedDataset
-from train_llava.evaluation.generation import generate, user_message
+from train_llava.evaluation.generation import generate, log_probabilities, user_message
+from train_llava.explain import read_layers
 from train_llava.merge_lora import merge_lora
 from train_llava.model import load_checkpoint
 from train_llava.modeling.adapter import load_model
@@ -241,6 +243,19 @@ def test_every_question_is_asked(anyres, photos, tmp_path):
     model, processor = load_model(str(anyres))
     alone = [generate(model, processor, [[user_message("What is this?", 1)]], [noise(*size)], 4)[0] for size in SIZES]
     assert [line["prediction"] for line in lines] == alone
+
+
+def test_an_answer_about_tiles_is_as_likely_as_in_training(anyres):
+    """Of several pictures of one size, and by the last layer."""
+    model, processor = load_model(str(anyres))
+    prompt, images = "What is this?", [noise(90, 30), noise(90, 30).rotate(180)]
+    pictures = [[image] for image in images]
+    ours = log_probabilities(model, chat_of(processor), [user_message(prompt, 1)], pictures, ["a red square"])
+    wanted = [by_hand(model, processor, image, "a red square")[0] for image in images]
+    assert ours[:, 0].tolist() == pytest.approx(wanted, rel=1e-5)
+    assert wanted[0] != pytest.approx(wanted[1], rel=1e-4)
+    layers = read_layers(model, chat_of(processor), prompt, "a red square", images[0])
+    assert torch.tensor(layers["probabilities"])[-1].log().sum().item() == pytest.approx(wanted[0], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,6 @@ def test_data_without_another_picture_is_refused(monkeypatch, tmp_path, merged, 
         ("where", "en", "Where is the bus?", "at the bottom left", 2),
         ("at", "en", "What is at the top right?", "a bus", 1),
         ("at", "zh", "右下是什么？", "公共汽车", 3),
-        ("at", "en", "What is at the top right?", "nothing", None),
     ],
 )
 def test_the_quarter_that_a_question_is_about(kind, language, question, answer, quarter):
@@ -196,11 +195,11 @@ def test_the_quarter_that_a_question_is_about(kind, language, question, answer, 
 def test_the_map_is_highest_where_the_thing_is(default_run):
     """In nine of ten scenes of four things that the toy example answers right; with random weights, by chance."""
     folder = default_run / "data" / "heldout"
-    records = [record for record in check_map.asked(folder) if len(record["objects"]) == 4]
+    records = check_map.asked(folder)
     model, processor = load_model(str(default_run / "stage2"))
     hits = check_map.check(model, processor, records, folder, only_right=True)
     assert len(hits) > 25
-    assert sum(hits.values()) / len(hits) >= 0.9
+    assert sum(hits) / len(hits) >= 0.9
     torch.manual_seed(0)
     hits = check_map.check(type(model)(model.config).eval(), processor, records, folder, only_right=False)
-    assert sum(hits.values()) / len(hits) < 0.5
+    assert sum(hits) / len(hits) < 0.5

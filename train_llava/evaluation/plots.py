@@ -149,6 +149,8 @@ def draw_explanation(image: Image.Image, metrics: dict[str, Any], path: Path) ->
         when.set_xticks(range(len(tokens)), tokens, rotation=90 if len(tokens) > 8 else 0)
         looks.barh(range(1, count + 1), metrics["attention"], color="C1")
         looks.set(title="attention on\nthe picture", ylim=(count + 0.5, 0.5))
+        for axes in (when, looks):
+            axes.locator_params(axis="y", integer=True)
         figure.savefig(path, dpi=110)
 
 
