@@ -36,7 +36,7 @@ ENGLISH = ["README.md", *(name for name in DOCS if not name.endswith("_zh.md"))]
 CHINESE = [name.replace(".md", "_zh.md") for name in ENGLISH]
 PAGES = [*ENGLISH, *CHINESE, "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/openmoji/README.md"]
 PAGES += ["examples/openmoji/README_zh.md", "examples/smollm2/README.md", "examples/smollm2/README_zh.md"]
-RESULTS = ("answers.md", "data.md", "llamacpp.md", "memory.md", "packing.md", "speed.md")
+RESULTS = ("answers.md", "data.md", "llamacpp.md", "memory.md", "packing.md", "run_time.md", "speed.md")
 ARGUMENTS = {
     "build_model": (BuildArguments,),
     "check_data": (CheckArguments,),
