@@ -90,14 +90,15 @@ def test_a_readme_is_short(name):
         c
         for name in ENGLISH
         for c in commands(name)
-        if re.match(r"(\w+=\S+ )*((python|accelerate launch) -m train_llava|bash run_z)", c)
+        if re.match(r"(\w+=\S+ )*((python|accelerate launch) -m train_llava|bash run_z|sbatch)", c)
     ],
 )
 def test_a_command_parses(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
-    if words[0] == "bash":
-        module, arguments = "train", words[2:]
+    if words[0] in ("bash", "sbatch"):
+        script = next(i for i, word in enumerate(words) if word.endswith((".sh", ".sbatch")))
+        module, arguments = "train", words[script + 1 :]
     else:
         place = words.index("-m") + 1
         module, arguments = words[place].split(".")[1], words[place + 1 :]

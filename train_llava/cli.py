@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import re
 import sys
 import warnings
 from argparse import SUPPRESS
@@ -158,6 +159,13 @@ def _error_of(main: Callable[[], Any]) -> str | int | None:
             text = text.splitlines()[-1].partition("Error: ")[2]
         return _once(f"error: {' '.join(text.split())}")
     except RuntimeError as error:
+        # A connection to another rank broke, of torch's (`Dist…Error`) or of its library gloo
+        if type(error).__name__.startswith("Dist") or "/gloo/" in str(error):
+            folder, reason = os.environ.get("ERROR_DIR"), re.sub(r"\[/\S*] ", "", str(error)).partition("\n")[0]
+            if folder is not None and os.path.isdir(folder) and os.listdir(folder):
+                return 1  # a rank of this machine ended with an error, and has printed it
+            where = "the output of its machine may say why; go on by --resume_from_checkpoint true"
+            return _once(f"error: another rank has ended or cannot be reached ({reason}): {where}")
         if not is_out_of_memory(error):
             raise
         # What may help when a GPU's memory is full

@@ -1,14 +1,22 @@
-"""Ends a run early: at a SIGTERM, or when a score stops improving. Any other early end is an error."""
+"""Ends a run early: at a SIGTERM, or when a score stops improving. Any other early end, as of a rank, is an error."""
 
 import atexit
 import math
 import multiprocessing.util  # whose own function at exit runs after those that are registered later
+import os
 import signal
+import socket
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# Seconds after which the system asks whether the other side of a silent connection is there, and asks again; seconds
+# without an answer, and milliseconds for what was sent, after which the connection ends with an error
+ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 8, "TCP_USER_TIMEOUT": 40_000}
 
 
 def outlive_sigterm(worker: int, begin: Callable[[int], None] | None) -> None:
@@ -26,6 +34,20 @@ def end_workers() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise at it
     for worker in workers:
         worker.kill()
+
+
+def watch_connections() -> None:
+    """Lets this process's connections end within a minute if the other machine is gone, which does not close them.
+
+    A rank would wait for `--ddp_timeout`, half an hour. Linux only; InfiniBand has timeouts of its own.
+    """
+    for link in Path("/proc/self/fd").glob("*") if hasattr(socket, "TCP_USER_TIMEOUT") else ():
+        with suppress(OSError):  # closed by now, or no TCP
+            if os.readlink(link).startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(link.name))) as connection:
+                    for option, value in ALIVE.items():
+                        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def stopped_early(args: TrainingArguments, state: TrainerState) -> bool:
@@ -49,6 +71,10 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "received", True))
+        watch_connections()
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        watch_connections()  # some are made by the first steps
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         received = self.received
