@@ -20,15 +20,13 @@ import time
 
 from transformers import TrainerCallback
 
-TOY, SMOL = "recipes/openmoji-stage{}.yaml", "recipes/smollm2-stage{}.yaml"
+TOY = "recipes/openmoji-stage{}.yaml"
 PACKED = ["--packing", "true", "--tokens_per_batch", "1600"]
-SMALL = ["--per_device_train_batch_size", "4", "--bf16", "true"]
 RUNS = {  # name: steps, arguments
     "toy example, stage 1": (60, [TOY.format(1)]),
     "toy example, stage 2": (60, [TOY.format(2)]),
     "toy example, stage 2, packed": (60, [TOY.format(2), *PACKED]),
-    "SmolLM2, stage 1": (12, [SMOL.format(1), *SMALL]),
-    "SmolLM2, stage 2 (LoRA)": (12, [SMOL.format(2), "--model_name_or_path", "output/smollm2/llava", *SMALL]),
+    "SmolLM2 (LoRA)": (12, ["recipes/smollm2.yaml"]),
 }
 LONGER = 10_000
 
