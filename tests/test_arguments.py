@@ -21,6 +21,7 @@ from gguf import GGUFReader
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
+from test_pixel_shuffle import save_siglip
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageTextToText,
@@ -86,6 +87,7 @@ def names(llava, parts, corpus, tmp_path_factory) -> dict[str, Path]:
     prediction = {"id": "0", "prompt": "?", "reference": "red", "prediction": "red"}
     (root / "metrics" / "predictions.jsonl").write_text(json.dumps(prediction))
     adapter = random_adapter(llava, root / "adapter", 1)
+    save_siglip(root / "siglip")
     images = shutil.copytree(corpus / "images_dl", root / "pictures")
     return {"llava": llava, "adapter": adapter, "corpus": corpus, "images": images, "root": root, **parts}
 
@@ -271,6 +273,7 @@ class Case(NamedTuple):
     effects: dict[type, dict[str, Callable[[SimpleNamespace], Any]]]
 
 
+FOLDED = "--vision_model_name_or_path {root}/siglip --language_model_name_or_path {qwen2}"
 PARTS = "--vision_model_name_or_path {clip} --language_model_name_or_path {qwen2}"
 TRAIN = f"{MODEL} --data_path {{corpus}} --output_dir {{out}}/t --max_steps 2 --preflight false"
 CUT = f"{MODEL} --data_path {{root}}/boxes.json --image_dir {{root}} --output_dir {{out}}/e"
@@ -436,6 +439,12 @@ CASES = {
         f"{PARTS} --output_dir {{out}}/m",
         f"{PARTS} --output_dir {{out}}/m --verbose true",
         {build_model.BuildArguments: {"verbose": lambda s: "equal to the part's own" in s.printed}},
+    ),
+    "build_model, folded": Case(
+        build_model,
+        f"{FOLDED} --output_dir {{out}}/m --skip_checks true",
+        f"{FOLDED} --output_dir {{out}}/m --skip_checks true --pixel_shuffle 2",
+        {build_model.BuildArguments: {"pixel_shuffle": lambda s: config(s)["scale_factor"] == 2}},
     ),
     "build_model, tiles": Case(
         build_model,
