@@ -1,6 +1,6 @@
 """Draws the banner of both READMEs, docs/banner.png: the patches of a scene turn into the project's name.
 
-    PYTHONPATH=. python docs/figures/draw_banner.py
+PYTHONPATH=. python docs/figures/draw_banner.py
 """
 
 import random
