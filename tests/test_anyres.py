@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 from threading import Event, Lock
 
 import numpy as np
@@ -121,11 +122,13 @@ def gradients(model, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_loss_and_gradients_equal_those_of_plain_transformers_and_of_packing(anyres):
-    """The collator's batch, packed or not, against a plain processor with full logits, one sample at a time."""
-    model, processor = AutoModelForImageTextToText.from_pretrained(anyres), AutoProcessor.from_pretrained(anyres)
+def compare_with_plain(folder: Path) -> tuple[dict, dict]:
+    """Compares the collator's batch, packed or not, with a plain processor and full logits, one sample at a time.
+
+    Returns the batch and the gradients by name.
+    """
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     batch = LlavaCollator(processor)(ITEMS)
-    assert batch["pixel_values"].shape[:2] == (4, 5)
     loss, grads = gradients(model, **batch)
     labels = [row[row != -100] for row in batch["labels"]]
     total, count = torch.zeros(()), 0
@@ -142,13 +145,19 @@ def test_loss_and_gradients_equal_those_of_plain_transformers_and_of_packing(any
     (total / count).backward()
     assert abs(loss - total.detach() / count) <= 1e-5 * loss
     full_grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert "model.image_newline" in grads
     packed_loss, packed_grads = gradients(model, **LlavaCollator(processor, packing=True)(ITEMS))
     assert abs(loss - packed_loss) <= 1e-5 * loss
     assert grads.keys() == full_grads.keys()
     for name, grad in grads.items():
         assert (full_grads[name] - grad).abs().max() <= 1e-4 * grad.abs().max() + 1e-9, name
         assert (packed_grads[name] - grad).abs().max() <= 1e-4 * grad.abs().max() + 1e-9, name
+    return batch, grads
+
+
+def test_loss_and_gradients_equal_those_of_plain_transformers_and_of_packing(anyres):
+    batch, grads = compare_with_plain(anyres)
+    assert batch["pixel_values"].shape[:2] == (4, 5)
+    assert "model.image_newline" in grads
 
 
 def test_texts_alone_give_the_projector_and_the_newline_a_zero_gradient(anyres):

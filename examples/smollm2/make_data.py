@@ -4,8 +4,7 @@
 
 A scene of training has one conversation of TURNS questions: a picture takes as many tokens as two of them, and is
 read once for all. Its records begin with a system turn of one word, since the default one of SmolLM2's template has
-21 tokens. The held-out scenes and questions, and the conversations of talk/, are the toy
-example's in English.
+21 tokens. The held-out scenes and questions, and the conversations of talk/, are the toy example's in English.
 """
 
 import argparse
